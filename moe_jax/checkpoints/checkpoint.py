@@ -1,0 +1,156 @@
+"""A checkpoint directory, whatever its format.
+
+config.json          as Hugging Face writes it
+tokenizer.json       of the `tokenizers` library; optional
+generation_config.json   optional; its end-of-sequence ids win over config.json's
+model.safetensors, or several with model.safetensors.index.json     (Hugging Face)
+parameters/          orbax, instead of safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from tokenizers import Tokenizer
+
+from moe_jax.checkpoints import export, loading, orbax_store
+from moe_jax.checkpoints.families import FAMILIES, Family
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import Entry, entries
+from moe_jax.checkpoints.tensor_files import TensorFiles
+from moe_jax.config import ModelConfig
+from moe_jax.errors import CheckpointError
+from moe_jax.models import Parameters, ShardedDecoder
+
+CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Checkpoint:
+    """What a directory says of a model; `load` reads its weights.
+
+    Raises:
+      CheckpointError: no such directory, no or no readable config.json, or a family not known here.
+      ConfigError: the config asks for something that is not supported.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is no directory: give one that holds config.json and the weights")
+        raw = _read_json(self.path / CONFIG)
+        if raw is None:
+            raise CheckpointError(f"{self.path / CONFIG} is missing: give a directory in Hugging Face layout")
+        self._raw = raw
+        self.family = family_of(raw)
+        self.config: ModelConfig = Fields(raw).read(self.family.read)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        path = self.path / TOKENIZER
+        if not path.exists():
+            return None
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more precise
+            raise CheckpointError(f"{path} is no readable tokenizer: {error}") from error
+
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """The tokens that end a sequence."""
+        generation = _read_json(self.path / GENERATION) or {}
+        ids = generation.get("eos_token_id", self._raw.get("eos_token_id"))
+        return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the weights were saved in, as config.json says."""
+        name = self._raw.get("dtype") or self._raw.get("torch_dtype") or "bfloat16"
+        if name not in DTYPES:
+            raise CheckpointError(f"config.json says dtype {name!r}, expected one of {', '.join(DTYPES)}")
+        return name
+
+    def load(self, decoder: ShardedDecoder) -> Parameters:
+        """The weights, on the decoder's mesh and in its dtype.
+
+        Raises:
+          CheckpointError: weights missing, damaged, not finite, or not those that config.json describes.
+        """
+        if (self.path / ORBAX).is_dir():
+            parameters = orbax_store.restore(self.path / ORBAX, decoder.parameters)
+            loading.check_finite(parameters)
+            return parameters
+        wanted = list(entries_of(self.family, decoder))
+        unused = frozenset(self.family.sources["head.table"].names if self.config.tied_embeddings else ())
+        with TensorFiles(self.path) as files:
+            loading.check(wanted, files, unused)
+            return loading.load(decoder.parameters, wanted, files)
+
+    def save_orbax(self, path: str | Path, parameters: Parameters) -> None:
+        """Write this model with the given weights to a new directory, in orbax format."""
+        with self._new_directory(path) as new:
+            orbax_store.save(new / ORBAX, parameters)
+
+    def save_hugging_face(self, path: str | Path, decoder: ShardedDecoder, parameters: Parameters) -> None:
+        """Write this model with the given weights to a new directory, in Hugging Face layout."""
+        with self._new_directory(path) as new:
+            self.write_tensors(new, decoder, parameters)
+
+    def write_tensors(self, directory: Path, decoder: ShardedDecoder, parameters: Parameters) -> None:
+        """Write the weights as safetensors, in the dtype that config.json says."""
+        export.export(directory, entries_of(self.family, decoder), parameters, jnp.dtype(self.dtype))
+
+    @contextmanager
+    def _new_directory(self, path: str | Path) -> Iterator[Path]:
+        with new_directory(path) as new:
+            for name in (CONFIG, TOKENIZER, GENERATION):
+                if (self.path / name).exists():
+                    shutil.copy(self.path / name, new / name)
+            yield new
+
+
+def family_of(raw_config: dict[str, Any]) -> Family:
+    """Raises CheckpointError for a family that is not known."""
+    kind = raw_config.get("model_type")
+    if family := FAMILIES.get(str(kind)):
+        return family
+    raise CheckpointError(f"model_type {kind!r} is not known: the families are {', '.join(sorted(FAMILIES))}")
+
+
+def entries_of(family: Family, decoder: ShardedDecoder) -> Iterator[Entry]:
+    return entries(decoder.config, decoder.parameters, family.sources)
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A directory to fill, which appears at `path` when the block ends without an error, and not at all otherwise."""
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} exists already: name a new directory, or remove that one")
+    unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,66 @@
+"""From sharded parameters back to a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from moe_jax.checkpoints.names import Entry
+from moe_jax.checkpoints.tensor_files import INDEX, SINGLE
+from moe_jax.models import Parameters
+
+LARGEST_FILE = 4 * 2**30
+"""Bytes after which a new safetensors file is begun."""
+
+
+def export(
+    directory: Path,
+    entries: Iterable[Entry],
+    parameters: Parameters,
+    dtype: np.dtype,
+    largest_file: int = LARGEST_FILE,
+) -> None:
+    """Write the parameters as safetensors of one dtype, one file's worth in host memory at a time."""
+    files, file_of = list(_write_files(directory, _tensors(entries, parameters, dtype), largest_file)), {}
+    if len(files) == 1:
+        (directory / files[0][0]).rename(directory / SINGLE)
+        return
+    for number, (written, names) in enumerate(files, start=1):
+        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (directory / written).rename(directory / final)
+        file_of |= dict.fromkeys(names, final)
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}, indent=2))
+
+
+def _tensors(entries: Iterable[Entry], parameters: Parameters, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    flat = dict(nnx.to_flat_state(parameters))
+    at, layer = None, np.empty(0)
+    for entry in entries:
+        if (entry.path, entry.repeat) != at:
+            at, param = (entry.path, entry.repeat), flat[entry.path].get_value()
+            layer = np.asarray(param if entry.repeat is None else param[entry.repeat]).astype(dtype)
+        yield entry.name, np.ascontiguousarray(entry.to_tensor(layer[entry.at]))
+
+
+def _write_files(
+    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], largest_file: int
+) -> Iterator[tuple[str, list[str]]]:
+    """Writes numbered files; yields each one's name and the names of its tensors."""
+    number, held, size = 0, {}, 0
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > largest_file:
+            yield _write(directory, number, held)
+            number, held, size = number + 1, {}, 0
+        held[name], size = tensor, size + tensor.nbytes
+    yield _write(directory, number, held)
+
+
+def _write(directory: Path, number: int, tensors: dict[str, np.ndarray]) -> tuple[str, list[str]]:
+    name = f"part-{number:05d}.safetensors"
+    save_file(tensors, directory / name, metadata={"format": "pt"})
+    return name, list(tensors)

@@ -1,0 +1,55 @@
+"""Qwen2-MoE (arXiv:2407.10671): biased query, key and value, and a sigmoid-gated shared expert."""
+
+from moe_jax.checkpoints.families.qwen_layers import feed_forwards
+from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import linear
+from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, SharedExpertConfig
+
+SHARED = MLP + "shared_expert."
+SOURCES = {
+    **MODEL,
+    **ATTENTION_BLOCK,
+    **DENSE_MLP,
+    **MOE,
+    "ffn.shared.swiglu.gate_up": linear(SHARED + "gate_proj.weight", SHARED + "up_proj.weight"),
+    "ffn.shared.swiglu.down": linear(SHARED + "down_proj.weight"),
+    "ffn.shared.gate": linear(MLP + "shared_expert_gate.weight"),
+}
+
+
+def read(fields: Fields) -> ModelConfig:
+    hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
+    fields.expect("hidden_act", "silu")
+    kv_heads, head_dim = fields.take("num_key_value_heads", int, heads), fields.take("head_dim", int, hidden // heads)
+    theta, bias = fields.rope_theta(default=1e4), fields.take("qkv_bias", bool, True)
+    shared = SharedExpertConfig(fields.take("shared_expert_intermediate_size", int), gated=True)
+    ffns = feed_forwards(fields, shared)
+    attentions = [
+        AttentionConfig(heads, kv_heads, head_dim, theta, bias=bias, window=window)
+        for window in _windows(fields, len(ffns))
+    ]
+    return ModelConfig(
+        vocab_size=fields.take("vocab_size", int),
+        hidden=hidden,
+        layers=tuple(LayerConfig(attention, ffn) for attention, ffn in zip(attentions, ffns, strict=True)),
+        norm_eps=fields.take("rms_norm_eps", float, 1e-6),
+        max_positions=fields.take("max_position_embeddings", int),
+        tied_embeddings=fields.take("tie_word_embeddings", bool, False),
+    )
+
+
+def _windows(fields: Fields, layers: int) -> list[int | None]:
+    kinds = fields.any("layer_types", None)
+    fields.any("max_window_layers", None)  # says the same as layer_types, to transformers only
+    if not fields.take("use_sliding_window", bool, False):
+        fields.any("sliding_window", None)
+        return [None] * layers
+    window = fields.take("sliding_window", int)
+    if kinds is None or len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        fields.problem(
+            f"use_sliding_window needs layer_types, one of sliding_attention and full_attention for each of {layers} "
+            "layers: without it, different versions of transformers slide on different layers"
+        )
+        return [None] * layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -1,0 +1,21 @@
+"""Which layers of the Qwen MoE families are dense."""
+
+from __future__ import annotations
+
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
+
+
+def feed_forwards(fields: Fields, shared: SharedExpertConfig | None) -> list[DenseConfig | MoEConfig]:
+    """Each layer's feed-forward: an MoE at every `decoder_sparse_step`-th layer unless listed in `mlp_only_layers`."""
+    dense = DenseConfig(fields.take("intermediate_size", int))
+    moe = MoEConfig(
+        experts=fields.take("num_experts" if fields.has("num_experts") else "num_local_experts", int),
+        top_k=fields.take("num_experts_per_tok", int),
+        width=fields.take("moe_intermediate_size", int),
+        renormalise=fields.take("norm_topk_prob", bool, False),
+        shared=shared,
+    )
+    step, only_dense = fields.take("decoder_sparse_step", int, 1), fields.any("mlp_only_layers", [])
+    layers = range(fields.take("num_hidden_layers", int))
+    return [dense if i in only_dense or (i + 1) % step else moe for i in layers]

@@ -1,0 +1,119 @@
+"""A strict reader of a Hugging Face `config.json`: every field is used, known to change nothing, or reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from moe_jax.errors import ConfigError
+
+T = TypeVar("T", int, float, bool)
+C = TypeVar("C")
+
+BOOKKEEPING = frozenset(
+    [
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
+)
+"""Fields that do not change what a decoder computes: records, training settings, token ids that sampling reads
+elsewhere."""
+
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """The fields of one config file. Problems are collected; `read` raises them all at once."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        self._raw = raw
+        self._seen = {name for name in raw if name in BOOKKEEPING or name.startswith("_")}
+        self._problems: list[str] = []
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self._raw.get(name) is not None
+
+    def take(self, name: str, kind: type[T], default: T = _REQUIRED) -> T:
+        """The field as a bool or a positive int or float. Another kind, or none and no default, is a problem."""
+        value = self.any(name, default)
+        if value is _REQUIRED:
+            self._problems.append(f"{name} is missing")
+        elif isinstance(value, bool) is not (kind is bool) or not isinstance(value, (int, kind)):
+            self._problems.append(f"{name} must be of type {kind.__name__}, got {value!r}")
+        elif kind is not bool and value <= 0:
+            self._problems.append(f"{name} must be positive, got {value}")
+        else:
+            return kind(value)
+        return kind(1)
+
+    def take_optional(self, name: str, kind: type[T]) -> T | None:
+        """As `take`; `None` where the field is missing or null."""
+        return self.take(name, kind) if self.has(name) else self.any(name, None)
+
+    def any(self, name: str, default: Any) -> Any:
+        """The field, whatever it is; `default` where it is missing or null."""
+        self._seen.add(name)
+        value = self._raw.get(name)
+        return default if value is None else value
+
+    def expect(self, name: str, *supported: Any) -> None:
+        """A field of which only these values (or its absence) can be computed here."""
+        value = self.any(name, supported[0])
+        if value not in supported:
+            self._problems.append(f"{name}={value!r} is not supported (only {', '.join(map(repr, supported))})")
+
+    def problem(self, text: str) -> None:
+        self._problems.append(text)
+
+    def rope_theta(self, default: float) -> float:
+        """The base of plain rotary embedding, from `rope_parameters` (new files) or `rope_theta` (older ones)."""
+        rope = dict(self.any("rope_parameters", {}))
+        theta = self.take("rope_theta", float, default)
+        theta = float(rope.pop("rope_theta", theta))
+        scaling = rope or dict(self.any("rope_scaling", {}))
+        kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+        if kind != "default" or scaling:
+            self._problems.append(f"rotary embedding of type {kind!r} with {scaling} is not supported (only 'default')")
+        self._seen.add("rope_scaling")
+        return theta
+
+    def read(self, reader: Callable[[Fields], C]) -> C:
+        """What `reader` makes of the fields.
+
+        Raises:
+          ConfigError: naming every problem, and every field that the reader did not ask for.
+        """
+        try:
+            config = reader(self)
+        except ConfigError as error:
+            raise ConfigError("config.json: " + "; ".join(self._problems or [str(error)])) from error
+        if unknown := sorted(set(self._raw) - self._seen):
+            self._problems.append(
+                f"fields not understood, which may change the computation: {', '.join(unknown)} "
+                "(remove those from config.json that you know change nothing)"
+            )
+        if self._problems:
+            raise ConfigError("config.json: " + "; ".join(self._problems))
+        return config

@@ -1,0 +1,192 @@
+"""The command `moe-jax`. Where there is no accelerator it runs on virtual CPU devices, by the same code path."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from moe_jax.bundled import ADDER
+from moe_jax.checkpoints import Checkpoint
+from moe_jax.errors import MoEJaxError, RequestError
+from moe_jax.evaluation import evaluate, held_out
+from moe_jax.explain import explain
+from moe_jax.llm import LLM
+from moe_jax.models import ShardedDecoder
+from moe_jax.programs import Programs
+from moe_jax.requests import SamplingParams
+from moe_jax.sharding import ScatterCombine, as_placement
+from moe_jax.training.recipe import Recipe
+from moe_jax.training.recipe import train as follow
+
+BUILT_IN_PROMPTS = ["1+1=", "12+34=", "99+1=", "123+456=", "808+77=", "999+999=", "1234+5678=", "9999+1="]
+
+
+class CombineName(StrEnum):
+    AUTO = "auto"
+    SCATTER = "scatter"
+    REDUCE = "reduce"
+
+
+class Format(StrEnum):
+    ORBAX = "orbax"
+    HUGGING_FACE = "huggingface"
+
+
+Model = Annotated[Path, typer.Option(help="Checkpoint directory.", show_default="the bundled model")]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        help="As in 'data=2,expert=4'; roles after semicolons, as in 'data=2,expert=4; tokens=data; heads=expert'.",
+        show_default="all devices on expert",
+    ),
+]
+CombineOption = Annotated[CombineName, typer.Option(help="How feed-forward blocks combine.")]
+Dtype = Annotated[str | None, typer.Option(help="Of weights and computation.", show_default="as saved")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def devices(
+    cpu_devices: Annotated[int, typer.Option(help="Virtual devices where there is no accelerator.", min=1)] = 8,
+) -> None:
+    """Decode Mixture-of-Experts language models in batches on a JAX mesh."""
+    jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.", show_default="a few sums")] = None,
+    model: Model = ADDER,
+    mesh: Mesh = None,
+    combine: CombineOption = CombineName.AUTO,
+    dtype: Dtype = None,
+    max_tokens: Annotated[int, typer.Option(help="The most tokens to generate for each.")] = 16,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts, and show how the mesh was used."""
+    if not prompts and model != ADDER:
+        raise RequestError("give prompts to continue: the built-in ones are sums for the bundled model")
+    asked = prompts or BUILT_IN_PROMPTS
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    llm = LLM(model, mesh=mesh, dtype=dtype, combine=combine.value)
+    outputs = llm.generate(asked, params, progress=sys.stderr.isatty())
+    explanation, speed = llm.explain(len(asked)), llm.throughput.decoded_per_second
+    if as_json:
+        texts = [
+            {"prompt": prompt, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
+            for prompt, o in zip(asked, outputs, strict=True)
+        ]
+        _print_json({"outputs": texts, "tokens_per_second": speed, **explanation.as_dict()})
+        return
+    for prompt, output in zip(asked, outputs, strict=True):
+        typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
+    typer.echo(f"\ndevices      {_device_names()}\n{explanation}\nspeed        {speed:.0f} tokens/s in decode")
+
+
+@app.command(name="eval")
+def evaluate_both(
+    model: Model = ADDER,
+    mesh: Mesh = None,
+    dtype: Dtype = None,
+    problems: Annotated[int, typer.Option(help="How many held-out additions.", min=1)] = 256,
+    as_json: Json = False,
+) -> None:
+    """Exact match on held-out additions with both combines, which must agree."""
+    asked = held_out(problems)
+    results = {}
+    for name in (CombineName.SCATTER, CombineName.REDUCE):
+        llm = LLM(model, mesh=mesh, dtype=dtype, combine=name.value)
+        results[name.value] = evaluate(llm, asked, progress=sys.stderr.isatty())
+    agree = results["scatter"].answers == results["reduce"].answers
+    scores = {name: result.exact_match for name, result in results.items()}
+    if as_json:
+        _print_json({"problems": problems, "exact_match": scores, "same_answers": agree})
+    else:
+        for name, score in scores.items():
+            typer.echo(f"{name:8} exact match {score:.2%} on {problems} held-out additions")
+    if not agree:
+        typer.echo("the two combines gave different answers", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Argument(help="New directory for the model.")],
+    mesh: Mesh = None,
+    steps: Annotated[int, typer.Option(min=2)] = Recipe.steps,
+    batch_size: Annotated[int, typer.Option(min=1)] = Recipe.batch_size,
+    seed: Annotated[int, typer.Option(min=0)] = Recipe.seed,
+    as_json: Json = False,
+) -> None:
+    """Train the bundled model's recipe. Run again after a kill, it goes on where it stopped."""
+    placement = as_placement(mesh)
+    recipe = Recipe(steps=steps, batch_size=batch_size, seed=seed)
+    state = follow(recipe, output, placement, ScatterCombine(placement), progress=sys.stderr.isatty())
+    result = {"model": str(output), "steps": int(state.step)}
+    _print_json(result) if as_json else typer.echo(f"trained {result['steps']} steps, written to {output}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint directory of either format.")],
+    output: Annotated[Path, typer.Argument(help="New directory.")],
+    to: Annotated[Format, typer.Option(help="The format to write.")],
+    mesh: Mesh = None,
+) -> None:
+    """Rewrite a checkpoint in another format."""
+    checkpoint = Checkpoint(source)
+    decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), checkpoint.dtype)
+    parameters = checkpoint.load(decoder)
+    if to is Format.ORBAX:
+        checkpoint.save_orbax(output, parameters)
+    else:
+        checkpoint.save_hugging_face(output, decoder, parameters)
+    typer.echo(f"written to {output}")
+
+
+@app.command()
+def plan(
+    model: Model = ADDER,
+    mesh: Mesh = None,
+    combine: CombineOption = CombineName.AUTO,
+    dtype: Dtype = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 64,
+    max_length: Annotated[int | None, typer.Option(help="Cache positions.", show_default="the model's")] = None,
+    as_json: Json = False,
+) -> None:
+    """What one decode step would do on a mesh; needs config.json, no weights."""
+    checkpoint = Checkpoint(model)
+    decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), dtype or checkpoint.dtype)
+    length = max_length or checkpoint.config.max_positions
+    explanation = explain(Programs(decoder), combine.value, batch_size, length)
+    _print_json(explanation.as_dict()) if as_json else typer.echo(explanation)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps(content))
+
+
+def _device_names() -> str:
+    kind = jax.devices()[0].device_kind
+    return f"{len(jax.devices())} x {kind}" + (" (virtual)" if kind == "cpu" else "")
+
+
+def main() -> None:
+    """Run the command line; users' mistakes are one line on standard error and exit status 2."""
+    try:
+        app()
+    except MoEJaxError as error:
+        typer.echo(f"moe-jax: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,67 @@
+"""What one decode step does on the mesh, found by compiling it; weights are not needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moe_jax.models import ShardedDecoder
+from moe_jax.programs import Programs
+from moe_jax.sharding import Decision, Role, Rows, bucket
+from moe_jax.sharding.census import Collective, collectives, count
+from moe_jax.sharding.policy import Wanted, decide
+
+
+@dataclass(frozen=True)
+class Explanation:
+    placement: str
+    batch_size: int
+    decision: Decision
+    feed_forwards: int
+    """Blocks that combine, one after the other, in a step."""
+    collectives: list[Collective]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "placement": self.placement,
+            "batch_size": self.batch_size,
+            "combine": self.decision.name,
+            "reason": self.decision.reason,
+            "sent_bytes_per_combine": self.decision.sent_bytes,
+            "sent_bytes_per_step": self.sent_bytes_per_step,
+            "feed_forwards": self.feed_forwards,
+            "collectives_per_step": dict(count(self.collectives)),
+        }
+
+    @property
+    def sent_bytes_per_step(self) -> float:
+        """Bytes that each device sends to combine, in all blocks of a step."""
+        return self.decision.sent_bytes[self.decision.name] * self.feed_forwards
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{times} {kind}" for kind, times in count(self.collectives).items()) or "none"
+        return (
+            f"placement    {self.placement}\n"
+            f"combine      {self.decision}\n"
+            f"decode step  {self.batch_size} rows, {self.feed_forwards} feed-forward blocks, "
+            f"{self.sent_bytes_per_step / 1024:.1f} KiB sent by each device to combine\n"
+            f"collectives  {kinds}"
+        )
+
+
+def explain(programs: Programs, combine: Wanted, batch_size: int, positions: int) -> Explanation:
+    """Compile a decode step of `batch_size` sequences, spread evenly, over caches of `positions`, and read it."""
+    decoder: ShardedDecoder = programs.decoder
+    placement, shards = decoder.placement, decoder.placement.size(Role.TOKENS)
+    counts = [batch_size // shards + (shard < batch_size % shards) for shard in range(shards)]
+    rows = Rows.of(counts, placement)
+    decision = decide(combine, placement, rows, decoder.row_bytes)
+    strategy = decision.strategy
+    compiled = programs.decode_step(bucket(max(counts)), bucket(positions), strategy.sized(rows), strategy)
+    return Explanation(
+        placement=str(placement),
+        batch_size=batch_size,
+        decision=decision,
+        feed_forwards=len(decoder.config.layers),
+        collectives=collectives(compiled.as_text() or ""),
+    )

@@ -1,0 +1,28 @@
+"""Everything that owns a parameter, as Flax NNX modules written for one device of a placement.
+
+They run inside `shard_map`, see their own shard of every parameter and row, and talk to other devices only through the
+`Combine` of a `Step`.
+"""
+
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.cache import Cache, KVCache, Uncached
+from moe_jax.layers.embedding import Vocabulary
+from moe_jax.layers.mlp import DenseMLP
+from moe_jax.layers.moe import MoE
+from moe_jax.layers.norm import RMSNorm
+from moe_jax.layers.router import Load
+from moe_jax.layers.step import Packing, Step
+
+__all__ = [
+    "Attention",
+    "Cache",
+    "DenseMLP",
+    "KVCache",
+    "Load",
+    "MoE",
+    "Packing",
+    "RMSNorm",
+    "Step",
+    "Uncached",
+    "Vocabulary",
+]

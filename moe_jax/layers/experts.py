@@ -1,0 +1,62 @@
+"""The routed experts that this device holds.
+
+N  gathered rows     k  experts per row     M = N*k  assignments     D  hidden
+E  experts held here     F  this device's part of their width
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from moe_jax.config import MoEConfig
+from moe_jax.layers import parameter
+from moe_jax.layers.grouped_matmul import grouped_matmul
+from moe_jax.sharding import Placement, Role
+from moe_jax.sharding.collectives import argsort
+
+
+class Experts(nnx.Module):
+    """SwiGLU experts over rows sorted by expert. Every assignment to an expert held here is computed; none is
+    dropped."""
+
+    def __init__(self, config: MoEConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        experts, width = config.experts, config.width
+        self.gate_up = parameter.normal(
+            rngs, (experts, hidden, 2, width), (Role.EXPERTS, None, None, Role.FFN), fan_in=hidden, dtype=dtype
+        )
+        self.down = parameter.normal(
+            rngs, (experts, width, hidden), (Role.EXPERTS, Role.FFN, None), fan_in=width, dtype=dtype
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "N D"],
+        experts: Int32[Array, "N k"],
+        weights: Float[Array, "N k"],
+        placement: Placement,
+    ) -> Float[Array, "N D"]:
+        """The weighted outputs of the experts held here, summed per row: this device's part of the output."""
+        gate_up, down = self.gate_up[...], self.down[...]
+        held = gate_up.shape[0]
+        local = experts - placement.index(Role.EXPERTS) * held
+        here = (local >= 0) & (local < held)
+        # Assignments sorted by expert, those of other devices last.
+        assigned = jnp.where(here, local, held).reshape(-1)
+        order = argsort(assigned)
+        sizes = jnp.bincount(assigned, length=held + 1)[:-1]
+
+        with jax.named_scope("grouped_swiglu"):
+            rows = x[order // experts.shape[1]]
+            gate, up = jnp.split(grouped_matmul(rows, gate_up.reshape(held, x.shape[1], -1), sizes), 2, axis=1)
+            out = grouped_matmul(jax.nn.silu(gate) * up, down, sizes)
+
+        place = argsort(order).reshape(experts.shape)
+        y = jnp.zeros(x.shape, jnp.float32)
+        for choice in range(experts.shape[1]):
+            weighted = out[place[:, choice]] * weights[:, choice, None]
+            y += jnp.where(here[:, choice, None], weighted, 0)
+        return y.astype(x.dtype)

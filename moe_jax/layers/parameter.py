@@ -1,0 +1,35 @@
+"""How a parameter is made: drawn, and labelled with the role that splits each of its dimensions; where it then lies."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from moe_jax.sharding import Placement, Role
+
+Dims = tuple[Role | None, ...]
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, *, fan_in: int, dtype: DTypeLike) -> nnx.Param:
+    """A normally distributed parameter of variance `1 / fan_in`. `dims` names what splits each dimension."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), dims=dims)
+
+
+def zeros(shape: tuple[int, ...], dims: Dims, *, dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, dtype), dims=dims)
+
+
+def ones(shape: tuple[int, ...], dims: Dims, *, dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param(jnp.ones(shape, dtype), dims=dims)
+
+
+def placed(parameters: nnx.State, placement: Placement) -> nnx.State:
+    """The shapes, dtypes and, from their labels, shardings of parameters, whether they are arrays or abstract."""
+
+    def place(param: nnx.Param) -> nnx.Variable:
+        sharding = placement.sharding(param.get_metadata("dims"), param.shape)
+        return param.replace(jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=sharding))
+
+    return jax.tree.map(place, parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -1,0 +1,100 @@
+"""The decoder, assembled from its config, written for one device of a placement.
+
+T  own rows     D  hidden     Q  rows whose logits are wanted
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from moe_jax.config import LayerConfig, ModelConfig, MoEConfig
+from moe_jax.layers import Attention, Cache, DenseMLP, Load, MoE, RMSNorm, Step, Vocabulary
+from moe_jax.models.grouping import Group, group_layers
+
+Caches = list[list[Cache]]
+"""A cache for each layer of the unit of each group, its arrays stacked over the repeats."""
+
+
+class Block(nnx.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, layer: LayerConfig, model: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        hidden, eps = model.hidden, model.norm_eps
+        self.attention_norm = RMSNorm(hidden, eps, dtype=dtype)
+        self.attention = Attention(layer.attention, hidden, eps, dtype=dtype, rngs=rngs)
+        self.ffn_norm = RMSNorm(hidden, eps, dtype=dtype)
+        self.ffn = (
+            MoE(layer.ffn, hidden, dtype=dtype, rngs=rngs)
+            if isinstance(layer.ffn, MoEConfig)
+            else DenseMLP(layer.ffn, hidden, dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(
+        self, x: Float[Array, "T D"], step: Step, cache: Cache, repeat: Int32[Array, ""]
+    ) -> tuple[Float[Array, "T D"], Cache, Load | None]:
+        with jax.named_scope("attention"):
+            attended, cache = self.attention(self.attention_norm(x), step, cache, repeat)
+            x = x + step.combine.sum_heads(attended)
+        with jax.named_scope("ffn"):
+            y, load = self.ffn(self.ffn_norm(x), step.rows, step.combine)
+        return x + y, cache, load
+
+
+class Stack(nnx.Module):
+    """A group of layers: one unit of blocks, its parameters stacked over the repeats and scanned."""
+
+    def __init__(self, group: Group, model: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        @nnx.split_rngs(splits=group.repeats)
+        @nnx.vmap
+        def stacked(rngs: nnx.Rngs) -> nnx.List:
+            return nnx.List([Block(layer, model, dtype=dtype, rngs=rngs) for layer in group.unit])
+
+        self.repeats = group.repeats
+        self.unit = stacked(rngs)
+
+    def __call__(
+        self, x: Float[Array, "T D"], step: Step, caches: list[Cache]
+    ) -> tuple[Float[Array, "T D"], list[Cache], list[Load]]:
+        """The loads' arrays are stacked over the repeats."""
+        blocks, parameters = nnx.split(self.unit)
+
+        def body(carry: tuple[Array, list[Cache]], repeat: tuple[Array, Any]) -> tuple[Any, list[Load]]:
+            (x, caches), (index, parameters) = carry, repeat
+            written, loads = [], []
+            for block, cache in zip(nnx.merge(blocks, parameters), caches, strict=True):
+                x, cache, load = block(x, step, cache, index)
+                written.append(cache)
+                loads += [] if load is None else [load]
+            return (x, written), loads
+
+        (x, caches), loads = lax.scan(body, (x, caches), (jnp.arange(self.repeats), parameters))
+        return x, caches, loads
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.embedding = Vocabulary(config, dtype=dtype, rngs=rngs)
+        self.stacks = nnx.List([Stack(group, config, dtype=dtype, rngs=rngs) for group in group_layers(config.layers)])
+        self.norm = RMSNorm(config.hidden, config.norm_eps, dtype=dtype)
+        self.head = None if config.tied_embeddings else Vocabulary(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, tokens: Int32[Array, "T"], wanted: Int32[Array, "Q"], step: Step, caches: Caches
+    ) -> tuple[Float[Array, "Q vocab"], Caches, list[Load]]:
+        """Logits, in float32, of the rows `wanted`; the caches with the rows written; the load of each MoE layer."""
+        x = self.embedding.embed(tokens, step.combine)
+        written, loads = [], []
+        for stack, unit_caches in zip(self.stacks, caches, strict=True):
+            x, unit_caches, unit_loads = stack(x, step, unit_caches)
+            written.append(unit_caches)
+            loads += unit_loads
+        head = self.embedding if self.head is None else self.head
+        with jax.named_scope("head"):
+            return head.logits(self.norm(x[wanted]), step.combine), written, loads

@@ -1,0 +1,133 @@
+"""A decoder on a mesh: its parameters' shardings, and its programs as one `shard_map` each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from moe_jax.config import ModelConfig
+from moe_jax.layers import Cache, KVCache, Step, parameter
+from moe_jax.models.batch import Batch
+from moe_jax.models.decoder import Caches, Decoder
+from moe_jax.models.grouping import group_layers
+from moe_jax.sharding import Combine, Placement, Role
+
+Parameters = nnx.State
+
+
+@dataclass(frozen=True)
+class ShardedDecoder:
+    """A model config on a placement, in a compute dtype. Holds no arrays.
+
+    Raises:
+      PlacementError: the model cannot be split this way.
+    """
+
+    config: ModelConfig
+    placement: Placement
+    dtype: DTypeLike
+
+    def __post_init__(self) -> None:
+        self.placement.check(self.config)
+
+    @cached_property
+    def _abstract(self) -> tuple[nnx.GraphDef, Parameters]:
+        return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, dtype=self.dtype, rngs=nnx.Rngs(0))))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's hidden vector."""
+        return self.config.hidden * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def graph(self) -> nnx.GraphDef:
+        return self._abstract[0]
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Every parameter's shape, dtype and sharding."""
+        return parameter.placed(self._abstract[1], self.placement)
+
+    @property
+    def parameter_specs(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding.spec, self.parameters)
+
+    def init(self, seed: int) -> Parameters:
+        """Random parameters, drawn on the devices that hold them; the same for every placement."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.parameters)
+
+        def draw(key: Array) -> Parameters:
+            return nnx.state(Decoder(self.config, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
+
+        return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+
+    def abstract_caches(self, slots: int, positions: int) -> Caches:
+        """The shapes, dtypes and shardings of KV caches for `slots` sequences on each token shard."""
+        placement, shards = self.placement, self.placement.size(Role.TOKENS)
+
+        def abstract(repeats: int, kv_heads: int, width: int) -> Cache:
+            shape = (repeats, shards * slots, max(kv_heads, placement.size(Role.HEADS)), positions, width)
+            array = jax.ShapeDtypeStruct(shape, self.dtype, sharding=placement.sharding(KVCache.DIMS, shape))
+            return KVCache(array, array)  # type: ignore[arg-type]
+
+        return [
+            [abstract(group.repeats, layer.attention.kv_heads, layer.attention.head_dim) for layer in group.unit]
+            for group in group_layers(self.config.layers)
+        ]
+
+    def empty_caches(self, slots: int, positions: int) -> Caches:
+        """Zeroed KV caches for `slots` sequences on each token shard."""
+        abstract = self.abstract_caches(slots, positions)
+        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), abstract)
+
+    def per_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function(decoder, *args)` on every device, as a function of parameters and args."""
+
+        def run(parameters: Parameters, *args: Any) -> Any:
+            return function(nnx.merge(self.graph, parameters), *args)
+
+        specs = (self.parameter_specs, *in_specs)
+        return jax.shard_map(run, mesh=self.placement.mesh, in_specs=specs, out_specs=out_specs, check_vma=True)
+
+    @property
+    def batch_specs(self) -> Batch:
+        """How a batch is split: all rows by token shard, the counts everywhere."""
+        tokens = self.rows_spec
+        return Batch(tokens, tokens, PartitionSpec())  # type: ignore[arg-type]
+
+    @property
+    def rows_spec(self) -> PartitionSpec:
+        return self.placement.spec((Role.TOKENS,), (0,))
+
+    def next_logits(
+        self, parameters: Parameters, caches: Caches, batch: Batch, combine: Combine
+    ) -> tuple[Float[Array, "shards*S vocab"], Caches]:
+        """Logits after the last row of every slot, and the caches with the batch written."""
+        return self._logits(parameters, caches, batch, combine, lambda batch: batch.packing.last)
+
+    def all_logits(
+        self, parameters: Parameters, caches: Caches, batch: Batch, combine: Combine
+    ) -> tuple[Float[Array, "shards*T vocab"], Caches]:
+        """Logits after every row, and the caches with the batch written."""
+        return self._logits(parameters, caches, batch, combine, lambda batch: jnp.arange(batch.rows.capacity))
+
+    def _logits(
+        self, parameters: Parameters, caches: Caches, batch: Batch, combine: Combine, wanted: Callable[[Batch], Array]
+    ) -> tuple[Array, Caches]:
+        def run(decoder: Decoder, caches: Caches, batch: Batch) -> tuple[Array, Caches]:
+            step = Step(batch.rows, batch.packing, combine)
+            logits, caches, _ = decoder(batch.tokens, wanted(batch), step, caches)
+            return logits, caches
+
+        cache_spec = self.placement.spec(KVCache.DIMS, (0,) * len(KVCache.DIMS))
+        in_specs, out_specs = (cache_spec, self.batch_specs), (self.rows_spec, cache_spec)
+        return self.per_device(run, in_specs, out_specs)(parameters, caches, batch)

@@ -1,0 +1,156 @@
+"""The only file that calls a collective, and the type that keeps sums honest.
+
+A value that every device holds a part of, to be added up, is a `PartialSum`. It is no array: nothing can be computed
+from it but its sum with another partial sum over the same axes, and `reduce`, which gives the array back. So a sum
+over devices cannot be forgotten (a `PartialSum` fits nowhere an array does) nor done twice (`reduce` takes nothing
+else). Below this, JAX tracks the same fact on the value itself (`unreduced` in its manual axis type, under
+`shard_map(check_vma=True)`), so code that unwraps the value is refused by JAX.
+
+Layouts are written as JAX prints them: `[T, D] {V:expert}` varies over `expert`, `{U:expert}` is unreduced over it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32, Shaped
+
+from moe_jax.errors import ReductionError
+
+Axes = tuple[str, ...]
+Tree = TypeVar("Tree")
+
+
+class PartialSum:
+    """This device's part of a sum over `axes`. Made by `partial_sum`, ended by `reduce`."""
+
+    def __init__(self, value: Array, axes: Axes) -> None:
+        self._value = value
+        self.axes = axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._value.shape
+
+    def __add__(self, other: object) -> PartialSum:
+        """Two partial sums over the same axes are one partial sum: a shared expert joins the routed ones."""
+        if not isinstance(other, PartialSum):
+            raise ReductionError(
+                f"adding an array to a partial sum over {self.axes} would add it once per device: "
+                "reduce the partial sum first (combine.combine or combine.sum_heads), then add"
+            )
+        if self.axes != other.axes:
+            raise ReductionError(
+                f"these partial sums are over different axes, {self.axes} and {other.axes}: reduce each"
+            )
+        return PartialSum(self._value + other._value, self.axes)
+
+    __radd__ = __add__
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise ReductionError(
+            f"a partial sum over {self.axes} was used as if it were the sum: "
+            "reduce it first (combine.combine for a feed-forward, combine.sum_heads for attention)"
+        )
+
+    __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _refuse
+    __neg__ = __pow__ = __getitem__ = __iter__ = __jax_array__ = __array__ = _refuse
+
+
+# Leaving a traced function (a scan's carry, the result of shard_map or jit) flattens the value: that is forgetting it.
+jax.tree_util.register_pytree_node(PartialSum, PartialSum._refuse, lambda _, parts: PartialSum(*parts))
+
+
+def partial_sum(value: Shaped[Array, "..."], axes: Axes) -> PartialSum:
+    """Declare that the sum of `value` over the devices of `axes` is what is meant: `{V:axes} -> {U:axes}`.
+
+    Raises:
+      ReductionError: `value` is the same on all devices of one of the axes, so that summing it would multiply it.
+    """
+    if isinstance(value, PartialSum):
+        raise ReductionError(f"this is a partial sum already, over {value.axes}: pass it on as it is")
+    if same := set(axes) - _varying(value):
+        raise ReductionError(
+            f"a value that is the same on every device of {sorted(same)} is no partial sum over them: "
+            "it was summed already, or computed from replicated inputs only"
+        )
+    return PartialSum(lax.pcast(value, axes, to="unreduced") if axes else value, axes)
+
+
+def reduce(partial: PartialSum, *, scatter_over: Axes = (), sum_over: Axes = ()) -> Array:
+    """Add up a partial sum, once: `[n*T, D] {U:scatter,sum} -> [T, D] {V:scatter}`.
+
+    Args:
+      scatter_over: each device keeps its own part of the leading dimension, as `psum_scatter` gives it.
+      sum_over: every device keeps the whole.
+
+    Raises:
+      ReductionError: not a partial sum, or one over other axes than these.
+    """
+    if not isinstance(partial, PartialSum):
+        raise ReductionError(
+            f"reducing an array that is no partial sum would multiply it by {_product(scatter_over + sum_over)}, the "
+            f"devices on {scatter_over + sum_over}: it was reduced already, or never declared with partial_sum"
+        )
+    if set(partial.axes) != set(scatter_over) | set(sum_over):
+        raise ReductionError(
+            f"a partial sum over {partial.axes} must be reduced over exactly these axes, not {scatter_over + sum_over}"
+        )
+    value = partial._value
+    if scatter_over:
+        value = lax.psum_scatter(value, scatter_over, tiled=True)
+    if sum_over:
+        value = lax.psum(value, sum_over)
+    return value
+
+
+def sum_devices(tree: Tree, axes: Axes) -> Tree:
+    """Totals over the devices of `axes` of values of which each device has its own: `[...] {V:axes} -> [...]`."""
+    return jax.tree.map(lambda value: reduce(partial_sum(value, axes), sum_over=axes), tree)
+
+
+def all_gather(value: Shaped[Array, "..."], axes: Axes, *, dim: int = 0) -> Array:
+    """The parts of all devices of `axes`, concatenated along `dim`: `[T, D] {V:axes} -> [n*T, D]`."""
+    if isinstance(value, PartialSum):
+        raise ReductionError(f"gathering parts of a sum over {value.axes}: reduce it first")
+    return lax.all_gather(value, axes, axis=dim, tiled=True) if axes else value
+
+
+def all_gather_same(value: Shaped[Array, "..."], axes: Axes, *, dim: int = 0) -> Array:
+    """As `all_gather`, with the result typed as the same on every device of `axes`, as it is."""
+    return lax.all_gather(value, axes, axis=dim, tiled=True, to="invarying") if axes else value
+
+
+def axis_index(axes: Axes) -> Array | int:
+    """This device's position along `axes`, the first of them the slowest."""
+    return lax.axis_index(axes) if axes else 0
+
+
+def vary_alike(*values: Shaped[Array, "..."]) -> tuple[Array, ...]:
+    """Retype values to vary over every axis that any of them varies over, as loops and custom gradients need."""
+    everywhere = frozenset().union(*map(_varying, values))
+    return tuple(
+        lax.pcast(value, tuple(missing), to="varying") if (missing := everywhere - _varying(value)) else value
+        for value in values
+    )
+
+
+def argsort(keys: Shaped[Array, "M"]) -> Int32[Array, "M"]:
+    """Stable `jnp.argsort`, typed to vary as its keys do.
+
+    JAX's own (0.10.2 to 0.12.0 at least) is typed as the same on every device, and the gradient of what it indexes then
+    misses a sum.
+    """
+    return vary_alike(jnp.argsort(keys, stable=True), keys)[0]
+
+
+def _varying(value: Array) -> frozenset[str]:
+    return jax.typeof(value).manual_axis_type.varying
+
+
+def _product(axes: Axes) -> int:
+    return math.prod(lax.axis_size(axis) for axis in axes)

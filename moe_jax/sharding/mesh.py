@@ -1,0 +1,62 @@
+"""The device mesh: always the three axes `data`, `expert`, `tensor`; any of them may have size 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.errors import PlacementError
+
+Device: TypeAlias = Any
+"""A `jax.Device`, which type checkers take for a variable."""
+
+DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """Axis sizes written as `"data=2,expert=4"`; axes left out have size 1."""
+    sizes = {}
+    for item in text.split(","):
+        axis, _, size = (part.strip() for part in item.partition("="))
+        if axis not in AXES or not size.isdecimal() or axis in sizes:
+            raise PlacementError(
+                f"cannot read {item.strip()!r} in mesh {text!r}: write each of {', '.join(AXES)} at most once, "
+                "with a size, as in 'data=2,expert=4'"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[Device] | None = None) -> Mesh:
+    """A mesh of the given axis sizes over the first devices that fill it.
+
+    Args:
+      sizes: `"data=2,expert=4"` or `{"data": 2, "expert": 4}`; axes left out have size 1. `None` puts all devices on
+        `expert`.
+      devices: by default all devices of JAX's default backend.
+
+    Raises:
+      PlacementError: an unknown axis, a size below 1, or more devices asked for than there are.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if sizes is None:
+        sizes = {EXPERT: len(devices)}
+    elif isinstance(sizes, str):
+        sizes = parse_sizes(sizes)
+    if unknown := set(sizes) - set(AXES):
+        raise PlacementError(f"unknown mesh axes {sorted(unknown)}: the axes are {', '.join(AXES)}")
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    needed = math.prod(shape)
+    written = ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if min(shape) < 1:
+        raise PlacementError(f"every axis of mesh {written} must have a size of at least 1")
+    if needed > len(devices):
+        raise PlacementError(
+            f"mesh {written} needs {needed} devices, there are {len(devices)}: ask for a smaller mesh, or run on more "
+            "devices (on a CPU: jax.config.update('jax_num_cpu_devices', N) before the first use of JAX)"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])

@@ -1,0 +1,214 @@
+"""Which mesh axes split what: the four roles, and the axes over which a sum is partial.
+
+    role      the axes over which ... is split
+    TOKENS    the token rows of attention, with their KV cache (attention data parallelism)
+    HEADS     the attention heads and the vocabulary (attention tensor parallelism)
+    EXPERTS   the experts
+    FFN       the intermediate width of each expert
+
+TOKENS and HEADS are disjoint and together cover the mesh; EXPERTS and FFN are disjoint. Two more names follow from
+them:
+
+    PARTIAL   EXPERTS and FFN together: the axes over which a feed-forward output is a partial sum. The widths of dense
+              MLPs and shared experts, which every token visits, are split over all of them.
+    KV_HEADS  HEADS where there are at least as many KV heads as devices, else nothing: fewer KV heads are replicated.
+
+Axes of size 1 split nothing and drop out everywhere, so no program holds a collective over one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from enum import Enum, auto
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
+from moe_jax.errors import PlacementError
+from moe_jax.sharding import collectives
+from moe_jax.sharding.mesh import AXES, DATA, EXPERT, TENSOR, Device, make_mesh
+
+
+class Role(Enum):
+    TOKENS = auto()
+    HEADS = auto()
+    EXPERTS = auto()
+    FFN = auto()
+    PARTIAL = auto()
+    KV_HEADS = auto()
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and the axes that play each role. The defaults are data-parallel attention with expert parallelism."""
+
+    mesh: Mesh
+    tokens: tuple[str, ...] = (DATA, EXPERT)
+    heads: tuple[str, ...] = (TENSOR,)
+    experts: tuple[str, ...] = (EXPERT,)
+    ffn: tuple[str, ...] = (TENSOR,)
+
+    def __post_init__(self) -> None:
+        for first, second in (("tokens", "heads"), ("experts", "ffn")):
+            both = set(getattr(self, first)) & set(getattr(self, second))
+            if both:
+                raise PlacementError(f"an axis cannot split both {first} and {second}: {sorted(both)} does")
+        if unknown := set(self.tokens + self.heads + self.experts + self.ffn) - set(AXES):
+            raise PlacementError(f"unknown mesh axes {sorted(unknown)}: the axes are {', '.join(AXES)}")
+        if missing := [a for a in AXES if a not in self.tokens + self.heads and self.mesh.shape[a] > 1]:
+            sizes = ", ".join(f"{axis}={self.mesh.shape[axis]}" for axis in missing)
+            raise PlacementError(f"tokens and heads must cover the mesh: {sizes} splits neither; add it to one of them")
+
+    @classmethod
+    def parse(cls, text: str, devices: Sequence[Device] | None = None) -> Placement:
+        """A placement written as `"data=2,expert=4"`, roles other than the default ones after semicolons:
+        `"data=2,expert=2,tensor=2; tokens=data; heads=expert,tensor; experts=data,expert"`."""
+        sizes, *clauses = text.split(";")
+        roles = {}
+        for clause in clauses:
+            role, equals, axes = (part.strip() for part in clause.partition("="))
+            if role not in ("tokens", "heads", "experts", "ffn") or not equals or role in roles:
+                raise PlacementError(
+                    f"cannot read {clause.strip()!r} in {text!r}: after the mesh, write each of tokens, heads, "
+                    "experts, ffn at most once, with its axes, as in 'tokens=data,expert'"
+                )
+            roles[role] = tuple(axis for axis in (name.strip() for name in axes.split(",")) if axis)
+        return cls(make_mesh(sizes, devices), **roles)
+
+    @classmethod
+    def from_sizes(cls, devices: Sequence[Device] | int, attention_dp: int, ep: int, replicas: int = 1) -> Placement:
+        """Mesh and roles from the sizes other engines ask for.
+
+        Args:
+          devices: the devices, or how many of JAX's devices to use.
+          attention_dp: token shards per replica; attention tensor parallelism takes what is left.
+          ep: expert shards per replica; the experts' widths are split over what is left.
+          replicas: copies of the model, each with its own part of the tokens.
+        """
+        devices = list(devices) if not isinstance(devices, int) else jax.devices()[:devices]
+        per_replica, rest = divmod(len(devices), replicas)
+        sizes = f"{len(devices)} devices, {replicas} replicas, attention_dp={attention_dp}, ep={ep}"
+        small, large = sorted((attention_dp, ep))
+        if rest or small < 1 or large % small or per_replica % large:
+            raise PlacementError(
+                f"impossible sizes ({sizes}): replicas must divide the devices, and of attention_dp and ep the smaller "
+                f"must divide the larger and the larger the {per_replica} devices of a replica"
+            )
+        middle = ("tokens", "ffn") if attention_dp > ep else ("heads", "experts")
+        factors = [
+            (replicas, ("tokens",)),
+            (small, ("tokens", "experts")),
+            (large // small, middle),
+            (per_replica // large, ("heads", "ffn")),
+        ]
+        factors = [(size, roles) for size, roles in factors if size > 1]
+        if len(factors) > len(AXES):
+            raise PlacementError(
+                f"impossible sizes ({sizes}): they need {len(factors)} mesh axes, there are {len(AXES)}"
+            )
+        factors = [(1, ("tokens",))] * (len(AXES) - len(factors)) + factors
+        axes = dict(zip(AXES, factors, strict=True))
+        mesh = make_mesh({axis: size for axis, (size, _) in axes.items()}, devices)
+        names = ("tokens", "heads", "experts", "ffn")
+        return cls(mesh, *(tuple(axis for axis, (_, roles) in axes.items() if role in roles) for role in names))
+
+    def axes(self, role: Role) -> tuple[str, ...]:
+        """The axes that play a role, without those of size 1, in mesh order."""
+        names = {
+            Role.TOKENS: self.tokens,
+            Role.HEADS: self.heads,
+            Role.EXPERTS: self.experts,
+            Role.FFN: self.ffn,
+            Role.PARTIAL: self.experts + self.ffn,
+            Role.KV_HEADS: self.heads,
+        }[role]
+        return tuple(axis for axis in AXES if axis in names and self.mesh.shape[axis] > 1)
+
+    def size(self, role: Role) -> int:
+        """Into how many parts a role splits."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes(role))
+
+    def index(self, role: Role) -> jax.Array | int:
+        """Which of those parts this device holds. Only inside `shard_map`."""
+        return collectives.axis_index(self.axes(role))
+
+    @property
+    def scatter_axes(self) -> tuple[str, ...]:
+        """PARTIAL axes that also split the tokens: gathered over before a feed-forward, scattered over after it."""
+        return tuple(axis for axis in self.axes(Role.PARTIAL) if axis in self.tokens)
+
+    @property
+    def sum_axes(self) -> tuple[str, ...]:
+        """PARTIAL axes that do not split the tokens: summed over after a feed-forward."""
+        return tuple(axis for axis in self.axes(Role.PARTIAL) if axis not in self.tokens)
+
+    @property
+    def gather_shards(self) -> int:
+        """How many token shards meet in one feed-forward buffer."""
+        return math.prod(self.mesh.shape[axis] for axis in self.scatter_axes)
+
+    def spec(self, dims: Sequence[Role | None], shape: Sequence[int]) -> PartitionSpec:
+        """The split of an array whose trailing dimensions play `dims`; leading ones (stacked layers) are not split."""
+        stacked = len(shape) - len(dims)
+        return PartitionSpec(
+            *(None,) * stacked,
+            *(self._dim_axes(role, size) for role, size in zip(dims, shape[stacked:], strict=True)),
+        )
+
+    def _dim_axes(self, role: Role | None, size: int) -> tuple[str, ...] | None:
+        if role is None or (role is Role.KV_HEADS and size < self.size(Role.HEADS)):
+            return None
+        return self.axes(role) or None
+
+    def sharding(self, dims: Sequence[Role | None], shape: Sequence[int]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(dims, shape))
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise `PlacementError`, naming every number, if the model cannot be split this way."""
+        problems = dict.fromkeys(problem for layer in config.layers for problem in self._layer_problems(layer))
+        if config.vocab_rows % self.size(Role.HEADS):
+            problems[f"{config.vocab_rows} embedding rows do not divide over {self._written(Role.HEADS)}"] = None
+        if problems:
+            raise PlacementError("the model does not fit the placement: " + "; ".join(problems))
+
+    def _layer_problems(self, layer: LayerConfig) -> list[str]:
+        attention, ffn = layer.attention, layer.ffn
+        split: list[tuple[str, int, Role]] = [("attention heads", attention.heads, Role.HEADS)]
+        if isinstance(ffn, DenseConfig):
+            split.append(("units of dense MLP width", ffn.width, Role.PARTIAL))
+        else:
+            split += [("experts", ffn.experts, Role.EXPERTS), ("units of expert width", ffn.width, Role.FFN)]
+            if ffn.shared is not None:
+                split.append(("units of shared-expert width", ffn.shared.width, Role.PARTIAL))
+        problems = [
+            f"{n} {what} do not divide over {self._written(role)}" for what, n, role in split if n % self.size(role)
+        ]
+        heads, kv = self.size(Role.HEADS), attention.kv_heads
+        if kv % heads and heads % kv:
+            problems.append(f"{kv} KV heads neither divide over {self._written(Role.HEADS)} nor repeat evenly on them")
+        return problems
+
+    def _written(self, role: Role) -> str:
+        sizes = ", ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes(role))
+        return f"{self.size(role)} devices ({role.name.lower()}: {sizes})"
+
+    def __str__(self) -> str:
+        mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        roles = {"tokens": self.tokens, "heads": self.heads, "experts": self.experts, "ffn": self.ffn}
+        return mesh + "".join(f"; {role}={','.join(axes)}" for role, axes in roles.items())
+
+
+def as_placement(mesh: str | Mapping[str, int] | Mesh | Placement | None) -> Placement:
+    """A placement from whatever a user has: text, axis sizes, a mesh, a placement, or nothing (all devices)."""
+    match mesh:
+        case Placement():
+            return mesh
+        case str():
+            return Placement.parse(mesh)
+        case Mesh():
+            return Placement(mesh)
+        case _:
+            return Placement(make_mesh(mesh))

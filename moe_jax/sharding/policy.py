@@ -1,0 +1,82 @@
+"""The one place that decides how a feed-forward combines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_jax.errors import PlacementError
+from moe_jax.sharding.combine import Combine, ReduceCombine, ScatterCombine
+from moe_jax.sharding.placement import Placement
+from moe_jax.sharding.rows import Rows
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A chosen strategy, why, and what each candidate would send."""
+
+    strategy: Combine
+    reason: str
+    sent_bytes: dict[str, float]
+    """Bytes that each device sends in one combine, by strategy."""
+
+    @property
+    def name(self) -> str:
+        return type(self.strategy).__name__
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def choose_combine(placement: Placement, *, capacity: int, total: int, row_bytes: int) -> Decision:
+    """Choose by the mesh first, then by bytes.
+
+    | tokens split over a PARTIAL axis | bytes sent                | chosen         |
+    | -------------------------------- | ------------------------- | -------------- |
+    | no                               |                           | ReduceCombine  |
+    | yes                              | scatter <= reduce         | ScatterCombine |
+    | yes                              | scatter > reduce (skewed) | ReduceCombine  |
+
+    Args:
+      capacity, total: the sizes of `Rows`: rows per token shard, and rows of a group packed together.
+      row_bytes: hidden width times the bytes of its dtype.
+    """
+    candidates = (ScatterCombine(placement), ReduceCombine(placement))
+    scatter, reduce = candidates
+    sent = {type(c).__name__: c.sent_rows(capacity, total) * row_bytes for c in candidates}
+    if not placement.scatter_axes:
+        axes = ", ".join(placement.sum_axes) or "no axis"
+        return Decision(reduce, f"no token axis holds experts or widths, the sum over {axes} is all there is", sent)
+    over = ", ".join(placement.scatter_axes)
+    least, most = (f"{amount / 1024:.1f} KiB" for amount in sorted(sent.values()))
+    if scatter.sent_rows(capacity, total) <= reduce.sent_rows(capacity, total):
+        return Decision(
+            scatter, f"tokens and partial sums share {over}; it sends {least} where a sum sends {most}", sent
+        )
+    return Decision(reduce, f"rows are skewed over {over}; packed, it sends {least} where a scatter sends {most}", sent)
+
+
+Wanted = Literal["auto", "scatter", "reduce"] | Combine
+"""What users may ask for: the policy's choice, a strategy by name, or one of their own."""
+
+
+def decide(wanted: Wanted, placement: Placement, rows: Rows, row_bytes: int) -> Decision:
+    """The strategy that the user wants, with what it costs and what the policy would have said.
+
+    Raises:
+      PlacementError: no such strategy, or one made for another placement.
+    """
+    decision = choose_combine(placement, capacity=rows.capacity, total=rows.total, row_bytes=row_bytes)
+    match wanted:
+        case "auto":
+            return decision
+        case "scatter" | "reduce":
+            strategy = (ScatterCombine if wanted == "scatter" else ReduceCombine)(placement)
+        case Combine() if wanted.placement == placement:
+            strategy = wanted
+        case Combine():
+            raise PlacementError(f"the strategy was made for {wanted.placement}, the model is on {placement}")
+        case _:
+            raise PlacementError(f"combine must be auto, scatter, reduce or a strategy, got {wanted!r}")
+    sent = decision.sent_bytes | {type(strategy).__name__: strategy.sent_rows(rows.capacity, rows.total) * row_bytes}
+    return Decision(strategy, f"asked for; the policy says {decision}", sent)

@@ -1,0 +1,95 @@
+"""An optax training loop over a sharded decoder, saved with orbax and resumed where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32
+from tqdm import tqdm
+
+from moe_jax.checkpoints.orbax_store import Steps
+from moe_jax.models import Parameters, ShardedDecoder
+from moe_jax.sharding import Combine
+from moe_jax.training.examples import Examples
+from moe_jax.training.loss import Losses, losses
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainingState:
+    step: Int32[Array, ""]
+    parameters: Parameters
+    optimizer: optax.OptState
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How a decoder is trained.
+
+    A run that was killed goes on from its newest saved state and sees the examples that an unbroken run would have
+    seen.
+    """
+
+    decoder: ShardedDecoder
+    optimizer: optax.GradientTransformation
+    examples: Callable[[int], Examples]
+    """The examples of a step, by its number."""
+    combine: Combine
+    balance_weight: float = 0.01
+    seed: int = 0
+
+    def run(self, directory: Path, steps: int, *, save_every: int = 200, progress: bool = False) -> TrainingState:
+        """Train up to step number `steps`, counted from the very beginning, keeping states in `directory`."""
+        with Steps(directory) as saved:
+            state = saved.restore_newest(self.abstract_state()) or self.initial_state()
+            first, update = int(state.step), jax.jit(self.update, donate_argnums=0)
+            with tqdm(total=steps, initial=first, desc="training", unit=" steps", disable=not progress) as bar:
+                for step in range(first, steps):
+                    state, last = update(state, self.examples(step))
+                    if (step + 1) % save_every == 0 or step + 1 == steps:
+                        saved.save(step + 1, state)
+                    bar.update()
+                    bar.set_postfix(loss=f"{float(last.next_token):.4f}", balance=f"{float(last.balance):.2f}")
+        return state
+
+    def initial_state(self) -> TrainingState:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        parameters = self.decoder.init(self.seed)
+        return TrainingState(
+            jnp.zeros((), jnp.int32, device=shardings.step),
+            parameters,
+            jax.jit(self.optimizer.init, out_shardings=shardings.optimizer)(parameters),
+        )
+
+    def abstract_state(self) -> TrainingState:
+        """Shapes, dtypes and shardings: the optimizer's moments lie where their parameters lie."""
+        parameters = self.decoder.parameters
+        everywhere = NamedSharding(self.decoder.placement.mesh, PartitionSpec())
+        optimizer = optax.tree_utils.tree_map_params(
+            self.optimizer,
+            lambda _, parameter: parameter,
+            jax.eval_shape(self.optimizer.init, parameters),
+            parameters,
+            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        )
+        return TrainingState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), parameters, optimizer)  # type: ignore[arg-type]
+
+    def update(self, state: TrainingState, examples: Examples) -> tuple[TrainingState, Losses]:
+        """One optimizer step, to be compiled."""
+
+        def objective(parameters: Parameters) -> tuple[Array, Losses]:
+            found = losses(self.decoder, parameters, examples, self.combine)
+            return found.next_token + self.balance_weight * found.balance, found
+
+        gradients, found = jax.grad(objective, has_aux=True)(state.parameters)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.parameters)
+        return TrainingState(
+            state.step + 1, cast(Parameters, optax.apply_updates(state.parameters, updates)), optimizer
+        ), found

@@ -1,0 +1,223 @@
+"""Make the golden checkpoints: tiny random models with the numbers Hugging Face transformers computes for them.
+
+    pip install torch==2.13.0 transformers==5.23
+    python tests/goldens/make_goldens.py              # every case
+    python tests/goldens/make_goldens.py CASE ...     # only these
+
+Each case is a folder beside this script that holds the checkpoint as `save_pretrained` writes it (less
+`generation_config.json`) and `reference.npz`:
+
+    prompts        int32   [P, L]     token ids, padded on the right with -1
+    prompt_logits  float32 [P, L, V]  logits of every prompt position, 0 beyond the prompt
+    tokens         int32   [P, S]     greedy continuation
+    token_logits   float32 [P, S, V]  the logits whose argmax is that token (step 0 is the last prompt position)
+    seed           int64   []         seed of the weights and the prompts
+
+The numbers are computed in float32, one prompt at a time, without padding and with eager attention. A seed is taken
+only if rounding differences between implementations can change neither a token nor an expert choice.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+HERE = Path(__file__).parent
+PROMPT_LENGTHS = (5, 1, 12, 3, 9, 2)
+STEPS = 8
+WEIGHT_GAIN = 1.5  # weights are randn * gain / sqrt(fan_in)
+MIN_TOKEN_GAP = 1e-3  # best to second-best logit, relative to the largest absolute logit
+MIN_ROUTER_GAP = 1e-3  # k-th to (k+1)-th router logit
+MIN_CONTEXT_EFFECT = 0.5  # change of a logit when the context is dropped, relative to the spread of the logits
+
+
+# fmt: off
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3_moe_gqa4_e8_top2": {
+        "model_type": "qwen3_moe", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe_gqa8_e16_top4_sparse_step": {  # dense, dense, dense, sparse
+        "model_type": "qwen3_moe", "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8,
+        "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 8, "norm_topk_prob": False,
+        "decoder_sparse_step": 2, "mlp_only_layers": [1], "intermediate_size": 24,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "qwen3_moe_gqa2_e12_top1_dense": {  # sparse, dense, sparse
+        "model_type": "qwen3_moe", "vocab_size": 113, "hidden_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
+        "num_experts": 12, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "norm_topk_prob": False,
+        "mlp_only_layers": [1], "intermediate_size": 40, "rms_norm_eps": 0.02,
+    },
+    "qwen3_moe_gqa1_e6_top2_window": {
+        "model_type": "qwen3_moe", "vocab_size": 104, "hidden_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8,
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True,
+        "use_sliding_window": True, "sliding_window": 5,
+    },
+    "qwen2_moe_gqa1_e4_top2": {
+        "model_type": "qwen2_moe", "vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 8,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 24, "rms_norm_eps": 0.02,
+    },
+    "qwen2_moe_gqa2_e8_top4_sparse_step": {  # dense, sparse
+        "model_type": "qwen2_moe", "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
+        "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 8, "norm_topk_prob": True,
+        "shared_expert_intermediate_size": 16, "tie_word_embeddings": True,
+        "decoder_sparse_step": 2, "intermediate_size": 24,
+    },
+    "qwen2_moe_gqa4_e12_top2_window": {  # attention: window, full, full
+        "model_type": "qwen2_moe", "vocab_size": 103, "hidden_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 1,
+        "num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 16, "qkv_bias": False,
+        "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
+    "mixtral_gqa1_e4_top2": {
+        "model_type": "mixtral", "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 8,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 8,
+    },
+    "mixtral_gqa2_e6_top1_window": {
+        "model_type": "mixtral", "vocab_size": 160, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
+        "num_local_experts": 6, "num_experts_per_tok": 1, "intermediate_size": 24,
+        "sliding_window": 4, "rms_norm_eps": 0.02,
+    },
+    "mixtral_gqa8_e16_top4_sharded": {
+        "model_type": "mixtral", "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16,
+        "num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 8,
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+# fmt: on
+SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file
+
+
+def build_model(settings: dict[str, Any]) -> PreTrainedModel:
+    """A model with every parameter random, norms and biases included, drawn from torch's generator."""
+    config = AutoConfig.for_model(**settings, max_position_embeddings=64, bos_token_id=None, eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape)
+        if name.endswith("bias"):
+            parameter.copy_(0.5 * noise)
+        elif parameter.ndim == 1:
+            parameter.copy_(1 + 0.3 * noise)
+        else:
+            parameter.copy_(WEIGHT_GAIN * noise / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prompt with its greedy continuation, and the logits that chose each new token."""
+    sequence, chosen_by = prompt, []
+    cache = DynamicCache(config=model.config) if use_cache else None
+    for step in range(STEPS):
+        fed = sequence[-1:] if use_cache and step else sequence
+        logits = model(fed[None], past_key_values=cache, use_cache=use_cache).logits[0, -1]
+        sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)])
+        chosen_by.append(logits)
+    return sequence, torch.stack(chosen_by)
+
+
+def compute_reference(model: PreTrainedModel, prompts: list[torch.Tensor]) -> dict[str, np.ndarray]:
+    """The arrays of `reference.npz` but the seed; greedy decoding with and without a cache must agree."""
+    rows, length, vocab = len(prompts), max(map(len, prompts)), model.config.vocab_size
+    reference = {
+        "prompts": np.full((rows, length), -1, np.int32),
+        "prompt_logits": np.zeros((rows, length, vocab), np.float32),
+        "tokens": np.zeros((rows, STEPS), np.int32),
+        "token_logits": np.zeros((rows, STEPS, vocab), np.float32),
+    }
+    for row, prompt in enumerate(prompts):
+        sequence, logits = greedy(model, prompt, use_cache=False)
+        cached_sequence, cached_logits = greedy(model, prompt, use_cache=True)
+        assert torch.equal(sequence, cached_sequence), "the cache changes a greedy token"
+        torch.testing.assert_close(cached_logits, logits, rtol=1e-4, atol=1e-4)
+        reference["prompts"][row, : len(prompt)] = prompt
+        reference["prompt_logits"][row, : len(prompt)] = model(prompt[None]).logits[0]
+        reference["tokens"][row] = sequence[len(prompt) :]
+        reference["token_logits"][row] = logits
+    return reference
+
+
+def find_faults(model: PreTrainedModel, prompts: list[torch.Tensor], reference: dict[str, np.ndarray]) -> Iterator[str]:
+    """What makes this model a poor golden: near-ties, dull logits, unused experts, context that hardly counts."""
+    logits = reference["token_logits"]
+    first, second = np.sort(logits)[..., :-3:-1].transpose(2, 0, 1)
+    if ((first - second) / np.abs(logits).max(-1)).min() <= MIN_TOKEN_GAP:
+        yield "two next tokens nearly tie"
+    if logits.std() < 1:
+        yield "the logits hardly spread"
+    if min(len(set(row)) for row in reference["tokens"].tolist()) < STEPS // 2:
+        yield "a continuation hardly varies"
+    for prompt, with_context in zip(prompts, logits[:, 0], strict=False):
+        without_context = model(prompt[None, -1:]).logits[0, 0].numpy()
+        if len(prompt) > 1 and np.abs(with_context - without_context).mean() < MIN_CONTEXT_EFFECT * logits.std():
+            yield "dropping the context hardly changes the logits"
+    yield from find_router_faults(model, prompts, reference["tokens"])
+
+
+def find_router_faults(model: PreTrainedModel, prompts: list[torch.Tensor], tokens: np.ndarray) -> Iterator[str]:
+    """The faults of the expert choices over all prompts and continuations, layer by layer."""
+    top_k = model.config.num_experts_per_tok
+    sequences = [torch.cat([prompt, torch.from_numpy(row)]) for prompt, row in zip(prompts, tokens, strict=False)]
+    outputs = [model(sequence[None], output_router_logits=True).router_logits for sequence in sequences]
+    for layer in map(torch.cat, zip(*outputs, strict=False)):
+        ranked, experts = layer.sort(-1, descending=True)
+        if (ranked[:, top_k - 1] - ranked[:, top_k]).min() <= MIN_ROUTER_GAP:
+            yield "two experts nearly tie"
+        if 2 * len(experts[:, :top_k].unique()) < layer.shape[-1]:
+            yield "less than half of the experts are used"
+
+
+def make_case(name: str) -> int:
+    """Write the checkpoint and the reference of the first seed without faults, and return that seed."""
+    folder = HERE / name
+    for seed in count():
+        torch.manual_seed(seed)
+        model = build_model(CASES[name])
+        prompts = [torch.randint(model.config.vocab_size, (length,)) for length in PROMPT_LENGTHS]
+        reference = compute_reference(model, prompts)
+        fault = next(find_faults(model, prompts, reference), None)
+        if fault is None:
+            break
+        print(f"{name}: not seed {seed}, {fault}")
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZES.get(name, "1GB"))
+    (folder / "generation_config.json").unlink()
+    saved = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    for key, array in compute_reference(saved, prompts).items():
+        np.testing.assert_allclose(array, reference[key], rtol=1e-4, atol=1e-4, err_msg=f"{key} differ once saved")
+    np.savez_compressed(folder / "reference.npz", **reference, seed=seed)
+    return seed
+
+
+def main(names: list[str]) -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    disable_progress_bar()
+    for name in names or CASES:
+        seed = make_case(name)
+        size = sum(file.stat().st_size for file in (HERE / name).iterdir())
+        print(f"{name}: seed {seed}, {size // 1024} KiB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
