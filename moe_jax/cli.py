@@ -20,7 +20,7 @@ from moe_jax.llm import LLM
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.requests import SamplingParams
-from moe_jax.sharding import ScatterCombine, as_placement
+from moe_jax.sharding import ScatterCombine, as_placement, asked_strategy
 from moe_jax.training.recipe import Recipe
 from moe_jax.training.recipe import train as follow
 
@@ -170,7 +170,8 @@ def plan(
     checkpoint = Checkpoint(model)
     decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), dtype or checkpoint.dtype)
     length = max_length or checkpoint.config.max_positions
-    explanation = explain(Programs(decoder), combine.value, batch_size, length)
+    asked = asked_strategy(combine.value, decoder.placement)
+    explanation = explain(Programs(decoder), asked, batch_size, length)
     _print_json(explanation.as_dict()) if as_json else typer.echo(explanation)
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
-from moe_jax.sharding import Decision, Role, Rows, bucket
+from moe_jax.sharding import Combine, Decision, Role, Rows, bucket, decide
 from moe_jax.sharding.census import Collective, collectives, count
-from moe_jax.sharding.policy import Wanted, decide
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class Explanation:
         )
 
 
-def explain(programs: Programs, combine: Wanted, batch_size: int, positions: int) -> Explanation:
+def explain(programs: Programs, asked: Combine | None, batch_size: int, positions: int) -> Explanation:
     """Compile a decode step of `batch_size` sequences, spread evenly, over caches of `positions`, and read it."""
     decoder: ShardedDecoder = programs.decoder
     placement, shards = decoder.placement, decoder.placement.size(Role.TOKENS)
     counts = [batch_size // shards + (shard < batch_size % shards) for shard in range(shards)]
     rows = Rows.of(counts, placement)
-    decision = decide(combine, placement, rows, decoder.row_bytes)
+    decision = decide(asked, placement, rows, decoder.row_bytes)
     strategy = decision.strategy
     compiled = programs.decode_step(bucket(max(counts)), bucket(positions), strategy.sized(rows), strategy)
     return Explanation(

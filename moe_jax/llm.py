@@ -22,7 +22,7 @@ from moe_jax.errors import RequestError
 from moe_jax.explain import Explanation, explain
 from moe_jax.models import ShardedDecoder
 from moe_jax.requests import RequestOutput, SamplingParams
-from moe_jax.sharding import Decision, Placement, Rows, as_placement, decide
+from moe_jax.sharding import Decision, Placement, Rows, as_placement, asked_strategy, decide
 from moe_jax.sharding.policy import Wanted
 
 Prompt = str | Sequence[int]
@@ -63,8 +63,9 @@ class LLM:
         if max_batch_size < 1:
             raise RequestError(f"max_batch_size must be at least 1, got {max_batch_size}")
         self._max_batch_size = max_batch_size
-        self._combine: Wanted = combine
-        self._decoder = ShardedDecoder(self.config, as_placement(mesh), jnp.dtype(dtype or self._checkpoint.dtype))
+        placement = as_placement(mesh)
+        self._asked = asked_strategy(combine, placement)
+        self._decoder = ShardedDecoder(self.config, placement, _name(dtype or self._checkpoint.dtype))
         self._engine = Engine(self._decoder, self._checkpoint.load(self._decoder), self._decide)
 
     def generate(
@@ -103,7 +104,7 @@ class LLM:
 
     def explain(self, batch_size: int = 64) -> Explanation:
         """What a decode step of this many sequences does: the combine and its reason, the collectives, the bytes."""
-        return explain(self._engine.programs, self._combine, batch_size, self.max_length)
+        return explain(self._engine.programs, self._asked, batch_size, self.max_length)
 
     @property
     def throughput(self) -> Throughput:
@@ -111,7 +112,7 @@ class LLM:
         return self._engine.throughput
 
     def _decide(self, rows: Rows) -> Decision:
-        return decide(self._combine, self._decoder.placement, rows, self._decoder.row_bytes)
+        return decide(self._asked, self._decoder.placement, rows, self._decoder.row_bytes)
 
     def _checked_length(self, asked: int | None) -> int:
         most = self.config.max_positions
@@ -162,6 +163,11 @@ class LLM:
             finish_reason=request.finish_reason or "length",
             text=self.tokenizer.decode(request.tokens) if self.tokenizer else None,
         )
+
+
+def _name(dtype: DTypeLike) -> str:
+    """The dtype's name, or whatever was given in its place, for the decoder to refuse."""
+    return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> list[SamplingParams]:

@@ -23,14 +23,13 @@ from tokenizers import Tokenizer
 from moe_jax.checkpoints import export, loading, orbax_store
 from moe_jax.checkpoints.families import FAMILIES, Family
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import Entry, entries
+from moe_jax.checkpoints.names import Region, regions
 from moe_jax.checkpoints.tensor_files import TensorFiles
 from moe_jax.config import ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
 
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Checkpoint:
@@ -72,10 +71,7 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """The dtype that the weights were saved in, as config.json says."""
-        name = self._raw.get("dtype") or self._raw.get("torch_dtype") or "bfloat16"
-        if name not in DTYPES:
-            raise CheckpointError(f"config.json says dtype {name!r}, expected one of {', '.join(DTYPES)}")
-        return name
+        return self._raw.get("dtype") or self._raw.get("torch_dtype") or "bfloat16"
 
     def load(self, decoder: ShardedDecoder) -> Parameters:
         """The weights, on the decoder's mesh and in its dtype.
@@ -87,7 +83,7 @@ class Checkpoint:
             parameters = orbax_store.restore(self.path / ORBAX, decoder.parameters)
             loading.check_finite(parameters)
             return parameters
-        wanted = list(entries_of(self.family, decoder))
+        wanted = list(regions_of(self.family, decoder))
         unused = frozenset(self.family.sources["head.table"].names if self.config.tied_embeddings else ())
         with TensorFiles(self.path) as files:
             loading.check(wanted, files, unused)
@@ -105,7 +101,7 @@ class Checkpoint:
 
     def write_tensors(self, directory: Path, decoder: ShardedDecoder, parameters: Parameters) -> None:
         """Write the weights as safetensors, in the dtype that config.json says."""
-        export.export(directory, entries_of(self.family, decoder), parameters, jnp.dtype(self.dtype))
+        export.export(directory, regions_of(self.family, decoder), parameters, jnp.dtype(self.dtype))
 
     @contextmanager
     def _new_directory(self, path: str | Path) -> Iterator[Path]:
@@ -124,8 +120,8 @@ def family_of(raw_config: dict[str, Any]) -> Family:
     raise CheckpointError(f"model_type {kind!r} is not known: the families are {', '.join(sorted(FAMILIES))}")
 
 
-def entries_of(family: Family, decoder: ShardedDecoder) -> Iterator[Entry]:
-    return entries(decoder.config, decoder.parameters, family.sources)
+def regions_of(family: Family, decoder: ShardedDecoder) -> Iterator[Region]:
+    return regions(decoder.config, decoder.parameters, family.sources)
 
 
 @contextmanager

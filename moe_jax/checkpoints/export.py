@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from moe_jax.checkpoints.names import Entry
+from moe_jax.checkpoints.names import Region
 from moe_jax.checkpoints.tensor_files import INDEX, SINGLE
 from moe_jax.models import Parameters
 
@@ -20,13 +20,13 @@ LARGEST_FILE = 4 * 2**30
 
 def export(
     directory: Path,
-    entries: Iterable[Entry],
+    regions: Iterable[Region],
     parameters: Parameters,
     dtype: np.dtype,
     largest_file: int = LARGEST_FILE,
 ) -> None:
     """Write the parameters as safetensors of one dtype, one file's worth in host memory at a time."""
-    files, file_of = list(_write_files(directory, _tensors(entries, parameters, dtype), largest_file)), {}
+    files, file_of = list(_write_files(directory, _tensors(regions, parameters, dtype), largest_file)), {}
     if len(files) == 1:
         (directory / files[0][0]).rename(directory / SINGLE)
         return
@@ -37,14 +37,12 @@ def export(
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}, indent=2))
 
 
-def _tensors(entries: Iterable[Entry], parameters: Parameters, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(regions: Iterable[Region], parameters: Parameters, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     flat = dict(nnx.to_flat_state(parameters))
-    at, layer = None, np.empty(0)
-    for entry in entries:
-        if (entry.path, entry.repeat) != at:
-            at, param = (entry.path, entry.repeat), flat[entry.path].get_value()
-            layer = np.asarray(param if entry.repeat is None else param[entry.repeat]).astype(dtype)
-        yield entry.name, np.ascontiguousarray(entry.to_tensor(layer[entry.at]))
+    for region in regions:
+        host = np.asarray(flat[region.path].get_value()[region.index]).astype(dtype)
+        for entry in region.entries:
+            yield entry.name, np.ascontiguousarray(entry.to_tensor(host[entry.at]))
 
 
 def _write_files(

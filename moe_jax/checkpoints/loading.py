@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to sharded parameters, a layer of one parameter at a time.
+"""From the tensors of a checkpoint to sharded parameters, a region at a time.
 
 Host memory holds what the devices hold (where the host is the device) and one layer of one parameter, never a whole
 model.
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import lax
 from tqdm import tqdm
 
-from moe_jax.checkpoints.names import Entry, Index
+from moe_jax.checkpoints.names import Index, Region
 from moe_jax.checkpoints.tensor_files import TensorFiles
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters
@@ -26,14 +26,14 @@ FLOATS = ("F32", "BF16", "F16")
 MOST_PROBLEMS_SHOWN = 20
 
 
-def check(entries: Iterable[Entry], files: TensorFiles, unused: frozenset[str] = frozenset()) -> None:
+def check(regions: Iterable[Region], files: TensorFiles, unused: frozenset[str] = frozenset()) -> None:
     """Raise `CheckpointError`, naming them all, for tensors missing, left over, or of the wrong shape or dtype.
 
     Args:
       unused: tensors that may be there and are not read.
     """
     found, problems, wanted = files.shapes(), [], set()
-    for entry in entries:
+    for entry in (entry for region in regions for entry in region.entries):
         wanted.add(entry.name)
         shape, dtype = found.get(entry.name, (None, None))
         if shape is None:
@@ -51,66 +51,68 @@ def check(entries: Iterable[Entry], files: TensorFiles, unused: frozenset[str] =
         )
 
 
-def load(abstract: Parameters, entries: Iterable[Entry], files: TensorFiles) -> Parameters:
+def load(abstract: Parameters, regions: Iterable[Region], files: TensorFiles) -> Parameters:
     """Fill parameters of the given shapes, dtypes and shardings from the files.
 
     Raises:
       CheckpointError: a weight is NaN or infinite.
     """
-    by_path = {path: list(group) for path, group in groupby(entries, lambda entry: entry.path)}
-    flat = [
-        (path, param.replace(_load_parameter(param.get_value(), by_path[path], files)))
-        for path, param in tqdm(
-            nnx.to_flat_state(abstract), desc="loading", unit=" parameters", disable=None, leave=False
-        )
-    ]
-    parameters = nnx.from_flat_state(flat)
-    check_finite(parameters)
-    return parameters
+    by_path = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
+    parameters = tqdm(nnx.to_flat_state(abstract), desc="loading", unit=" parameters", disable=None, leave=False)
+    return nnx.from_flat_state(
+        (path, param.replace(_load_parameter(param.get_value(), by_path[path], files))) for path, param in parameters
+    )
 
 
 def check_finite(parameters: Parameters) -> None:
     """Raise `CheckpointError`, naming the parameters, if a weight is NaN or infinite."""
-    finite = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))(parameters)
-    bad = [".".join(map(str, path)) for path, ok in nnx.to_flat_state(finite) if not ok.get_value()]
-    if bad:
-        raise CheckpointError(f"weights are NaN or infinite in {', '.join(bad)}: the checkpoint is damaged or diverged")
+    _refuse([".".join(map(str, path)) for path, leaf in nnx.to_flat_state(parameters) if not _finite(leaf.get_value())])
 
 
-def _load_parameter(abstract: jax.ShapeDtypeStruct, entries: Sequence[Entry], files: TensorFiles) -> jax.Array:
-    if entries[0].repeat is None:
-        return _load_layer(abstract.shape, abstract.dtype, abstract.sharding, entries, files)
-    sharding = NamedSharding(abstract.sharding.mesh, PartitionSpec(*abstract.sharding.spec[1:]))
-    stacked = jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
-    for repeat, of_layer in groupby(entries, lambda entry: entry.repeat):
-        layer = _load_layer(abstract.shape[1:], abstract.dtype, sharding, list(of_layer), files)
-        stacked = _set_layer(stacked, layer, repeat)
-    return stacked
+def _refuse(names: Sequence[str]) -> None:
+    if names:
+        raise CheckpointError(
+            f"weights are NaN or infinite in {', '.join(names)}: the checkpoint is damaged or diverged"
+        )
+
+
+@jax.jit
+def _finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
+
+
+def _load_parameter(abstract: jax.ShapeDtypeStruct, regions: Sequence[Region], files: TensorFiles) -> jax.Array:
+    if len(regions) == 1 and regions[0].shape == abstract.shape:
+        return _load_region(regions[0], abstract, files)
+    whole = jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
+    for region in regions:
+        whole = jax.block_until_ready(_put(whole, _load_region(region, abstract, files), region.start))
+    return whole
 
 
 @partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked: jax.Array, layer: jax.Array, repeat: int) -> jax.Array:
-    return stacked.at[repeat].set(layer)
+def _put(whole: jax.Array, part: jax.Array, start: tuple[int, ...]) -> jax.Array:
+    return lax.dynamic_update_slice(whole, part, start)
 
 
-def _load_layer(
-    shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, entries: Sequence[Entry], files: TensorFiles
-) -> jax.Array:
+def _load_region(region: Region, parameter: jax.ShapeDtypeStruct, files: TensorFiles) -> jax.Array:
+    """The region as an array of its own, split as the parameter is."""
     shards, last, host = [], None, np.empty(0)
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
+    for device, index in parameter.sharding.addressable_devices_indices_map(region.shape).items():
         if index != last:
-            last, host = index, _read_part(shape, dtype, index or (), entries, files)
+            last, host = index, _read_part(region, index or (), parameter.dtype, files)
         shards.append(jax.device_put(host, device))
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+    loaded = jax.make_array_from_single_device_arrays(region.shape, parameter.sharding, shards)
+    if not _finite(loaded):
+        _refuse([entry.name for entry in region.entries if not np.isfinite(files.read(entry.name)).all()])
+    return loaded
 
 
-def _read_part(
-    shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...], entries: Sequence[Entry], files: TensorFiles
-) -> np.ndarray:
-    """The part `index` of one layer of a parameter; zero where no tensor reaches (padding of the vocabulary)."""
-    spans = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+def _read_part(region: Region, index: tuple[slice, ...], dtype: np.dtype, files: TensorFiles) -> np.ndarray:
+    """The part `index` of a region; zero where no tensor reaches (padding of the vocabulary)."""
+    spans = [range(*part.indices(size)) for part, size in zip(index, region.shape, strict=True)]
     out = np.zeros([len(span) for span in spans], dtype)
-    for entry in entries:
+    for entry in region.entries:
         overlap = _overlap(entry.at, spans)
         if overlap is not None:
             source, target = overlap

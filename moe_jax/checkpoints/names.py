@@ -46,15 +46,12 @@ def linear(*names: str, inputs: int = 1) -> Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file and the place it has in a parameter."""
+    """One tensor of the file and its place in a region."""
 
     name: str
     shape: tuple[int, ...]
-    path: Path
-    repeat: int | None
-    """Its layer in a parameter that is stacked over layers."""
     at: Index
-    """Its place in that layer, or in the whole parameter; slices have both ends."""
+    """Numbers, and slices with both ends."""
     piece_shape: tuple[int, ...]
     transposed: bool
 
@@ -65,7 +62,21 @@ class Entry:
         return piece.reshape(self.shape[::-1]).T if self.transposed else piece.reshape(self.shape)
 
 
-def entries(config: ModelConfig, parameters: Parameters, sources: Mapping[str, Source]) -> Iterator[Entry]:
+@dataclass(frozen=True)
+class Region:
+    """The part of a parameter that is moved at once: one layer of it, gate and up apart, over all experts."""
+
+    path: Path
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    entries: list[Entry]
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        return tuple(slice(first, first + size) for first, size in zip(self.start, self.shape, strict=True))
+
+
+def regions(config: ModelConfig, parameters: Parameters, sources: Mapping[str, Source]) -> Iterator[Region]:
     """Every tensor that the checkpoint of this model has, parameter by parameter, layer by layer."""
     groups = group_layers(config.layers)
     for path, param in nnx.to_flat_state(parameters):
@@ -73,37 +84,44 @@ def entries(config: ModelConfig, parameters: Parameters, sources: Mapping[str, S
             case ("stacks", int(group), "unit", int(block), *rest):
                 source = sources[".".join(map(str, rest))]
                 for repeat in range(groups[group].repeats):
-                    layer = groups[group].layer(repeat, block)
-                    yield from _layer_entries(source, path, repeat, param.shape[1:], layer)
+                    yield from _regions(source, path, param.shape, repeat, groups[group].layer(repeat, block))
             case ("embedding" | "head", "table"):
                 name, shape = sources[".".join(map(str, path))].names[0], (config.vocab_size, config.hidden)
-                yield Entry(name, shape, path, None, _whole(shape), shape, transposed=False)
+                entry = Entry(name, shape, (slice(0, shape[0]), slice(0, shape[1])), shape, transposed=False)
+                yield Region(path, (0, 0), param.shape, [entry])
             case _:
-                yield from _layer_entries(sources[".".join(map(str, path))], path, None, param.shape, layer=0)
+                yield from _regions(sources[".".join(map(str, path))], path, param.shape, None, layer=0)
 
 
-def _layer_entries(
-    source: Source, path: Path, repeat: int | None, shape: tuple[int, ...], layer: int
-) -> Iterator[Entry]:
-    per_expert = "{expert}" in source.names[0]
-    for expert in range(shape[0] if per_expert else 1):
-        for part, template in enumerate(source.names):
-            piece = shape[1:] if per_expert else shape
-            at = _whole(piece)
-            if len(source.names) > 1:
-                piece, at = piece[:-2] + piece[-1:], (*at[:-2], part, at[-1])
-            at = (expert, *at) if per_expert else at
-            name = template.format(layer=layer, expert=expert)
-            yield Entry(
-                name, _file_shape(piece, source.inputs), path, repeat, at, piece, transposed=source.inputs is not None
-            )
+def _regions(
+    source: Source, path: Path, param_shape: tuple[int, ...], repeat: int | None, layer: int
+) -> Iterator[Region]:
+    """Those of one layer of a parameter, or of one that is not stacked over layers."""
+    for part, template in enumerate(source.names):
+        fixed = {} if repeat is None else {0: repeat}
+        if len(source.names) > 1:
+            fixed[len(param_shape) - 2] = part
+        start = tuple(fixed.get(dim, 0) for dim in range(len(param_shape)))
+        shape = tuple(1 if dim in fixed else size for dim, size in enumerate(param_shape))
+        expert_dim = int(repeat is not None) if "{expert}" in template else None
+        entries = [
+            _entry(template.format(layer=layer, expert=expert), shape, dict.fromkeys(fixed, 0) | place, source.inputs)
+            for expert, place in _experts(shape, expert_dim)
+        ]
+        yield Region(path, start, shape, entries)
 
 
-def _whole(shape: tuple[int, ...]) -> Index:
-    return tuple(slice(0, size) for size in shape)
+def _experts(shape: tuple[int, ...], dim: int | None) -> Iterator[tuple[int, dict[int, int]]]:
+    """The experts of a region, and where along which dimension each lies."""
+    if dim is None:
+        yield 0, {}
+    else:
+        yield from ((expert, {dim: expert}) for expert in range(shape[dim]))
 
 
-def _file_shape(piece: tuple[int, ...], inputs: int | None) -> tuple[int, ...]:
-    if inputs is None:
-        return (math.prod(piece),)
-    return (math.prod(piece[inputs:]), math.prod(piece[:inputs]))
+def _entry(name: str, region: tuple[int, ...], place: Mapping[int, int], inputs: int | None) -> Entry:
+    """The tensor that lies at `place`, along dimensions that it does not have itself."""
+    at = tuple(place.get(dim, slice(0, size)) for dim, size in enumerate(region))
+    piece = tuple(size for dim, size in enumerate(region) if dim not in place)
+    shape = (math.prod(piece),) if inputs is None else (math.prod(piece[inputs:]), math.prod(piece[:inputs]))
+    return Entry(name, shape, at, piece, transposed=inputs is not None)

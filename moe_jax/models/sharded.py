@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig
+from moe_jax.errors import ConfigError
 from moe_jax.layers import Cache, KVCache, Step, parameter
 from moe_jax.models.batch import Batch
 from moe_jax.models.decoder import Caches, Decoder
@@ -23,6 +23,8 @@ from moe_jax.sharding import Combine, Placement, Role
 
 Parameters = nnx.State
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 @dataclass(frozen=True)
 class ShardedDecoder:
@@ -30,13 +32,16 @@ class ShardedDecoder:
 
     Raises:
       PlacementError: the model cannot be split this way.
+      ConfigError: a dtype that is not one of `DTYPES`.
     """
 
     config: ModelConfig
     placement: Placement
-    dtype: DTypeLike
+    dtype: str
 
     def __post_init__(self) -> None:
+        if str(self.dtype) not in DTYPES:
+            raise ConfigError(f"dtype must be bfloat16, float16 or float32, got {str(self.dtype)!r}")
         self.placement.check(self.config)
 
     @cached_property

@@ -8,7 +8,7 @@ from moe_jax.sharding.collectives import PartialSum
 from moe_jax.sharding.combine import Combine, Gathered, ReduceCombine, ScatterCombine
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.placement import Placement, Role, as_placement
-from moe_jax.sharding.policy import Decision, choose_combine, decide
+from moe_jax.sharding.policy import Decision, asked_strategy, choose_combine, decide
 from moe_jax.sharding.rows import Rows, bucket
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Rows",
     "ScatterCombine",
     "as_placement",
+    "asked_strategy",
     "bucket",
     "choose_combine",
     "decide",

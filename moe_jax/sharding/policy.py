@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from moe_jax.errors import PlacementError
 from moe_jax.sharding.combine import Combine, ReduceCombine, ScatterCombine
@@ -56,27 +55,34 @@ def choose_combine(placement: Placement, *, capacity: int, total: int, row_bytes
     return Decision(reduce, f"rows are skewed over {over}; packed, it sends {least} where a scatter sends {most}", sent)
 
 
-Wanted = Literal["auto", "scatter", "reduce"] | Combine
-"""What users may ask for: the policy's choice, a strategy by name, or one of their own."""
+Wanted = str | Combine
+"""What users may ask for: `auto`, `scatter`, `reduce`, or a strategy of their own."""
 
 
-def decide(wanted: Wanted, placement: Placement, rows: Rows, row_bytes: int) -> Decision:
-    """The strategy that the user wants, with what it costs and what the policy would have said.
+def asked_strategy(wanted: Wanted, placement: Placement) -> Combine | None:
+    """The strategy that a user insists on; `None` for `auto`.
 
     Raises:
       PlacementError: no such strategy, or one made for another placement.
     """
-    decision = choose_combine(placement, capacity=rows.capacity, total=rows.total, row_bytes=row_bytes)
     match wanted:
         case "auto":
-            return decision
-        case "scatter" | "reduce":
-            strategy = (ScatterCombine if wanted == "scatter" else ReduceCombine)(placement)
+            return None
+        case "scatter":
+            return ScatterCombine(placement)
+        case "reduce":
+            return ReduceCombine(placement)
         case Combine() if wanted.placement == placement:
-            strategy = wanted
+            return wanted
         case Combine():
             raise PlacementError(f"the strategy was made for {wanted.placement}, the model is on {placement}")
-        case _:
-            raise PlacementError(f"combine must be auto, scatter, reduce or a strategy, got {wanted!r}")
-    sent = decision.sent_bytes | {type(strategy).__name__: strategy.sent_rows(rows.capacity, rows.total) * row_bytes}
-    return Decision(strategy, f"asked for; the policy says {decision}", sent)
+    raise PlacementError(f"combine must be auto, scatter, reduce or a strategy, got {wanted!r}")
+
+
+def decide(asked: Combine | None, placement: Placement, rows: Rows, row_bytes: int) -> Decision:
+    """What `choose_combine` chooses, or the strategy asked for, with what it costs and what would have been chosen."""
+    decision = choose_combine(placement, capacity=rows.capacity, total=rows.total, row_bytes=row_bytes)
+    if asked is None:
+        return decision
+    sent = decision.sent_bytes | {type(asked).__name__: asked.sent_rows(rows.capacity, rows.total) * row_bytes}
+    return Decision(asked, f"asked for; the policy says {decision}", sent)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from moe_jax.checkpoints.checkpoint import CONFIG, TOKENIZER, Checkpoint, new_directory
@@ -67,7 +66,7 @@ class Recipe:
             return examples(prompts, [encode(problem.answer + END).ids for problem in batch], placement, LONGEST)
 
         return Trainer(
-            ShardedDecoder(Fields(MODEL).read(FAMILIES[MODEL["model_type"]].read), placement, jnp.float32),
+            ShardedDecoder(Fields(MODEL).read(FAMILIES[MODEL["model_type"]].read), placement, "float32"),
             self._optimizer(),
             drawn,
             combine,

@@ -1,0 +1,204 @@
+"""Hugging Face directories and orbax, in and out, whole and damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from moe_jax.checkpoints import Checkpoint
+from moe_jax.checkpoints.export import export
+from moe_jax.checkpoints.names import regions
+from moe_jax.errors import CheckpointError
+from moe_jax.models import Parameters, ShardedDecoder
+from moe_jax.sharding import as_placement
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+ONE, SHARDED = "qwen3_moe_gqa4_e8_top2", "mixtral_gqa8_e16_top4_sharded"
+Tensors = dict[str, np.ndarray]
+
+
+def decoder(checkpoint: Checkpoint, mesh: str, dtype: str = "float32") -> ShardedDecoder:
+    return ShardedDecoder(checkpoint.config, as_placement(mesh), dtype)
+
+
+def load(path: Path, mesh: str = "expert=2", dtype: str = "float32") -> Parameters:
+    checkpoint = Checkpoint(path)
+    return checkpoint.load(decoder(checkpoint, mesh, dtype))
+
+
+def tensors(path: Path) -> Tensors:
+    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def assert_equal(one: Parameters, other: Parameters) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GOLDENS / ONE, tmp_path / ONE))
+
+
+@pytest.mark.parametrize("case", [ONE, SHARDED, "qwen2_moe_gqa2_e8_top4_sparse_step"])
+def test_out_to_hugging_face_gives_the_tensors_that_came_in(case: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(GOLDENS / case)
+    there = decoder(checkpoint, "data=2,expert=2,tensor=2")
+    checkpoint.save_hugging_face(tmp_path / "out", there, checkpoint.load(there))
+    expected, got = tensors(GOLDENS / case), tensors(tmp_path / "out")
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    assert Checkpoint(tmp_path / "out").config == checkpoint.config
+
+
+def test_large_exports_are_split_and_indexed(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(GOLDENS / ONE)
+    there = decoder(checkpoint, "expert=8")
+    parameters = checkpoint.load(there)
+    shutil.copy(GOLDENS / ONE / "config.json", tmp_path)
+    parts = regions(there.config, there.parameters, checkpoint.family.sources)
+    export(tmp_path, parts, parameters, np.dtype(np.float32), largest_file=40_000)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    assert not list(tmp_path.glob("part-*"))
+    assert_equal(load(tmp_path), load(GOLDENS / ONE))
+
+
+def test_orbax_restores_onto_another_mesh(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(GOLDENS / ONE)
+    checkpoint.save_orbax(tmp_path / "out", load(GOLDENS / ONE, "expert=8"))
+    restored = Checkpoint(tmp_path / "out")
+    there = decoder(restored, "data=2,expert=2,tensor=2")
+    parameters = restored.load(there)
+    assert_equal(parameters, load(GOLDENS / ONE, "data=1"))
+    for got, wanted in zip(jax.tree.leaves(parameters), jax.tree.leaves(there.parameters), strict=True):
+        assert got.sharding == wanted.sharding
+
+
+def test_weights_come_in_the_dtype_asked_for_but_the_router_in_float32() -> None:
+    flat = {str(path): leaf for path, leaf in nnx.to_flat_state(load(GOLDENS / ONE, dtype="bfloat16"))}
+    dtypes = {name: leaf.get_value().dtype for name, leaf in flat.items()}
+    assert {str(dtype) for name, dtype in dtypes.items() if "router" not in name} == {"bfloat16"}
+    assert {str(dtype) for name, dtype in dtypes.items() if "router" in name} == {"float32"}
+
+
+def rewrite(path: Path, change: Callable[[Tensors], None]) -> None:
+    held = load_file(path / "model.safetensors")
+    change(held)
+    save_file(held, path / "model.safetensors")
+
+
+NORM, GATE = "model.norm.weight", "model.layers.1.mlp.experts.3.gate_proj.weight"
+
+
+def damage(held: Tensors) -> None:
+    del held[NORM]
+    held["model.extra"] = np.zeros(3, np.float32)
+    held[GATE] = held[GATE].T.copy()
+    held["model.layers.0.mlp.gate.weight"] = np.zeros((8, 32), np.int8)
+
+
+def test_every_mismatch_is_named_at_once(copy: Path) -> None:
+    rewrite(copy, damage)
+    with pytest.raises(CheckpointError) as caught:
+        load(copy)
+    for words in (
+        f"{NORM} is missing",
+        "model.extra is not used",
+        f"{GATE} has shape [32, 16], config.json implies [16, 32]",
+        "model.layers.0.mlp.gate.weight has dtype I8",
+    ):
+        assert words in str(caught.value)
+
+
+def test_long_lists_of_mismatches_are_cut(copy: Path) -> None:
+    rewrite(copy, dict.clear)
+    with pytest.raises(CheckpointError, match=r"is missing\n.*\n  and \d+ more$"):
+        load(copy)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(copy: Path, bad: float) -> None:
+    rewrite(copy, lambda held: held[GATE].__setitem__((2, 3), bad))
+    with pytest.raises(CheckpointError, match=f"NaN or infinite in {GATE}: "):
+        load(copy)
+
+
+def test_truncated_weights(copy: Path) -> None:
+    whole = (copy / "model.safetensors").read_bytes()
+    for length in (len(whole) - 100, 100, 3, 0):
+        (copy / "model.safetensors").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"model.safetensors is damaged .*copy it again"):
+            load(copy)
+
+
+def test_missing_files(tmp_path: Path, copy: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere is no directory"):
+        Checkpoint(tmp_path / "nowhere")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors is missing"):
+        load(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config.json is missing"):
+        Checkpoint(copy)
+
+
+def test_damaged_config(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        Checkpoint(copy)
+    (copy / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="must hold a JSON object"):
+        Checkpoint(copy)
+    (copy / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"'llama' is not known: the families are mixtral, qwen2_moe, qwen3_moe"):
+        Checkpoint(copy)
+
+
+def test_damaged_index(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(GOLDENS / SHARDED, tmp_path / SHARDED))
+    index = path / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    whole["weight_map"]["model.more"] = next(iter(whole["weight_map"].values()))
+    index.write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match=r"names tensors that no file holds: model.more"):
+        load(path)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="is no index of safetensors files"):
+        load(path)
+
+
+def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(GOLDENS / ONE)
+    there = decoder(checkpoint, "expert=2")
+    parameters = checkpoint.load(there)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(CheckpointError, match="taken exists already"):
+        checkpoint.save_hugging_face(tmp_path / "taken", there, parameters)
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("moe_jax.checkpoints.export.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save_hugging_face(tmp_path / "out", there, parameters)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_half_precision_files_are_read(copy: Path) -> None:
+    def halve(held: Tensors) -> None:
+        for name in held:
+            held[name] = held[name].astype(ml_dtypes.bfloat16)
+
+    rewrite(copy, halve)
+    expected = jax.tree.map(lambda a: np.asarray(a).astype(ml_dtypes.bfloat16).astype(np.float32), load(GOLDENS / ONE))
+    assert_equal(load(copy), expected)

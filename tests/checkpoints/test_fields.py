@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax.checkpoints.families import FAMILIES
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.config import DenseConfig, ModelConfig, MoEConfig
+from moe_jax.errors import ConfigError
+
+HUB = {
+    # As Qwen3-30B-A3B's file on the hub has them.
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+        "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
+    },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "decoder_sparse_step": 1, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5632, "max_position_embeddings": 8192,
+        "max_window_layers": 21, "model_type": "qwen2_moe", "moe_intermediate_size": 1408, "norm_topk_prob": False,
+        "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+        "num_key_value_heads": 16, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 5632, "sliding_window": 32768,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.39.0.dev0",
+        "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+}  # fmt: skip
+
+
+def read(raw: dict[str, Any]) -> ModelConfig:
+    return Fields(raw).read(FAMILIES[raw["model_type"]].read)
+
+
+def changed(family: str, **fields: Any) -> ModelConfig:
+    return read({**HUB[family], **fields})
+
+
+def test_files_of_the_hub() -> None:
+    qwen3, mixtral, qwen2 = (read(HUB[family]) for family in ("qwen3_moe", "mixtral", "qwen2_moe"))
+    assert (len(qwen3.layers), qwen3.hidden, qwen3.max_positions) == (48, 2048, 40960)
+    attention, moe = qwen3.layers[0].attention, qwen3.layers[0].ffn
+    assert (attention.heads, attention.kv_heads, attention.head_dim, attention.rope_theta) == (32, 4, 128, 1e6)
+    assert attention.qk_norm
+    assert not attention.bias
+    assert moe == MoEConfig(experts=128, top_k=8, width=768, renormalise=True)
+    assert mixtral.layers[-1].ffn == MoEConfig(experts=8, top_k=2, width=14336, renormalise=True)
+    assert mixtral.layers[0].attention.head_dim == 128
+    assert qwen2.layers[0].attention.bias
+    assert isinstance(qwen2.layers[0].ffn, MoEConfig)
+    assert qwen2.layers[0].ffn.shared is not None
+    assert qwen2.layers[0].ffn.shared.width == 5632
+    assert all(layer.attention.window is None for config in (qwen3, mixtral, qwen2) for layer in config.layers)
+
+
+def test_dense_layers_and_windows() -> None:
+    config = changed("qwen3_moe", mlp_only_layers=[2], decoder_sparse_step=2, num_hidden_layers=6)
+    kinds = ["dense" if isinstance(layer.ffn, DenseConfig) else "moe" for layer in config.layers]
+    assert kinds == ["dense", "moe", "dense", "moe", "dense", "moe"]
+    assert changed("mixtral", sliding_window=4096).layers[7].attention.window == 4096
+    assert changed("qwen3_moe", sliding_window=64, use_sliding_window=True).layers[0].attention.window == 64
+    kinds = ["sliding_attention", "full_attention"] * 12
+    windows = [
+        layer.attention.window for layer in changed("qwen2_moe", use_sliding_window=True, layer_types=kinds).layers
+    ]
+    assert windows == [32768, None] * 12
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mixtral", {"logit_softcapping": 30.0}, "fields not understood.*logit_softcapping"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("qwen3_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rotary embedding of type 'yarn'"),
+        ("qwen3_moe", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary embedding of type 'dynamic'"),
+        (
+            "qwen3_moe",
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
+            "rotary embedding of type 'llama3'",
+        ),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window needs layer_types"),
+        ("mixtral", {"hidden_size": "large"}, "hidden_size must be of type int, got 'large'"),
+        ("mixtral", {"num_hidden_layers": True}, "num_hidden_layers must be of type int, got True"),
+        ("mixtral", {"num_attention_heads": 0}, "num_attention_heads must be positive, got 0"),
+        ("mixtral", {"num_key_value_heads": 5}, "32 attention heads cannot share 5 KV heads"),
+        ("mixtral", {"num_experts_per_tok": 9}, "top_k 9 exceeds the number of experts, 8"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(family: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        changed(family, **fields)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    raw = {**HUB["mixtral"], "hidden_act": "relu", "sparsity": 2, "attn_temperature": 3}
+    del raw["vocab_size"]
+    with pytest.raises(ConfigError) as caught:
+        read(raw)
+    for words in ("hidden_act='relu'", "sparsity", "attn_temperature", "vocab_size is missing"):
+        assert words in str(caught.value)
+
+
+def test_new_and_old_spellings_of_the_rope_base() -> None:
+    old = changed("qwen3_moe", rope_theta=5e5)
+    raw = {**HUB["qwen3_moe"], "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    del raw["rope_theta"]
+    assert read(raw) == old
+
+
+def test_goldens_are_read() -> None:
+    for path in (Path(__file__).parents[1] / "goldens").glob("*/config.json"):
+        assert read(json.loads(path.read_text())).hidden > 0

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import synthetic
+
+HERE = Path(__file__).parent
+RETURN_MEMORY_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""So that what the C library keeps of freed memory is not counted as used."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    path = tmp_path_factory.mktemp("synthetic") / "model"
+    return path, synthetic.write(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize("mesh", ["expert=8", "expert=2,tensor=4", "data=2,expert=4", "data=1"])
+def test_loading_takes_less_than_1_3_layers_above_what_the_devices_hold(
+    checkpoint: tuple[Path, int], mesh: str
+) -> None:
+    path, layer = checkpoint
+    command = [sys.executable, str(HERE / "load_and_measure.py"), str(path), mesh]
+    printed = subprocess.run(
+        command, env=os.environ | RETURN_MEMORY_AT_ONCE, check=True, capture_output=True, text=True
+    ).stdout
+    measured = json.loads(printed)
+    assert measured["taken"] - measured["held"] < 1.3 * layer

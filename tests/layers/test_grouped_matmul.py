@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.layers.grouped_matmul import LARGEST_BLOCK, _Blocks, grouped_matmul
+
+ROWS, GROUPS, INPUTS, OUTPUTS = 40, 5, 8, 6
+grouped_matmul_jit = jax.jit(grouped_matmul)
+
+
+def inputs(rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes = (rows, INPUTS), (GROUPS, INPUTS, OUTPUTS)
+    return tuple(random.normal(size=shape).astype(np.float32) for shape in shapes)  # type: ignore[return-value]
+
+
+def loop(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
+    out = np.zeros((len(rows), weights.shape[2]), np.float32)
+    first = 0
+    for group, size in enumerate(sizes):
+        out[first : first + size] = rows[first : first + size] @ weights[group]
+        first += size
+    return out
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, ROWS // GROUPS), min_size=GROUPS, max_size=GROUPS))
+def test_equals_a_loop_over_groups(sizes: list[int]) -> None:
+    rows, weights = inputs()
+    got = grouped_matmul_jit(rows, weights, jnp.array(sizes))
+    np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[0] * 5, [40, 0, 0, 0, 0], [0, 0, 0, 0, 40], [0, 17, 0, 23, 0], [1] * 5])
+def test_extreme_sizes_and_what_lies_beyond_them(sizes: list[int]) -> None:
+    rows, weights = inputs()
+    rows[sum(sizes) :] = np.nan
+    np.testing.assert_allclose(
+        grouped_matmul_jit(rows, weights, jnp.array(sizes)), loop(rows, weights, sizes), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_fewer_rows_than_a_block(rows: int) -> None:
+    x, weights = inputs(rows)
+    sizes = [0, rows, 0, 0, 0]
+    np.testing.assert_allclose(grouped_matmul_jit(x, weights, jnp.array(sizes)), loop(x, weights, sizes), atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[8] * 5, [0] * 5, [40, 0, 0, 0, 0], [3, 0, 20, 1, 2]])
+def test_gradients_equal_those_of_a_dense_expansion(sizes: list[int]) -> None:
+    rows, weights = inputs()
+    group_of_row = np.repeat(np.arange(GROUPS), sizes)
+    chosen = np.zeros((ROWS, GROUPS), np.float32)
+    chosen[np.arange(len(group_of_row)), group_of_row] = 1
+
+    def dense(rows: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.einsum("md,gdf,mg->mf", rows, weights, chosen) ** 2)
+
+    def grouped(rows: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.sum(grouped_matmul(rows, weights, jnp.array(sizes)) ** 2)
+
+    expected = jax.grad(dense, argnums=(0, 1))(jnp.asarray(rows), jnp.asarray(weights))
+    got = jax.jit(jax.grad(grouped, argnums=(0, 1)))(rows, weights)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_work_grows_with_the_rows_and_not_with_the_groups() -> None:
+    def visited_rows(rows: int, sizes: list[int]) -> int:
+        blocks = _Blocks.of(rows, jnp.array(sizes))
+        return int(blocks.count) * blocks.size
+
+    # Every group partly fills its last block: at most one block each is wasted, and idle groups cost nothing.
+    assert visited_rows(4096, [512] * 8) == 4096
+    assert visited_rows(4096, [4096] + [0] * 127) == 4096
+    assert visited_rows(4096, [0] * 128) == 0
+    assert visited_rows(4096, [33] * 64 + [0] * 64) < 2 * 33 * 64
+    assert visited_rows(10**6, [5] * 8) == 8 * LARGEST_BLOCK
+
+
+def test_no_operation_is_as_large_as_an_expansion_over_groups() -> None:
+    rows, groups, width = 64, 32, 16
+    shapes = (jnp.zeros((rows, width)), jnp.zeros((groups, width, width)), jnp.zeros(groups, jnp.int32))
+    jaxpr = str(jax.make_jaxpr(grouped_matmul)(*shapes))
+    assert "dot_general" in jaxpr
+    assert f"[{groups},{rows},{width}]" not in jaxpr
+    assert f"[{rows},{groups},{width}]" not in jaxpr

@@ -1,0 +1,93 @@
+"""What the compiled decode step holds: collectives, copies, compile time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import jax
+import pytest
+from placements import placement
+
+from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig, SharedExpertConfig
+from moe_jax.models import ShardedDecoder
+from moe_jax.programs import Programs
+from moe_jax.sharding import Combine, ReduceCombine, Role, Rows, ScatterCombine
+from moe_jax.sharding.census import Collective, collectives, count
+
+ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=8, rope_theta=1e4, qk_norm=True)
+MOE = MoEConfig(experts=8, top_k=2, width=16, renormalise=True, shared=SharedExpertConfig(16, gated=True))
+
+
+def model(layers: int) -> ModelConfig:
+    """A dense layer, then MoE layers with a shared expert."""
+    rest = (LayerConfig(ATTENTION, MOE),) * (layers - 1)
+    return ModelConfig(100, 32, (LayerConfig(ATTENTION, DenseConfig(32)), *rest), 1e-6, 256)
+
+
+def decode_step(
+    where: str, combine: type[Combine], layers: int = 4, slots: int = 4, positions: int = 64
+) -> jax.stages.Compiled:
+    here = placement(where)
+    rows = Rows.of([slots] * here.size(Role.TOKENS), here)
+    decoder = ShardedDecoder(model(layers), here, "float32")
+    return Programs(decoder).decode_step(slots, positions, rows, combine(here))
+
+
+def found(compiled: jax.stages.Compiled) -> list[Collective]:
+    return collectives(compiled.as_text() or "")
+
+
+def in_feed_forwards(compiled: jax.stages.Compiled) -> Counter[str]:
+    return count([c for c in found(compiled) if "/ffn/" in c.scope])
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("where", ["dp8_ep8", "two_replicas_dp4_ep4"])
+def test_at_tensor_1_a_block_has_one_reduction(where: str) -> None:
+    layers = 4
+    scattered = in_feed_forwards(decode_step(where, ScatterCombine, layers))
+    assert scattered["reduce-scatter"] == layers
+    assert scattered["all-reduce"] == 0
+    reduced = in_feed_forwards(decode_step(where, ReduceCombine, layers))
+    assert reduced["all-reduce"] == layers
+    assert reduced["reduce-scatter"] == 0
+
+
+@pytest.mark.usefixtures("optimized")
+def test_at_tensor_1_nothing_else_is_summed() -> None:
+    assert count(found(decode_step("dp8_ep8", ScatterCombine)))["all-reduce"] == 0
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("where", ["dp4_ep4_tp2", "dp2_ep4"])
+def test_with_attention_tp_a_block_scatters_and_then_sums_own_rows(where: str) -> None:
+    layers = 4
+    blocks = in_feed_forwards(decode_step(where, ScatterCombine, layers))
+    assert (blocks["reduce-scatter"], blocks["all-reduce"]) == (layers, layers)
+    reduced = in_feed_forwards(decode_step(where, ReduceCombine, layers))
+    assert (reduced["reduce-scatter"], reduced["all-reduce"]) == (0, layers)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_one_device_talks_to_nobody() -> None:
+    assert not found(decode_step("single", ReduceCombine))
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("where", ["dp8_ep8", "dp4_ep4_tp2"])
+def test_the_cache_is_updated_in_place(where: str) -> None:
+    layers, slots, positions = 8, 4, 512
+    memory = decode_step(where, ScatterCombine, layers, slots, positions).memory_analysis()
+    assert memory is not None
+    kv_heads = max(1, ATTENTION.kv_heads // placement(where).size(Role.HEADS))
+    of_layer = 2 * slots * kv_heads * positions * ATTENTION.head_dim * 4
+    assert memory.alias_size_in_bytes >= layers * of_layer
+    # Attention may look at one layer's keys and values at a time, never at a copy of the cache.
+    assert memory.temp_size_in_bytes < 3 * of_layer
+
+
+@pytest.mark.usefixtures("optimized")
+def test_depth_adds_nothing_to_the_program() -> None:
+    """`python -m bench.compile_time` prints what this means in seconds."""
+    shallow, deep = (len((decode_step("dp8_ep8", ScatterCombine, n).as_text() or "").splitlines()) for n in (4, 48))
+    assert deep <= 1.02 * shallow

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.sharding import make_mesh
+from moe_jax.sharding.census import collectives, count
+
+MESH = make_mesh("data=2,expert=4")
+
+
+def hlo(function: object) -> str:
+    mapped = jax.shard_map(function, mesh=MESH, in_specs=P(("data", "expert")), out_specs=P(("data", "expert")))  # type: ignore[arg-type]
+    return jax.jit(mapped).lower(jnp.ones((64, 4))).compile().as_text() or ""
+
+
+def looped(x: jax.Array) -> jax.Array:
+    def body(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        with jax.named_scope("inner"):
+            return x + lax.all_gather(x, "expert", tiled=True)[:8], None
+
+    x, _ = lax.scan(body, x, None, length=5)
+    with jax.named_scope("outer"):
+        return lax.pcast(lax.psum(x, "data"), "data", to="varying")
+
+
+@pytest.mark.usefixtures("optimized")
+def test_collectives_in_loops_count_once_per_trip() -> None:
+    found = collectives(hlo(looped))
+    assert count(found) == {"all-gather": 5, "all-reduce": 1}
+    gather = next(c for c in found if c.kind == "all-gather")
+    assert "inner" in gather.scope
+    assert gather.result == "f32[32,4]"
+
+
+@pytest.mark.usefixtures("optimized")
+def test_branches_and_nested_loops() -> None:
+    def function(x: jax.Array) -> jax.Array:
+        twice = lax.scan(lambda x, _: (looped(x), None), x, None, length=2)[0]
+        return lax.cond(lax.psum(x, ("data", "expert")).sum() > 0, lambda: twice, lambda: x)
+
+    assert count(collectives(hlo(function)))["all-gather"] == 10
+
+
+def test_other_text_is_refused() -> None:
+    with pytest.raises(AssertionError):
+        collectives("no program")

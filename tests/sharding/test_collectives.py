@@ -1,0 +1,159 @@
+"""Every way to sum twice, never, or wrongly is an error while tracing, that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from placements import placement
+
+from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
+from moe_jax.errors import ReductionError
+from moe_jax.layers import DenseMLP, MoE, parameter
+from moe_jax.sharding import Combine, PartialSum, ReduceCombine, Rows, ScatterCombine
+from moe_jax.sharding.collectives import all_gather, argsort, partial_sum, reduce, sum_devices
+
+HIDDEN, CAPACITY = 8, 2
+SHARED = SharedExpertConfig(16, gated=True)
+BLOCKS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
+    "moe": lambda rngs: MoE(MoEConfig(8, 2, 16, True), HIDDEN, dtype=jnp.float32, rngs=rngs),
+    "shared": lambda rngs: MoE(MoEConfig(8, 2, 16, True, SHARED), HIDDEN, dtype=jnp.float32, rngs=rngs),
+    "dense": lambda rngs: DenseMLP(DenseConfig(16), HIDDEN, dtype=jnp.float32, rngs=rngs),
+}
+WHERE = placement("dp4_ep4_tp2")
+Body = Callable[[jax.Array, Rows, Combine, PartialSum, jax.Array], Any]
+"""Of own rows, their counts, the strategy, a block's partial sum, and its combined output."""
+
+
+class Spy(ScatterCombine):
+    """Lets a test see the partial sum that a real block hands to its strategy."""
+
+    def combine(self, rows: Rows, partial: PartialSum) -> Any:
+        return partial, super().combine(rows, partial)
+
+
+def trace(kind: str, body: Body) -> None:
+    """Trace `body` around a real block, on a placement that both scatters and sums."""
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: BLOCKS[kind](nnx.Rngs(0))))
+    parameters = parameter.placed(abstract, WHERE)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, parameters)
+    rows = Rows.of([CAPACITY] * 4, WHERE)
+
+    def run(parameters: nnx.State, x: jax.Array, rows: Rows) -> Any:
+        spy = Spy(WHERE)
+        (partial, combined), _ = nnx.merge(graph, parameters)(x, rows, spy)
+        return body(x, rows, spy, partial, combined)
+
+    x = jax.ShapeDtypeStruct((4 * CAPACITY, HIDDEN), jnp.float32)
+    jax.eval_shape(
+        jax.shard_map(run, mesh=WHERE.mesh, in_specs=(specs, P("expert"), P()), out_specs=P("expert")),
+        parameters,
+        x,
+        rows,
+    )
+
+
+BOTH = ("expert", "tensor")
+MISTAKES: dict[str, tuple[Body, str]] = {
+    "reduce_twice": (
+        lambda x, rows, combine, partial, y: reduce(y, sum_over=BOTH),  # type: ignore[arg-type]
+        "would multiply it by 8.*reduced already",
+    ),
+    "combine_twice": (
+        lambda x, rows, combine, partial, y: ReduceCombine(WHERE).combine(rows, y),  # type: ignore[arg-type]
+        "would multiply it by 8.*reduced already",
+    ),
+    "scatter_a_sum": (
+        lambda x, rows, combine, partial, y: reduce(y, scatter_over=("expert",), sum_over=("tensor",)),  # type: ignore[arg-type]
+        "would multiply it by 8.*reduced already",
+    ),
+    "declare_own_rows_partial_again": (
+        lambda x, rows, combine, partial, y: combine.gather(rows, (x,)).partial_sum(y),
+        "has 8 rows, this has 2.*own rows that were combined need no further sum",
+    ),
+    "declare_a_partial_sum_partial": (
+        lambda x, rows, combine, partial, y: partial_sum(partial, BOTH),  # type: ignore[arg-type]
+        "is a partial sum already",
+    ),
+    "declare_a_whole_value_partial": (
+        lambda x, rows, combine, partial, y: partial_sum(x, BOTH),
+        "same on every device of .'tensor'.",
+    ),
+    "forget_to_reduce": (lambda x, rows, combine, partial, y: partial, "used as if it were the sum.*reduce it first"),
+    "add_a_residual": (lambda x, rows, combine, partial, y: x + partial, "used as if it were the sum.*reduce it first"),
+    "add_to_a_residual": (lambda x, rows, combine, partial, y: partial + x, "adding an array to a partial sum.*reduce"),
+    "scale": (lambda x, rows, combine, partial, y: partial * 2.0, "used as if it were the sum"),  # type: ignore[operator]
+    "activate": (lambda x, rows, combine, partial, y: jax.nn.gelu(partial), "used as if it were the sum"),  # type: ignore[arg-type]
+    "multiply": (lambda x, rows, combine, partial, y: x.T @ partial, "used as if it were the sum"),  # type: ignore[operator]
+    "norm": (lambda x, rows, combine, partial, y: jnp.mean(partial), "used as if it were the sum"),  # type: ignore[arg-type]
+    "gather": (lambda x, rows, combine, partial, y: all_gather(partial, BOTH), "gathering parts of a sum"),  # type: ignore[arg-type]
+    "reduce_over_too_few_axes": (
+        lambda x, rows, combine, partial, y: reduce(partial, scatter_over=("expert",)),
+        "must be reduced over exactly these axes",
+    ),
+    "sum_heads_of_a_feed_forward": (
+        lambda x, rows, combine, partial, y: combine.sum_heads(partial),
+        "must be reduced over exactly these axes",
+    ),
+    "add_sums_over_different_axes": (
+        lambda x, rows, combine, partial, y: partial + partial_sum(lax.pcast(x, "tensor", to="varying"), ("tensor",)),
+        "over different axes",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_mistakes_are_errors_while_tracing(kind: str, mistake: str) -> None:
+    body, message = MISTAKES[mistake]
+    with pytest.raises(ReductionError, match=f"(?s){message}"):
+        trace(kind, body)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_the_right_way_traces(kind: str) -> None:
+    trace(kind, lambda x, rows, combine, partial, y: x + y)
+    trace(kind, lambda x, rows, combine, partial, y: x + ScatterCombine(WHERE).combine(rows, partial + partial))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_jax_itself_refuses_what_is_unwrapped(kind: str) -> None:
+    with pytest.raises(Exception, match="unreduced"):
+        trace(kind, lambda x, rows, combine, partial, y: x + partial._value[:CAPACITY])
+
+
+def test_a_partial_sum_keeps_its_rules_on_one_device() -> None:
+    alone = partial_sum(jnp.ones(3), ())
+    with pytest.raises(ReductionError):
+        alone * 2.0  # type: ignore[operator]
+    with pytest.raises(ReductionError):
+        jax.jit(lambda: alone)()
+    np.testing.assert_array_equal(reduce(alone), np.ones(3))
+    with pytest.raises(ReductionError):
+        reduce(reduce(alone))  # type: ignore[arg-type]
+
+
+def test_sum_devices_counts_each_device_once() -> None:
+    total = jax.shard_map(
+        lambda x: sum_devices({"total": x.sum()}, ("expert",))["total"],
+        mesh=WHERE.mesh,
+        in_specs=P("expert"),
+        out_specs=P(),
+    )
+    assert jax.jit(total)(jnp.arange(8.0)) == 28
+
+
+def test_argsort_varies_as_its_keys_do() -> None:
+    def gradient_of_gathered(x: jax.Array, keys: jax.Array) -> jax.Array:
+        return sum_devices(x[argsort(keys)[:1]].sum(), ("expert",))
+
+    mapped = jax.shard_map(gradient_of_gathered, mesh=WHERE.mesh, in_specs=(P(), P("expert")), out_specs=P())
+    keys = jnp.array([0, 1, 1, 0, 0, 1, 0, 1])  # the four devices take elements 0, 1, 0 and 0
+    np.testing.assert_array_equal(jax.jit(jax.grad(mapped))(jnp.ones(2), keys), [3, 1])

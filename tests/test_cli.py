@@ -1,0 +1,121 @@
+"""The command line, run in this process as a user would type it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax import cli
+
+GOLDEN = str(Path(__file__).parent / "goldens" / "qwen3_moe_gqa4_e8_top2")
+
+
+class Run:
+    """Calls `moe-jax` and keeps what it printed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        self.status, self.out, self.err = 0, "", ""
+
+    def __call__(self, *arguments: str) -> Run:
+        self._monkeypatch.setattr(sys, "argv", ["moe-jax", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        self.status = int(ended.value.code or 0)
+        self.out, self.err = self._capsys.readouterr()
+        return self
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(monkeypatch, capsys)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_generate_without_arguments_shows_how_it_decodes() -> None:
+    """In a process of its own, so that the command sets up its devices itself."""
+    shown = subprocess.run(
+        [sys.executable, "-c", "from moe_jax.cli import main; main()", "generate"],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    for words in (
+        "12+34=46",
+        "9999+1=10000",
+        "8 x cpu (virtual)",
+        "ScatterCombine: tokens and",
+        "4 reduce-scatter",
+        "tokens/s",
+    ):
+        assert words in shown
+    assert "all-reduce" not in shown
+
+
+def test_generate_json(run: Run) -> None:
+    printed = run("generate", "2+3=", "40+2=", "--combine", "reduce", "--mesh", "expert=2", "--json").json
+    assert [output["text"] for output in printed["outputs"]] == ["5", "42"]
+    assert printed["combine"] == "ReduceCombine"
+    assert printed["collectives_per_step"] == {"all-gather": 12, "all-reduce": 4}
+    assert printed["tokens_per_second"] > 0
+
+
+def test_eval_scores_both_combines_alike(run: Run) -> None:
+    printed = run("eval", "--problems", "128", "--mesh", "expert=4", "--json").json
+    assert printed["same_answers"]
+    assert printed["exact_match"]["scatter"] == printed["exact_match"]["reduce"] >= 0.97
+
+
+def test_plan_needs_no_weights(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((Path(GOLDEN) / "config.json").read_bytes())
+    printed = run("plan", "--model", str(tmp_path), "--mesh", "data=2,expert=4", "--batch-size", "32", "--json").json
+    assert printed["placement"].startswith("data=2,expert=4,tensor=1")
+    assert printed["sent_bytes_per_combine"]["ScatterCombine"] == 3 * 4 * 32 * 4
+    assert "ScatterCombine" in run("plan", "--model", str(tmp_path)).out
+
+
+def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
+    there, orbax, back = (str(tmp_path / name) for name in ("model", "orbax", "back"))
+    assert run("train", there, "--steps", "2", "--batch-size", "8", "--mesh", "expert=2", "--json").json["steps"] == 2
+    assert run("convert", there, orbax, "--to", "orbax").status == 0
+    assert run("convert", orbax, back, "--to", "huggingface", "--mesh", "tensor=2").status == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "back")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--model", "/nowhere", "1+1="], "/nowhere is no directory"),
+        (["generate", "--model", GOLDEN], "give prompts to continue"),
+        (["generate", "--model", GOLDEN, "a"], "no tokenizer.json"),
+        (["generate", "1+1=", "--mesh", "expert=5"], "8 experts do not divide over 5 devices"),
+        (["generate", "1+1=", "--mesh", "expert=99"], "needs 99 devices, there are 8"),
+        (["generate", "1+1=", "--max-tokens", "-1"], "max_tokens must be 0 or more, got -1"),
+        (["generate", "1+1=", "--top-p", "1.5"], "top_p must be above 0 and at most 1, got 1.5"),
+        (["generate", "1+1=", "--dtype", "int4"], "dtype must be bfloat16, float16 or float32, got 'int4'"),
+        (["generate", "1" * 65], "prompt 0 has 65 tokens, a sequence can have 64"),
+        (["generate", ""], "prompt 0 is empty"),
+        (["convert", GOLDEN, GOLDEN, "--to", "orbax"], "exists already"),
+        (["plan", "--model", GOLDEN, "--mesh", "tensor=3"], "8 attention heads do not divide over 3 devices"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(run: Run, arguments: list[str], message: str) -> None:
+    run(*arguments)
+    assert run.status == 2
+    assert run.err.startswith("moe-jax: ")
+    assert message in run.err
+    assert run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--combine", "both"], ["eval", "--problems", "0"], ["fly"]])
+def test_unknown_words_are_refused_with_usage(run: Run, arguments: list[str]) -> None:
+    assert run(*arguments).status == 2
+    assert "Usage" in run.err

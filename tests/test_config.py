@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig
+from moe_jax.errors import ConfigError
+
+ATTENTION: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "rope_theta": 1e4}
+MODEL: dict[str, Any] = {"vocab_size": 100, "hidden": 16, "norm_eps": 1e-6, "max_positions": 32}
+MOE: dict[str, Any] = {"experts": 4, "top_k": 2, "width": 8, "renormalise": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (AttentionConfig, ATTENTION | {"kv_heads": 3}, "4 attention heads cannot share 3 KV heads"),
+        (AttentionConfig, ATTENTION | {"head_dim": 7}, "head_dim must be even, got 7"),
+        (AttentionConfig, ATTENTION | {"window": 0}, "window must be positive, got 0"),
+        (MoEConfig, MOE | {"top_k": 5}, "top_k 5 exceeds the number of experts, 4"),
+        (MoEConfig, MOE | {"width": -8}, "width must be positive, got -8"),
+        (DenseConfig, {"width": 0}, "width must be positive, got 0"),
+        (ModelConfig, MODEL | {"layers": ()}, "at least one layer"),
+    ],
+)
+def test_nonsense_is_refused_with_its_numbers(kind: type, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**fields)
+
+
+def test_vocabulary_rows_do_not_depend_on_a_mesh() -> None:
+    layer = LayerConfig(AttentionConfig(**ATTENTION), MoEConfig(**MOE))
+    sizes = {1: 128, 128: 128, 129: 256, 151936: 151936}
+    for vocab, rows in sizes.items():
+        config = ModelConfig(layers=(layer,), **{**MODEL, "vocab_size": vocab})
+        assert config.vocab_rows == rows

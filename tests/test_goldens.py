@@ -1,0 +1,60 @@
+"""Parity with transformers: logits and greedy tokens of tiny checkpoints (see goldens/make_goldens.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from placements import PLACEMENTS
+from scipy.special import log_softmax
+
+from moe_jax import LLM, SamplingParams
+
+GOLDENS = Path(__file__).parent / "goldens"
+TOLERANCE = 2e-5
+"""Relative to the largest logit, in float32."""
+
+EVERYWHERE = ["qwen3_moe_gqa4_e8_top2", "qwen2_moe_gqa2_e8_top4_sparse_step", "mixtral_gqa8_e16_top4_sharded"]
+ON_ALL_DEVICES = ["dp8_ep8", "dp4_ep4_tp2", "dp2_ep4", "dp8_ep4_moe_tp2", "two_replicas_dp4_ep4", "tp8_ep4"]
+ELSEWHERE = {
+    "qwen3_moe_gqa1_e6_top2_window": ["expert=6", "data=2,expert=2,tensor=2"],
+    "qwen3_moe_gqa2_e12_top1_dense": ["data=2,expert=4", "expert=2,tensor=4"],
+    "qwen3_moe_gqa8_e16_top4_sparse_step": ["expert=8", "tensor=8"],
+    "qwen2_moe_gqa1_e4_top2": ["expert=4,tensor=2", "tensor=8"],
+    "qwen2_moe_gqa4_e12_top2_window": ["expert=4", "data=2,expert=2,tensor=2; tokens=data; heads=expert,tensor"],
+    "mixtral_gqa1_e4_top2": ["data=1", "data=2,expert=4; tokens=data; heads=expert"],
+    "mixtral_gqa2_e6_top1_window": ["data=2,expert=2,tensor=2", "expert=2,tensor=4"],
+}
+CASES = [
+    (case, PLACEMENTS[name], combine)
+    for case in EVERYWHERE
+    for name in ON_ALL_DEVICES
+    for combine in ("scatter", "reduce")
+]
+CASES += [
+    (case, mesh, combine)
+    for case, meshes in ELSEWHERE.items()
+    for mesh, combine in zip(meshes, ("scatter", "reduce"), strict=True)
+]
+
+
+def test_every_golden_is_tested() -> None:
+    assert {case for case, *_ in CASES} == {path.parent.name for path in GOLDENS.glob("*/reference.npz")}
+
+
+@pytest.mark.parametrize(("case", "mesh", "combine"), CASES)
+def test_parity_with_transformers(case: str, mesh: str, combine: str) -> None:
+    reference = np.load(GOLDENS / case / "reference.npz")
+    prompts = [prompt[prompt >= 0].tolist() for prompt in reference["prompts"]]
+    steps = reference["tokens"].shape[1]
+    llm = LLM(GOLDENS / case, mesh=mesh, dtype="float32", combine=combine)
+
+    for got, padded in zip(llm.logits(prompts), reference["prompt_logits"], strict=True):
+        np.testing.assert_allclose(got, padded[: len(got)], rtol=0, atol=TOLERANCE * np.abs(padded).max())
+
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=steps))
+    assert [output.token_ids for output in outputs] == reference["tokens"].tolist()
+    for output, logits in zip(outputs, reference["token_logits"], strict=True):
+        expected = log_softmax(logits, axis=-1)[np.arange(steps), output.token_ids]
+        np.testing.assert_allclose(output.logprobs, expected, rtol=0, atol=TOLERANCE * np.abs(logits).max())

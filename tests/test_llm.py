@@ -1,0 +1,202 @@
+"""The public face: batches, sampling, limits, and what it says of bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax import LLM, MoEJaxError, SamplingParams
+from moe_jax.bundled import ADDER
+from moe_jax.errors import CheckpointError, ConfigError, PlacementError, RequestError
+from moe_jax.sharding import Placement, ReduceCombine, make_mesh
+
+GOLDEN = Path(__file__).parent / "goldens" / "qwen3_moe_gqa4_e8_top2"
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def adder() -> LLM:
+    return LLM(mesh="expert=4,tensor=2", dtype="float32", max_batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def golden() -> LLM:
+    """Without a tokenizer, 64 positions, 97 tokens."""
+    return LLM(GOLDEN, mesh="expert=8", dtype="float32")
+
+
+def test_it_adds(adder: LLM) -> None:
+    prompts = ["1+1=", "12+34=", "999+999=", "1234+5678="]
+    outputs = adder.generate(prompts, SamplingParams(temperature=0))
+    assert [output.text for output in outputs] == ["2", "46", "1998", "6912"]
+    for output, prompt in zip(outputs, prompts, strict=True):
+        assert output.finish_reason == "stop"
+        assert len(output.prompt_token_ids) == len(prompt)
+        assert len(output.token_ids) == len(output.logprobs) == len(output.text or "") + 1
+        assert all(-0.1 < logprob <= 0 for logprob in output.logprobs)
+
+
+def test_one_text_is_a_batch_of_one(adder: LLM) -> None:
+    (output,) = adder.generate("2+2=", SamplingParams(temperature=0))
+    assert output.text == "4"
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 9999)), min_size=1, max_size=24))
+def test_answers_do_not_depend_on_the_neighbours(adder: LLM, sums: list[tuple[int, int]]) -> None:
+    """More requests than fit are decoded in waves; each gets what it gets alone."""
+    prompts = [f"{left}+{right}=" for left, right in sums]
+    together = adder.generate(prompts, GREEDY)
+    alone = [adder.generate(prompt, GREEDY)[0] for prompt in prompts[:3]]
+    assert [output.token_ids for output in alone] == [output.token_ids for output in together[:3]]
+    backwards = adder.generate(prompts[::-1], GREEDY)[::-1]
+    assert [output.text for output in backwards] == [output.text for output in together]
+
+
+def test_seeds(adder: LLM) -> None:
+    hot = [SamplingParams(temperature=3.0, max_tokens=6, seed=seed, ignore_eos=True) for seed in range(6)]
+    first = [output.token_ids for output in adder.generate(["1+1="] * 6, hot)]
+    assert first == [output.token_ids for output in adder.generate(["1+1="] * 6, hot[::-1])][::-1]
+    assert len({tuple(tokens) for tokens in first}) > 1
+    unseeded = SamplingParams(temperature=3.0, max_tokens=6, ignore_eos=True)
+    drawn = {tuple(output.token_ids) for output in adder.generate(["1+1="] * 16, unseeded)}
+    assert len(drawn) > 1
+
+
+def test_each_prompt_its_own_parameters(adder: LLM) -> None:
+    outputs = adder.generate(
+        ["5+5=", "6+6=", "7+7=", "8+8="],
+        [
+            SamplingParams(temperature=0, max_tokens=0),
+            SamplingParams(temperature=0, max_tokens=1),
+            SamplingParams(temperature=0, max_tokens=9, stop_token_ids=(4,)),
+            SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
+        ],
+    )
+    assert [output.text for output in outputs[:3]] == ["", "1", "14"]
+    assert [output.finish_reason for output in outputs] == ["length", "length", "stop", "length"]
+    assert len(outputs[3].token_ids) == 4
+
+
+def test_a_sequence_ends_where_the_cache_ends(golden: LLM) -> None:
+    (output,) = golden.generate([[1] * 60], SamplingParams(temperature=0, max_tokens=50))
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == 64 - 60 + 1
+    assert output.text is None
+    longest, shortest = golden.generate([[2] * 64, [3]], SamplingParams(temperature=0, max_tokens=100))
+    assert (len(longest.token_ids), len(shortest.token_ids)) == (1, 64)
+
+
+def test_long_prompts_are_prefilled_in_chunks_with_the_same_result() -> None:
+    llm = LLM(GOLDEN, mesh="expert=2", dtype="float32")
+    prompts = [np.random.default_rng(seed).integers(0, 97, 20 + 13 * seed).tolist() for seed in range(4)]
+    whole, tokens = llm.logits(prompts), llm.generate(prompts, GREEDY)
+    llm._engine._prefill_rows = 32
+    for one, other in zip(llm.logits(prompts), whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+    assert [output.token_ids for output in llm.generate(prompts, GREEDY)] == [output.token_ids for output in tokens]
+
+
+def test_steady_decoding_compiles_nothing(golden: LLM) -> None:
+    prompts = [[token] * length for token, length in ((1, 3), (2, 5), (3, 8))]
+    golden.generate(prompts, GREEDY)
+    compiled = len(golden._engine.programs.compiled)
+    golden.generate([prompt[::-1] for prompt in prompts[::-1]], GREEDY)
+    assert len(golden._engine.programs.compiled) == compiled
+
+
+def test_bfloat16_stays_close_to_float32(golden: LLM) -> None:
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    half = LLM(GOLDEN, mesh="data=2,expert=4", dtype="bfloat16", combine="reduce")
+    for one, other in zip(half.logits(prompts), golden.logits(prompts), strict=True):
+        assert np.abs(one - other).max() < 0.1 * np.abs(other).max()
+    assert half.logits(prompts)[0].dtype == np.float32
+
+
+def test_explain(golden: LLM) -> None:
+    said = golden.explain(batch_size=64)
+    assert said.decision.name == "ScatterCombine"
+    assert said.as_dict()["collectives_per_step"]["reduce-scatter"] == 2
+    assert said.sent_bytes_per_step == 2 * 7 * 8 * 32 * 4
+    for words in ("data=1,expert=8,tensor=1", "ScatterCombine", "64 rows", "2 reduce-scatter"):
+        assert words in str(said)
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, {"expert": 8}, make_mesh("expert=8"), Placement.parse("expert=8"), "data=1,expert=8,tensor=1"]
+)
+def test_a_mesh_may_be_given_in_many_ways(mesh: Any) -> None:
+    llm = LLM(GOLDEN, mesh=mesh)
+    assert llm.explain(8).placement.startswith("data=1,expert=8,tensor=1")
+
+
+def test_a_strategy_of_ones_own() -> None:
+    placement = Placement.parse("expert=2")
+    llm = LLM(GOLDEN, mesh=placement, combine=ReduceCombine(placement))
+    assert llm.explain(8).decision.name == "ReduceCombine"
+
+
+def test_no_prompts_no_outputs(golden: LLM) -> None:
+    assert golden.generate([], GREEDY) == []
+    assert golden.logits([]) == []
+
+
+BAD_PROMPTS: list[tuple[Any, str]] = [
+    ([[]], "prompt 0 is empty"),
+    ([[1], []], "prompt 1 is empty"),
+    ([[1] * 65], "prompt 0 has 65 tokens, a sequence can have 64"),
+    ([[1, 97]], "prompt 0 holds token id 97, the ids go from 0 to 96"),
+    ([[-1]], "prompt 0 holds token id -1"),
+    ("text", "has no tokenizer.json: give prompts as lists of token ids"),
+    ([[1.5]], "prompt 0 must be a text or a list of token ids"),
+    ([1, 2], "prompt 0 must be a text or a list of token ids"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "message"), BAD_PROMPTS)
+def test_bad_prompts(golden: LLM, prompts: Any, message: str) -> None:
+    for serve in (golden.generate, golden.logits):
+        with pytest.raises(RequestError, match=message):
+            serve(prompts)
+
+
+def test_empty_text(adder: LLM) -> None:
+    with pytest.raises(RequestError, match="prompt 0 is empty"):
+        adder.generate([""])
+
+
+def test_wrong_number_of_parameters(golden: LLM) -> None:
+    with pytest.raises(RequestError, match="one for each of 2 prompts, got 1"):
+        golden.generate([[1], [2]], [GREEDY])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"checkpoint": "/nowhere"}, CheckpointError, "is no directory"),
+        ({"mesh": "expert=3"}, PlacementError, "8 experts do not divide over 3 devices"),
+        ({"mesh": "expert=16"}, PlacementError, "needs 16 devices, there are 8"),
+        ({"mesh": "gpu=8"}, PlacementError, "cannot read 'gpu=8'"),
+        ({"combine": "both"}, PlacementError, "combine must be auto, scatter, reduce or a strategy, got 'both'"),
+        ({"dtype": "float8"}, ConfigError, "dtype must be bfloat16, float16 or float32, got 'float8'"),
+        ({"dtype": "int32"}, ConfigError, "dtype must be bfloat16, float16 or float32, got 'int32'"),
+        ({"max_length": 65}, RequestError, "from 1 to the 64 positions of this model, got 65"),
+        ({"max_length": 0}, RequestError, "from 1 to the 64 positions of this model, got 0"),
+        ({"max_batch_size": 0}, RequestError, "max_batch_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[MoEJaxError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LLM(**{"checkpoint": GOLDEN, **options})
+
+
+def test_the_bundled_model_is_small_and_the_default() -> None:
+    assert sum(path.stat().st_size for path in ADDER.iterdir()) < 5 * 2**20
+    assert LLM(mesh="data=1").config.max_positions == 64
+    assert jax.device_count() == 8

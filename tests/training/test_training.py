@@ -1,0 +1,130 @@
+"""Training through the combine: loss, balance, resumption, the split of the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import LLM
+from moe_jax.checkpoints import Checkpoint
+from moe_jax.errors import CheckpointError
+from moe_jax.layers import Load
+from moe_jax.sharding import Placement, ReduceCombine, ScatterCombine
+from moe_jax.training.addition import CHARACTERS, END, Problem, problems, tokenizer
+from moe_jax.training.loss import _balance, losses
+from moe_jax.training.recipe import Recipe, train
+from moe_jax.training.trainer import TrainingState
+
+TINY = Recipe(digits=2, batch_size=16, steps=4, warmup_steps=1)
+HERE = Placement.parse("data=2,expert=2,tensor=2")
+ELSEWHERE = Placement.parse("expert=4")
+
+
+def assert_close(one: TrainingState, other: TrainingState, atol: float) -> None:
+    for a, b in zip(jax.tree.leaves(one.parameters), jax.tree.leaves(other.parameters), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol)
+
+
+def test_the_loss_is_that_of_the_answers_on_every_placement_and_strategy() -> None:
+    found = []
+    for placement, combine in ((HERE, ScatterCombine), (HERE, ReduceCombine), (ELSEWHERE, ScatterCombine)):
+        trainer = TINY.trainer(placement, combine(placement))
+        run = jax.jit(lambda p, e, trainer=trainer: losses(trainer.decoder, p, e, trainer.combine))
+        found.append(run(trainer.decoder.init(0), trainer.examples(0)))
+    batch = problems(TINY.batch_size, (TINY.seed, 0), digits=TINY.digits, held_out=False)
+    checkpointless = TINY.trainer(Placement.parse("data=1"), ReduceCombine(Placement.parse("data=1")))
+    expected = _answer_nats(checkpointless.decoder, batch)
+    for one in found:
+        np.testing.assert_allclose(one.next_token, expected, rtol=1e-5)
+        np.testing.assert_allclose(one.balance, found[0].balance, rtol=1e-5)
+
+
+def _answer_nats(decoder, batch: list[Problem]) -> float:
+    """The mean loss, each problem alone in its batch."""
+    from moe_jax.training.examples import examples
+
+    encode, alone, parameters = tokenizer().encode, ReduceCombine(decoder.placement), decoder.init(0)
+    run = jax.jit(lambda examples: losses(decoder, parameters, examples, alone).next_token)
+    total = tokens = 0.0
+    for problem in batch:
+        prompt, answer = encode(problem.prompt).ids, encode(problem.answer + END).ids
+        total += len(answer) * float(run(examples([prompt], [answer], decoder.placement, 16)))
+        tokens += len(answer)
+    return total / tokens
+
+
+def test_balance_is_one_when_even_and_e_when_one_expert_takes_all() -> None:
+    even = Load(jnp.full((1, 8), 5.0), jnp.full((1, 8), 3.0))
+    collapsed = Load(jnp.array([[40.0] + [0.0] * 7]), jnp.array([[24.0] + [0.0] * 7]))
+    np.testing.assert_allclose(_balance(even), [1])
+    np.testing.assert_allclose(_balance(collapsed), [8])
+
+
+def test_a_killed_run_goes_on_where_it_stopped_on_another_mesh_too(tmp_path: Path) -> None:
+    whole = TINY.trainer(HERE, ScatterCombine(HERE)).run(tmp_path / "whole", 4)
+    # The kill comes between two saves: steps 2 and 3 are done anew.
+    with pytest.raises(KeyboardInterrupt):
+        _killed_at(TINY, 3).run(tmp_path / "killed", 4, save_every=2)
+    resumed = TINY.trainer(ELSEWHERE, ReduceCombine(ELSEWHERE)).run(tmp_path / "killed", 4)
+    assert int(resumed.step) == 4
+    assert_close(resumed, whole, atol=1e-4)
+    assert_close(TINY.trainer(HERE, ScatterCombine(HERE)).run(tmp_path / "whole", 4), whole, atol=0)
+
+
+def _killed_at(recipe: Recipe, step: int):
+    trainer = recipe.trainer(HERE, ScatterCombine(HERE))
+
+    def examples(number: int):
+        if number == step:
+            raise KeyboardInterrupt
+        return trainer.examples(number)
+
+    return replace(trainer, examples=examples)
+
+
+def test_optimizer_moments_lie_where_their_parameters_lie() -> None:
+    trainer = TINY.trainer(HERE, ScatterCombine(HERE))
+    state = trainer.initial_state()
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(trainer.decoder.parameters)]
+    assert [moment.sharding for moment in moments] == 2 * shardings
+
+
+def test_states_of_another_model_are_refused(tmp_path: Path) -> None:
+    TINY.trainer(HERE, ScatterCombine(HERE)).run(tmp_path, 2)
+    other = TINY.trainer(HERE, ScatterCombine(HERE))
+    config = replace(other.decoder.config, hidden=64)
+    with pytest.raises(CheckpointError, match="does not hold what this model needs"):
+        replace(other, decoder=replace(other.decoder, config=config)).run(tmp_path, 4)
+
+
+def test_a_trained_model_is_a_checkpoint_like_any_other(tmp_path: Path) -> None:
+    train(TINY, tmp_path / "model", HERE, ScatterCombine(HERE), progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.training"]
+    checkpoint = Checkpoint(tmp_path / "model")
+    assert checkpoint.end_token_ids == {tokenizer().token_to_id(END)}
+    (output,) = LLM(tmp_path / "model", mesh="expert=2").generate("1+1=")
+    assert output.text is not None
+
+
+def test_held_out_problems_are_never_trained_on() -> None:
+    trained = {(p.left, p.right) for step in range(20) for p in problems(512, (0, step), digits=4, held_out=False)}
+    kept = problems(500, (0,), digits=4, held_out=True)
+    assert not trained & {(problem.left, problem.right) for problem in kept}
+    every = [Problem(left, right) for left in range(200) for right in range(200)]
+    assert 0.01 < np.mean([problem.held_out for problem in every]) < 0.03
+    assert problems(50, (0, 7), digits=3, held_out=False) == problems(50, (0, 7), digits=3, held_out=False)
+    assert {len(str(problem.left)) for problem in kept} == {1, 2, 3, 4}
+
+
+def test_tokenizer_round_trip() -> None:
+    made = tokenizer()
+    assert made.get_vocab_size() == len(CHARACTERS) + 1
+    ids = made.encode("12+345=357" + END).ids
+    assert len(ids) == 11
+    assert made.decode(ids) == "12+345=357"
