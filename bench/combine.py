@@ -1,4 +1,5 @@
-"""Scatter against reduce-and-slice: the combine alone, on all devices (eight virtual ones where there is no accelerator).
+"""Scatter against reduce-and-slice: the combine alone, on all devices (eight virtual ones where there is no
+accelerator).
 
 python -m bench.combine [--repeats N]
 """

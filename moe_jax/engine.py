@@ -93,7 +93,8 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> Iterator[int]:
         """Run requests to their end, together. Yields after each step how many tokens it gave."""
         prompts = [request.prompt for request in requests]
-        positions = max(len(request.prompt) + request.most_tokens for request in requests)
+        # The last token generated is not fed back, so it needs no place in the cache.
+        positions = max(len(request.prompt) + request.most_tokens - 1 for request in requests)
         seats, slots, caches = self._admit(prompts, positions)
 
         shape = None
@@ -166,7 +167,9 @@ class Engine:
     def _pack(self, segments: Sequence[Segment], shape: Shape) -> tuple[Batch, list[int]]:
         return pack(segments, self.decoder.placement, slots=shape.slots, chunk=shape.chunk, like=shape.rows)
 
-    def _knobs(self, segments: Sequence[Segment], shape: Shape, requests: Sequence[Request]) -> Knobs:
+    def _knobs(self, segments: Sequence[Segment], shape: Shape, requests: Sequence[Request]) -> Knobs | None:
+        if all(requests[segment.request].params.temperature == 0 for segment in segments):
+            return None
         at_slot = {(s.seat.shard, s.seat.slot): requests[s.request] for s in segments}
         requests_or_none = (at_slot.get((shard, slot)) for shard in range(self._shards) for slot in range(shape.slots))
         idle = (SamplingParams(temperature=0), 0, 0)

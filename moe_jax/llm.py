@@ -151,7 +151,6 @@ class LLM:
             seed=secrets.randbits(32) if params.seed is None else params.seed,
             end_ids=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._checkpoint.end_token_ids),
-            # The last token generated is not fed back, so it needs no place in the cache.
             most_tokens=min(params.max_tokens, self.max_length - len(prompt) + 1),
         )
 

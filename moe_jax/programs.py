@@ -12,9 +12,8 @@ from jax.stages import Compiled
 from jaxtyping import Array
 
 from moe_jax.models import Batch, Caches, Parameters, ShardedDecoder, pack
-from moe_jax.requests import SamplingParams
 from moe_jax.sampling import Knobs, Sampled, sample
-from moe_jax.sharding import Combine, Role, Rows
+from moe_jax.sharding import Combine, Rows
 
 
 class Programs:
@@ -22,41 +21,43 @@ class Programs:
 
     def __init__(self, decoder: ShardedDecoder) -> None:
         self.decoder = decoder
+        self._shardings = jax.tree.map(lambda s: NamedSharding(decoder.placement.mesh, s), decoder.batch_specs)
         self.compiled: dict[Any, Compiled] = {}
         self.compile_seconds = 0.0
 
     def next_tokens(
-        self, parameters: Parameters, caches: Caches, batch: Batch, knobs: Knobs, *, combine: Combine
+        self, parameters: Parameters, caches: Caches, batch: Batch, knobs: Knobs | None, *, combine: Combine
     ) -> tuple[Sampled, Caches]:
-        """The token after the last row of every slot. The caches given are overwritten: use those returned."""
-        args = (parameters, caches, *jax.device_put((batch, knobs), self._shardings))
+        """The token after the last row of every slot, the likeliest one if there are no knobs.
+
+        The caches given are overwritten: use those returned.
+        """
+        args = (
+            parameters,
+            caches,
+            jax.device_put(batch, self._shardings),
+            jax.device_put(knobs, self._shardings.tokens),
+        )
         return self._compile(_next_tokens, combine, *args)(*args)
 
     def all_logits(
         self, parameters: Parameters, caches: Caches, batch: Batch, *, combine: Combine
     ) -> tuple[Array, Caches]:
         """The logits after every row. The caches given are overwritten: use those returned."""
-        args = (parameters, caches, jax.device_put(batch, self._shardings[0]))
+        args = (parameters, caches, jax.device_put(batch, self._shardings))
         return self._compile(ShardedDecoder.all_logits, combine, *args)(*args)
 
     def decode_step(self, slots: int, positions: int, rows: Rows, combine: Combine) -> Compiled:
-        """The program that takes one token from each slot; needs neither weights nor the devices to be there."""
+        """The program that takes one token from each slot and gives the likeliest next one.
+
+        It needs neither weights nor the devices to be there.
+        """
         decoder = self.decoder
         batch, _ = pack([], decoder.placement, slots=slots, chunk=1, like=rows)
-        knobs = Knobs.of([(SamplingParams(), 0, 0)] * slots * decoder.placement.size(Role.TOKENS))
-        shardings = jax.tree.broadcast(self._shardings, (batch, knobs))
-        inputs = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (batch, knobs), shardings
-        )
-        return self._compile(
-            _next_tokens, combine, decoder.parameters, decoder.abstract_caches(slots, positions), *inputs
-        )
-
-    @property
-    def _shardings(self) -> tuple[Batch, NamedSharding]:
-        """Of a batch and of knobs, as prefixes of their trees."""
-        mesh, batch, rows = self.decoder.placement.mesh, self.decoder.batch_specs, self.decoder.rows_spec
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), (batch, rows))
+        shardings = jax.tree.broadcast(self._shardings, batch)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, shardings)
+        caches = decoder.abstract_caches(slots, positions)
+        return self._compile(_next_tokens, combine, decoder.parameters, caches, abstract, None)
 
     def _compile(self, function: Callable[..., Any], combine: Combine, *args: Any) -> Compiled:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
@@ -70,7 +71,7 @@ class Programs:
 
 
 def _next_tokens(
-    decoder: ShardedDecoder, parameters: Parameters, caches: Caches, batch: Batch, knobs: Knobs, combine: Combine
+    decoder: ShardedDecoder, parameters: Parameters, caches: Caches, batch: Batch, knobs: Knobs | None, combine: Combine
 ) -> tuple[Sampled, Caches]:
     logits, caches = decoder.next_logits(parameters, caches, batch, combine)
     spec = decoder.rows_spec

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int32, UInt32
 
 from moe_jax.requests import SamplingParams
@@ -31,11 +30,9 @@ class Knobs(NamedTuple):
     @classmethod
     def of(cls, requests: Sequence[tuple[SamplingParams, int, int]]) -> Knobs:
         """From each request's parameters, seed and number of generated tokens."""
+        dtypes = (np.float32, np.int32, np.float32, np.uint32, np.int32)
         columns = zip(*((p.temperature, p.top_k, p.top_p, seed, made) for p, seed, made in requests), strict=True)
-        return cls(*(on_host(np.array(column, dtype)) for column, dtype in zip(columns, KNOB_DTYPES, strict=True)))
-
-
-KNOB_DTYPES = (np.float32, np.int32, np.float32, np.uint32, np.int32)
+        return cls(*(on_host(np.array(column, dtype)) for column, dtype in zip(columns, dtypes, strict=True)))
 
 
 class Sampled(NamedTuple):
@@ -44,12 +41,14 @@ class Sampled(NamedTuple):
     """Of the chosen tokens, under the unmodified logits."""
 
 
-def sample(logits: Float[Array, "S V"], knobs: Knobs) -> Sampled:
-    """The next token of each request. Its draw depends on nothing but its own logits and knobs."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    random = knobs.temperature > 0
-    drawn = lax.cond(jnp.any(random), lambda: jax.vmap(_draw)(logits, knobs), lambda: greedy)
-    tokens = jnp.where(random, drawn, greedy)
+def sample(logits: Float[Array, "S V"], knobs: Knobs | None) -> Sampled:
+    """The next token of each request: drawn where its temperature is above 0, else, and without knobs, the likeliest.
+
+    A draw depends on nothing but the request's own logits and knobs.
+    """
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if knobs is not None:
+        tokens = jnp.where(knobs.temperature > 0, jax.vmap(_draw)(logits, knobs), tokens)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return Sampled(tokens, chosen - jax.nn.logsumexp(logits, axis=-1))
 

@@ -84,6 +84,9 @@ def test_plan_needs_no_weights(run: Run, tmp_path: Path) -> None:
 def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
     there, orbax, back = (str(tmp_path / name) for name in ("model", "orbax", "back"))
     assert run("train", there, "--steps", "2", "--batch-size", "8", "--mesh", "expert=2", "--json").json["steps"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.training"]
+    (output,) = run("generate", "1+1=", "--model", there, "--mesh", "expert=2", "--json").json["outputs"]
+    assert output["token_ids"]
     assert run("convert", there, orbax, "--to", "orbax").status == 0
     assert run("convert", orbax, back, "--to", "huggingface", "--mesh", "tensor=2").status == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "back")]

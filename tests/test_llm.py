@@ -47,8 +47,8 @@ def test_one_text_is_a_batch_of_one(adder: LLM) -> None:
     assert output.text == "4"
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 9999)), min_size=1, max_size=24))
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 9999)), min_size=20, max_size=20))
 def test_answers_do_not_depend_on_the_neighbours(adder: LLM, sums: list[tuple[int, int]]) -> None:
     """More requests than fit are decoded in waves; each gets what it gets alone."""
     prompts = [f"{left}+{right}=" for left, right in sums]

@@ -98,7 +98,7 @@ class _Blocks:
 
     def block(self, i: Array) -> tuple[Int32[Array, ""], Int32[Array, ""], Bool[Array, "B"]]:
         """Block i: its group, the first of the `size` rows to read (moved up to fit), and which of them are its own."""
-        group = jnp.searchsorted(self.block_ends, i, side="right").astype(jnp.int32)
+        group = jnp.sum(self.block_ends <= i)
         blocks_left = self.block_ends[group] - i
         blocks_before = (self.group_sizes[group] + self.size - 1) // self.size - blocks_left
         start = self.ends[group] - self.group_sizes[group] + blocks_before * self.size

@@ -121,7 +121,7 @@ class ReduceCombine(Combine):
         counts = rows.group_counts(self.placement)
         ends = jnp.cumsum(counts)
         position = jnp.arange(rows.total)
-        shard = jnp.minimum(jnp.searchsorted(ends, position, side="right"), counts.shape[0] - 1)
+        shard = jnp.minimum(jnp.sum(position[:, None] >= ends, axis=1), counts.shape[0] - 1)
         source = shard * rows.capacity + position - (ends - counts)[shard]
         packed = tuple(
             all_gather(value, self.placement.scatter_axes).at[source].get(mode="clip", indices_are_sorted=True)

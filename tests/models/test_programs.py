@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 import jax
 import pytest
@@ -24,6 +25,7 @@ def model(layers: int) -> ModelConfig:
     return ModelConfig(100, 32, (LayerConfig(ATTENTION, DenseConfig(32)), *rest), 1e-6, 256)
 
 
+@cache
 def decode_step(
     where: str, combine: type[Combine], layers: int = 4, slots: int = 4, positions: int = 64
 ) -> jax.stages.Compiled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import LLM
-from moe_jax.checkpoints import Checkpoint
+from moe_jax.checkpoints.orbax_store import Steps
 from moe_jax.errors import CheckpointError
 from moe_jax.layers import Load
+from moe_jax.models import ShardedDecoder
 from moe_jax.sharding import Placement, ReduceCombine, ScatterCombine
 from moe_jax.training.addition import CHARACTERS, END, Problem, problems, tokenizer
+from moe_jax.training.examples import Examples, examples
 from moe_jax.training.loss import _balance, losses
-from moe_jax.training.recipe import Recipe, train
+from moe_jax.training.recipe import Recipe
 from moe_jax.training.trainer import TrainingState
 
 TINY = Recipe(digits=2, batch_size=16, steps=4, warmup_steps=1)
@@ -37,17 +39,15 @@ def test_the_loss_is_that_of_the_answers_on_every_placement_and_strategy() -> No
         run = jax.jit(lambda p, e, trainer=trainer: losses(trainer.decoder, p, e, trainer.combine))
         found.append(run(trainer.decoder.init(0), trainer.examples(0)))
     batch = problems(TINY.batch_size, (TINY.seed, 0), digits=TINY.digits, held_out=False)
-    checkpointless = TINY.trainer(Placement.parse("data=1"), ReduceCombine(Placement.parse("data=1")))
-    expected = _answer_nats(checkpointless.decoder, batch)
+    single = Placement.parse("data=1")
+    expected = _answer_nats(TINY.trainer(single, ReduceCombine(single)).decoder, batch)
     for one in found:
         np.testing.assert_allclose(one.next_token, expected, rtol=1e-5)
         np.testing.assert_allclose(one.balance, found[0].balance, rtol=1e-5)
 
 
-def _answer_nats(decoder, batch: list[Problem]) -> float:
+def _answer_nats(decoder: ShardedDecoder, batch: list[Problem]) -> float:
     """The mean loss, each problem alone in its batch."""
-    from moe_jax.training.examples import examples
-
     encode, alone, parameters = tokenizer().encode, ReduceCombine(decoder.placement), decoder.init(0)
     run = jax.jit(lambda examples: losses(decoder, parameters, examples, alone).next_token)
     total = tokens = 0.0
@@ -65,26 +65,32 @@ def test_balance_is_one_when_even_and_e_when_one_expert_takes_all() -> None:
     np.testing.assert_allclose(_balance(collapsed), [8])
 
 
+class Killed:
+    """Examples that end the run at one step."""
+
+    def __init__(self, examples: Callable[[int], Examples]) -> None:
+        self.at: int | None = None
+        self._examples = examples
+
+    def __call__(self, step: int) -> Examples:
+        if step == self.at:
+            raise KeyboardInterrupt
+        return self._examples(step)
+
+
 def test_a_killed_run_goes_on_where_it_stopped_on_another_mesh_too(tmp_path: Path) -> None:
-    whole = TINY.trainer(HERE, ScatterCombine(HERE)).run(tmp_path / "whole", 4)
-    # The kill comes between two saves: steps 2 and 3 are done anew.
+    trainer = TINY.trainer(HERE, ScatterCombine(HERE))
+    killed = Killed(trainer.examples)
+    trainer = replace(trainer, examples=killed)
+    whole = trainer.run(tmp_path / "whole", 4)
+    killed.at = 3  # between two saves: the step before is done anew
     with pytest.raises(KeyboardInterrupt):
-        _killed_at(TINY, 3).run(tmp_path / "killed", 4, save_every=2)
+        trainer.run(tmp_path / "killed", 4, save_every=2)
+    killed.at = 0
+    assert_close(trainer.run(tmp_path / "whole", 4), whole, atol=0)
     resumed = TINY.trainer(ELSEWHERE, ReduceCombine(ELSEWHERE)).run(tmp_path / "killed", 4)
     assert int(resumed.step) == 4
     assert_close(resumed, whole, atol=1e-4)
-    assert_close(TINY.trainer(HERE, ScatterCombine(HERE)).run(tmp_path / "whole", 4), whole, atol=0)
-
-
-def _killed_at(recipe: Recipe, step: int):
-    trainer = recipe.trainer(HERE, ScatterCombine(HERE))
-
-    def examples(number: int):
-        if number == step:
-            raise KeyboardInterrupt
-        return trainer.examples(number)
-
-    return replace(trainer, examples=examples)
 
 
 def test_optimizer_moments_lie_where_their_parameters_lie() -> None:
@@ -96,20 +102,12 @@ def test_optimizer_moments_lie_where_their_parameters_lie() -> None:
 
 
 def test_states_of_another_model_are_refused(tmp_path: Path) -> None:
-    TINY.trainer(HERE, ScatterCombine(HERE)).run(tmp_path, 2)
-    other = TINY.trainer(HERE, ScatterCombine(HERE))
-    config = replace(other.decoder.config, hidden=64)
+    trainer = TINY.trainer(HERE, ScatterCombine(HERE))
+    with Steps(tmp_path) as saved:
+        saved.save(2, trainer.initial_state())
+    other = replace(trainer.decoder, config=replace(trainer.decoder.config, hidden=64))
     with pytest.raises(CheckpointError, match="does not hold what this model needs"):
-        replace(other, decoder=replace(other.decoder, config=config)).run(tmp_path, 4)
-
-
-def test_a_trained_model_is_a_checkpoint_like_any_other(tmp_path: Path) -> None:
-    train(TINY, tmp_path / "model", HERE, ScatterCombine(HERE), progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.training"]
-    checkpoint = Checkpoint(tmp_path / "model")
-    assert checkpoint.end_token_ids == {tokenizer().token_to_id(END)}
-    (output,) = LLM(tmp_path / "model", mesh="expert=2").generate("1+1=")
-    assert output.text is not None
+        replace(trainer, decoder=other).run(tmp_path, 4)
 
 
 def test_held_out_problems_are_never_trained_on() -> None:
