@@ -1,35 +1,40 @@
-# make demo | make test [PYTHON=python3.13] | make check | make goldens
+# make demo           decode with the bundled model
+# make test           the tests; on another Python: make test PYTHON=python3.13
+# make check          formatting, lint and types
 PYTHON ?= python3
-VENV := .venv-$(notdir $(PYTHON))
+
+ifeq ($(PYTHON),python3)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test check goldens clean
+.PHONY: demo test lint check clean
 
 demo: $(VENV)/installed
 	$(BIN)/moe-jax generate
 	$(BIN)/moe-jax eval
 
-test: $(VENV)/tests-installed
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
-check: $(VENV)/dev-installed
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+check: lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version}"'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, as in: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+	@touch $@
 
-$(VENV)/tests-installed: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	touch $@
-
-$(VENV)/dev-installed: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+$(VENV)/installed-%: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-*
