@@ -19,7 +19,7 @@ from moe_jax.layers import Cache, KVCache, Step, parameter
 from moe_jax.models.batch import Batch
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import group_layers
-from moe_jax.sharding import Combine, Placement, Role
+from moe_jax.sharding import Combine, Placement, Role, check_fit
 
 Parameters = nnx.State
 
@@ -42,7 +42,7 @@ class ShardedDecoder:
     def __post_init__(self) -> None:
         if str(self.dtype) not in DTYPES:
             raise ConfigError(f"dtype must be bfloat16, float16 or float32, got {str(self.dtype)!r}")
-        self.placement.check(self.config)
+        check_fit(self.config, self.placement)
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, Parameters]:

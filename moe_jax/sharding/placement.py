@@ -24,9 +24,8 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
 from moe_jax.errors import PlacementError
 from moe_jax.sharding import collectives
 from moe_jax.sharding.mesh import AXES, DATA, EXPERT, TENSOR, Device, make_mesh
@@ -52,6 +51,11 @@ class Placement:
     ffn: tuple[str, ...] = (TENSOR,)
 
     def __post_init__(self) -> None:
+        if self.mesh.axis_names != AXES or set(self.mesh.axis_types) != {AxisType.Auto}:
+            raise PlacementError(
+                f"a mesh needs the axes {', '.join(AXES)}, all of type Auto, got {self.mesh}: "
+                "moe_jax.sharding.make_mesh makes one"
+            )
         for first, second in (("tokens", "heads"), ("experts", "ffn")):
             both = set(getattr(self, first)) & set(getattr(self, second))
             if both:
@@ -166,32 +170,8 @@ class Placement:
     def sharding(self, dims: Sequence[Role | None], shape: Sequence[int]) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(dims, shape))
 
-    def check(self, config: ModelConfig) -> None:
-        """Raise `PlacementError`, naming every number, if the model cannot be split this way."""
-        problems = dict.fromkeys(problem for layer in config.layers for problem in self._layer_problems(layer))
-        if config.vocab_rows % self.size(Role.HEADS):
-            problems[f"{config.vocab_rows} embedding rows do not divide over {self._written(Role.HEADS)}"] = None
-        if problems:
-            raise PlacementError("the model does not fit the placement: " + "; ".join(problems))
-
-    def _layer_problems(self, layer: LayerConfig) -> list[str]:
-        attention, ffn = layer.attention, layer.ffn
-        split: list[tuple[str, int, Role]] = [("attention heads", attention.heads, Role.HEADS)]
-        if isinstance(ffn, DenseConfig):
-            split.append(("units of dense MLP width", ffn.width, Role.PARTIAL))
-        else:
-            split += [("experts", ffn.experts, Role.EXPERTS), ("units of expert width", ffn.width, Role.FFN)]
-            if ffn.shared is not None:
-                split.append(("units of shared-expert width", ffn.shared.width, Role.PARTIAL))
-        problems = [
-            f"{n} {what} do not divide over {self._written(role)}" for what, n, role in split if n % self.size(role)
-        ]
-        heads, kv = self.size(Role.HEADS), attention.kv_heads
-        if kv % heads and heads % kv:
-            problems.append(f"{kv} KV heads neither divide over {self._written(Role.HEADS)} nor repeat evenly on them")
-        return problems
-
-    def _written(self, role: Role) -> str:
+    def written(self, role: Role) -> str:
+        """A role's size and axes, for messages: `8 devices (experts: data=2, expert=4)`."""
         sizes = ", ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes(role))
         return f"{self.size(role)} devices ({role.name.lower()}: {sizes})"
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig, SharedExpertConfig
 from moe_jax.errors import PlacementError
-from moe_jax.sharding import Placement, Role, as_placement, make_mesh
+from moe_jax.sharding import Placement, Role, as_placement, check_fit, make_mesh
 
 
 def model(heads: int = 8, kv_heads: int = 4, experts: int = 8, width: int = 16, shared: int = 16) -> ModelConfig:
@@ -66,6 +67,12 @@ def test_wrong_roles_are_refused(text: str, message: str) -> None:
         Placement.parse(text)
 
 
+def test_other_meshes_are_refused() -> None:
+    for mesh in (jax.make_mesh((8,), ("x",)), jax.make_mesh((2, 2, 2), ("data", "expert", "tensor"))):
+        with pytest.raises(PlacementError, match=r"needs the axes data, expert, tensor, all of type Auto"):
+            as_placement(mesh)
+
+
 @pytest.mark.parametrize(
     ("text", "config", "message"),
     [
@@ -87,12 +94,12 @@ def test_wrong_roles_are_refused(text: str, message: str) -> None:
 )
 def test_models_that_do_not_fit_are_refused_with_their_numbers(text: str, config: ModelConfig, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
-        Placement.parse(text).check(config)
+        check_fit(config, Placement.parse(text))
 
 
 def test_all_misfits_are_named_at_once() -> None:
     with pytest.raises(PlacementError) as caught:
-        Placement.parse("expert=2,tensor=4").check(model(heads=6, kv_heads=3, experts=5, width=6, shared=6))
+        check_fit(model(heads=6, kv_heads=3, experts=5, width=6, shared=6), Placement.parse("expert=2,tensor=4"))
     for words in ("6 attention heads", "3 KV heads", "5 experts", "6 units of expert width", "6 units of shared"):
         assert words in str(caught.value)
 

@@ -1,0 +1,40 @@
+"""Whether a model can be split the way a placement says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
+from moe_jax.errors import PlacementError
+from moe_jax.sharding.placement import Placement, Role
+
+
+def check_fit(config: ModelConfig, placement: Placement) -> None:
+    """Raise `PlacementError`, naming every number that does not divide."""
+    split = {part: None for layer in config.layers for part in _split(layer)}
+    split["embedding rows", config.vocab_rows, Role.HEADS] = None
+    problems = [
+        f"{count} {what} do not divide over {placement.written(role)}"
+        for what, count, role in split
+        if count % placement.size(role)
+    ]
+    heads = placement.size(Role.HEADS)
+    for kv_heads in dict.fromkeys(layer.attention.kv_heads for layer in config.layers):
+        if kv_heads % heads and heads % kv_heads:
+            over = placement.written(Role.HEADS)
+            problems.append(f"{kv_heads} KV heads neither divide over {over} nor repeat evenly on them")
+    if problems:
+        raise PlacementError("the model does not fit the placement: " + "; ".join(problems))
+
+
+def _split(layer: LayerConfig) -> Iterator[tuple[str, int, Role]]:
+    """What of a layer is split, into how many, by which role."""
+    yield "attention heads", layer.attention.heads, Role.HEADS
+    ffn = layer.ffn
+    if isinstance(ffn, DenseConfig):
+        yield "units of dense MLP width", ffn.width, Role.PARTIAL
+        return
+    yield "experts", ffn.experts, Role.EXPERTS
+    yield "units of expert width", ffn.width, Role.FFN
+    if ffn.shared is not None:
+        yield "units of shared-expert width", ffn.shared.width, Role.PARTIAL
