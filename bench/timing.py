@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,4 +46,5 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
 def machine() -> dict[str, Any]:
     """What this process measures on."""
     device = jax.devices()[0]
-    return {"device": device.device_kind, "devices": jax.device_count(), "jax": jax.__version__}
+    host = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"device": device.device_kind, "devices": jax.device_count(), "host": host, "jax": jax.__version__}

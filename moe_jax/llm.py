@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import TypeVar
 
 import jax.numpy as jnp
@@ -33,9 +34,8 @@ class LLM:
     """Decodes one checkpoint in batches.
 
     Args:
-      checkpoint: a directory in Hugging Face layout, or one that `moe-jax convert` wrote; by default the bundled
-      model, which
-        adds numbers.
+      checkpoint: a directory in Hugging Face layout, or one that `moe-jax convert` wrote; by default the bundled model,
+        which adds numbers.
       mesh: `"data=2,expert=4"` (axes left out have size 1), axis sizes, a mesh or a `Placement`; by default all devices
         on `expert`.
       dtype: of weights, cache and computation; by default what the checkpoint says.
@@ -138,11 +138,18 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(f"{self._checkpoint.path} has no tokenizer.json: give prompts as lists of token ids")
-            return self.tokenizer.encode(prompt).ids
+            try:
+                return self.tokenizer.encode(prompt).ids
+            except Exception as error:  # the library raises nothing more precise
+                raise RequestError(
+                    f"prompt {number}, {shortened(prompt)}, has text that the tokenizer has no token for"
+                ) from error
         try:
             return [index(token) for token in prompt]
         except TypeError as error:
-            raise RequestError(f"prompt {number} must be a text or a list of token ids, got {prompt!r}") from error
+            raise RequestError(
+                f"prompt {number} must be a text or a list of token ids, got {shortened(prompt)}"
+            ) from error
 
     def _request(self, prompt: list[int], params: SamplingParams) -> Request:
         return Request(

@@ -171,6 +171,11 @@ def test_empty_text(adder: LLM) -> None:
         adder.generate([""])
 
 
+def test_text_that_has_no_tokens(adder: LLM) -> None:
+    with pytest.raises(RequestError, match="prompt 1, 'one plus 1=', has text that the tokenizer has no token for"):
+        adder.generate(["1+1=", "one plus 1="])
+
+
 def test_wrong_number_of_parameters(golden: LLM) -> None:
     with pytest.raises(RequestError, match="one for each of 2 prompts, got 1"):
         golden.generate([[1], [2]], [GREEDY])

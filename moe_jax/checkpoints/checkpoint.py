@@ -66,7 +66,10 @@ class Checkpoint:
         """The tokens that end a sequence."""
         generation = _read_json(self.path / GENERATION) or {}
         ids = generation.get("eos_token_id", self._raw.get("eos_token_id"))
-        return frozenset([ids] if isinstance(ids, int) else ids or [])
+        listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(type(token) is int for token in listed):
+            raise CheckpointError(f"{self.path}: eos_token_id must be a token id or a list of them, got {ids!r}")
+        return frozenset(listed)
 
     @property
     def dtype(self) -> str:

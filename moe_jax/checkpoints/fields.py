@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -60,17 +61,20 @@ class Fields:
         value = self.any(name, default)
         if value is _REQUIRED:
             self._problems.append(f"{name} is missing")
-        elif isinstance(value, bool) is not (kind is bool) or not isinstance(value, (int, kind)):
-            self._problems.append(f"{name} must be of type {kind.__name__}, got {value!r}")
-        elif kind is not bool and value <= 0:
-            self._problems.append(f"{name} must be positive, got {value}")
-        else:
-            return kind(value)
-        return kind(1)
+            return kind(1)
+        return self._checked(name, value, kind)
 
     def take_optional(self, name: str, kind: type[T]) -> T | None:
         """As `take`; `None` where the field is missing or null."""
         return self.take(name, kind) if self.has(name) else self.any(name, None)
+
+    def take_list(self, name: str, kind: type) -> list[Any]:
+        """A field that lists values of one kind; empty where it is missing or null."""
+        value = self.any(name, [])
+        if isinstance(value, list) and all(type(item) is kind for item in value):
+            return value
+        self._problems.append(f"{name} must be a list of {kind.__name__}, got {value!r}")
+        return []
 
     def any(self, name: str, default: Any) -> Any:
         """The field, whatever it is; `default` where it is missing or null."""
@@ -89,15 +93,29 @@ class Fields:
 
     def rope_theta(self, default: float) -> float:
         """The base of plain rotary embedding, from `rope_parameters` (new files) or `rope_theta` (older ones)."""
-        rope = dict(self.any("rope_parameters", {}))
-        theta = self.take("rope_theta", float, default)
-        theta = float(rope.pop("rope_theta", theta))
-        scaling = rope or dict(self.any("rope_scaling", {}))
-        kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-        if kind != "default" or scaling:
-            self._problems.append(f"rotary embedding of type {kind!r} with {scaling} is not supported (only 'default')")
-        self._seen.add("rope_scaling")
-        return theta
+        theta: Any = self.any("rope_theta", default)
+        for name in ("rope_parameters", "rope_scaling"):
+            rope = self.any(name, {})
+            if not isinstance(rope, dict):
+                self._problems.append(f"{name} must be an object, got {rope!r}")
+                continue
+            theta = rope.get("rope_theta", theta)
+            rest = {key: value for key, value in rope.items() if key != "rope_theta"}
+            kind = rest.pop("rope_type", rest.pop("type", "default"))
+            if kind != "default" or rest:
+                self._problems.append(
+                    f"rotary embedding of type {kind!r} with {rest} is not supported (only 'default')"
+                )
+        return self._checked("rope_theta", theta, float)
+
+    def _checked(self, name: str, value: Any, kind: type[T]) -> T:
+        if isinstance(value, bool) is not (kind is bool) or not isinstance(value, (int, kind)):
+            self._problems.append(f"{name} must be of type {kind.__name__}, got {value!r}")
+        elif kind is not bool and not 0 < value < math.inf:
+            self._problems.append(f"{name} must be positive and finite, got {value}")
+        else:
+            return kind(value)
+        return kind(1)
 
     def read(self, reader: Callable[[Fields], C]) -> C:
         """What `reader` makes of the fields.

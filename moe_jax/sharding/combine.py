@@ -96,8 +96,7 @@ class ScatterCombine(Combine):
         axes = self.placement.scatter_axes
         counts = rows.group_counts(self.placement)
         valid = (jnp.arange(rows.capacity) < counts[:, None]).reshape(-1)
-        return Gathered(tuple(all_gather(value, axes) for value in values), valid, self._partial_axes)  # type:
-        ignore[arg - type]
+        return Gathered(tuple(all_gather(value, axes) for value in values), valid, self._partial_axes)
 
     def combine(self, rows: Rows, partial: PartialSum) -> Float[Array, "T D"]:
         # [s*T, D] {U:R} -> [T, D] {V:scatter}, then the sum over the axes that hold no tokens

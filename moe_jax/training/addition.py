@@ -49,9 +49,9 @@ def problems(count: int, seed: Sequence[int], *, digits: int, held_out: bool) ->
 
 
 def tokenizer() -> Tokenizer:
-    """One token for each character, and one that ends the answer."""
+    """One token for each character, and one that ends the answer; other characters are refused."""
     vocabulary = {token: number for number, token in enumerate([*CHARACTERS, END])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    made = Tokenizer(models.WordLevel(vocabulary))
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made.decoder = decoders.Fuse()
     made.add_special_tokens([END])

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +104,15 @@ def test_dense_layers_and_windows() -> None:
         ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window needs layer_types"),
         ("mixtral", {"hidden_size": "large"}, "hidden_size must be of type int, got 'large'"),
         ("mixtral", {"num_hidden_layers": True}, "num_hidden_layers must be of type int, got True"),
-        ("mixtral", {"num_attention_heads": 0}, "num_attention_heads must be positive, got 0"),
+        ("mixtral", {"num_attention_heads": 0}, "num_attention_heads must be positive and finite, got 0"),
+        ("mixtral", {"rope_theta": math.inf}, "rope_theta must be positive and finite, got inf"),
+        ("mixtral", {"rope_parameters": "yarn"}, "rope_parameters must be an object, got 'yarn'"),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}},
+            "rotary embedding of type 'yarn'",
+        ),
+        ("qwen3_moe", {"mlp_only_layers": ["first"]}, r"mlp_only_layers must be a list of int, got \['first'\]"),
         ("mixtral", {"num_key_value_heads": 5}, "32 attention heads cannot share 5 KV heads"),
         ("mixtral", {"num_experts_per_tok": 9}, "top_k 9 exceeds the number of experts, 8"),
     ],
@@ -118,6 +129,15 @@ def test_all_problems_are_told_at_once() -> None:
         read(raw)
     for words in ("hidden_act='relu'", "sparsity", "attn_temperature", "vocab_size is missing"):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("family", HUB)
+def test_no_value_of_a_field_gives_another_error(family: str) -> None:
+    odd = (None, "x", -1, 0, 1.5, True, [], [None], ["x"], {}, {"x": 1}, 1e30, math.nan)
+    for name, value in itertools.product([*HUB[family], "rope_parameters", "layer_types"], odd):
+        if name != "model_type":
+            with contextlib.suppress(ConfigError):
+                changed(family, **{name: value})
 
 
 def test_new_and_old_spellings_of_the_rope_base() -> None:

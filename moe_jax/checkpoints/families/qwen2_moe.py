@@ -40,13 +40,13 @@ def read(fields: Fields) -> ModelConfig:
 
 
 def _windows(fields: Fields, layers: int) -> list[int | None]:
-    kinds = fields.any("layer_types", None)
+    kinds = fields.take_list("layer_types", str)
     fields.any("max_window_layers", None)  # says the same as layer_types, to transformers only
     if not fields.take("use_sliding_window", bool, False):
         fields.any("sliding_window", None)
         return [None] * layers
     window = fields.take("sliding_window", int)
-    if kinds is None or len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
         fields.problem(
             f"use_sliding_window needs layer_types, one of sliding_attention and full_attention for each of {layers} "
             "layers: without it, different versions of transformers slide on different layers"

@@ -16,6 +16,6 @@ def feed_forwards(fields: Fields, shared: SharedExpertConfig | None) -> list[Den
         renormalise=fields.take("norm_topk_prob", bool, False),
         shared=shared,
     )
-    step, only_dense = fields.take("decoder_sparse_step", int, 1), fields.any("mlp_only_layers", [])
+    step, only_dense = fields.take("decoder_sparse_step", int, 1), fields.take_list("mlp_only_layers", int)
     layers = range(fields.take("num_hidden_layers", int))
     return [dense if i in only_dense or (i + 1) % step else moe for i in layers]
