@@ -83,16 +83,25 @@ def _finite(array: jax.Array) -> jax.Array:
 
 def _load_parameter(abstract: jax.ShapeDtypeStruct, regions: Sequence[Region], files: TensorFiles) -> jax.Array:
     if len(regions) == 1 and regions[0].shape == abstract.shape:
-        return _load_region(regions[0], abstract, files)
+        whole = _load_region(regions[0], abstract, files)
+        _check_region(_finite(whole), regions[0], files)
+        return whole
     whole = jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
     for region in regions:
-        whole = jax.block_until_ready(_put(whole, _load_region(region, abstract, files), region.start))
+        whole, finite = _put(whole, _load_region(region, abstract, files), region.start)
+        _check_region(finite, region, files)
     return whole
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, part: jax.Array, start: tuple[int, ...]) -> jax.Array:
-    return lax.dynamic_update_slice(whole, part, start)
+def _put(whole: jax.Array, part: jax.Array, start: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    return lax.dynamic_update_slice(whole, part, start), jnp.isfinite(part).all()
+
+
+def _check_region(finite: jax.Array, region: Region, files: TensorFiles) -> None:
+    """Waits for the answer, so that no more than one region is on its way."""
+    if not finite:
+        _refuse([entry.name for entry in region.entries if not np.isfinite(files.read(entry.name)).all()])
 
 
 def _load_region(region: Region, parameter: jax.ShapeDtypeStruct, files: TensorFiles) -> jax.Array:
@@ -102,10 +111,7 @@ def _load_region(region: Region, parameter: jax.ShapeDtypeStruct, files: TensorF
         if index != last:
             last, host = index, _read_part(region, index or (), parameter.dtype, files)
         shards.append(jax.device_put(host, device))
-    loaded = jax.make_array_from_single_device_arrays(region.shape, parameter.sharding, shards)
-    if not _finite(loaded):
-        _refuse([entry.name for entry in region.entries if not np.isfinite(files.read(entry.name)).all()])
-    return loaded
+    return jax.make_array_from_single_device_arrays(region.shape, parameter.sharding, shards)
 
 
 def _read_part(region: Region, index: tuple[slice, ...], dtype: np.dtype, files: TensorFiles) -> np.ndarray:
