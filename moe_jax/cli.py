@@ -13,10 +13,11 @@ import typer
 
 from moe_jax.bundled import ADDER
 from moe_jax.checkpoints import Checkpoint
+from moe_jax.checkpoints.checkpoint import check_new
 from moe_jax.errors import MoEJaxError, RequestError
 from moe_jax.evaluation import evaluate, held_out
 from moe_jax.explain import explain
-from moe_jax.llm import LLM
+from moe_jax.llm import LLM, checked_length
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.requests import SamplingParams
@@ -82,7 +83,7 @@ def generate(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     llm = LLM(model, mesh=mesh, dtype=dtype, combine=combine.value)
     outputs = llm.generate(asked, params, progress=sys.stderr.isatty())
-    explanation, speed = llm.explain(len(asked)), llm.throughput.decoded_per_second
+    explanation, speed = llm.explain(min(len(asked), llm.max_batch_size)), llm.throughput.decoded_per_second
     if as_json:
         texts = [
             {"prompt": prompt, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
@@ -92,7 +93,7 @@ def generate(
         return
     for prompt, output in zip(asked, outputs, strict=True):
         typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
-    typer.echo(f"\ndevices      {_device_names()}\n{explanation}\nspeed        {speed:.0f} tokens/s in decode")
+    typer.echo(f"\n{explanation}\nspeed        " + (f"{speed:.0f} tokens/s in decode" if speed else "nothing decoded"))
 
 
 @app.command(name="eval")
@@ -127,10 +128,10 @@ def train(
     mesh: Mesh = None,
     steps: Annotated[int, typer.Option(min=2)] = Recipe.steps,
     batch_size: Annotated[int, typer.Option(min=1)] = Recipe.batch_size,
-    seed: Annotated[int, typer.Option(min=0)] = Recipe.seed,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = Recipe.seed,
     as_json: Json = False,
 ) -> None:
-    """Train the bundled model's recipe. Run again after a kill, it goes on where it stopped."""
+    """Train the bundled model's recipe. Run again after a kill, it goes on from the state that it last saved."""
     placement = as_placement(mesh)
     recipe = Recipe(steps=steps, batch_size=batch_size, seed=seed)
     state = follow(recipe, output, placement, ScatterCombine(placement), progress=sys.stderr.isatty())
@@ -145,8 +146,9 @@ def convert(
     to: Annotated[Format, typer.Option(help="The format to write.")],
     mesh: Mesh = None,
 ) -> None:
-    """Rewrite a checkpoint in another format."""
+    """Rewrite a checkpoint in another format, in the dtype that its config.json names."""
     checkpoint = Checkpoint(source)
+    check_new(output)
     decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), checkpoint.dtype)
     parameters = checkpoint.load(decoder)
     if to is Format.ORBAX:
@@ -169,7 +171,7 @@ def plan(
     """What one decode step would do on a mesh; needs config.json, no weights."""
     checkpoint = Checkpoint(model)
     decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), dtype or checkpoint.dtype)
-    length = max_length or checkpoint.config.max_positions
+    length = checked_length(checkpoint.config, max_length)
     asked = asked_strategy(combine.value, decoder.placement)
     explanation = explain(Programs(decoder), asked, batch_size, length)
     _print_json(explanation.as_dict()) if as_json else typer.echo(explanation)
@@ -179,15 +181,11 @@ def _print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content))
 
 
-def _device_names() -> str:
-    kind = jax.devices()[0].device_kind
-    return f"{len(jax.devices())} x {kind}" + (" (virtual)" if kind == "cpu" else "")
-
-
 def main() -> None:
-    """Run the command line; users' mistakes are one line on standard error and exit status 2."""
+    """Run the command line; users' mistakes, and files that cannot be read or written, are one line on standard error
+    and exit status 2."""
     try:
         app()
-    except MoEJaxError as error:
+    except (MoEJaxError, OSError) as error:
         typer.echo(f"moe-jax: {error}", err=True)
         sys.exit(2)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from moe_jax.errors import RequestError
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.sharding import Combine, Decision, Role, Rows, bucket, decide
@@ -13,6 +16,7 @@ from moe_jax.sharding.census import Collective, collectives, count
 
 @dataclass(frozen=True)
 class Explanation:
+    devices: str
     placement: str
     batch_size: int
     decision: Decision
@@ -22,6 +26,7 @@ class Explanation:
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            "devices": self.devices,
             "placement": self.placement,
             "batch_size": self.batch_size,
             "combine": self.decision.name,
@@ -40,6 +45,7 @@ class Explanation:
     def __str__(self) -> str:
         kinds = ", ".join(f"{times} {kind}" for kind, times in count(self.collectives).items()) or "none"
         return (
+            f"devices      {self.devices}\n"
             f"placement    {self.placement}\n"
             f"combine      {self.decision}\n"
             f"decode step  {self.batch_size} rows, {self.feed_forwards} feed-forward blocks, "
@@ -49,7 +55,13 @@ class Explanation:
 
 
 def explain(programs: Programs, asked: Combine | None, batch_size: int, positions: int) -> Explanation:
-    """Compile a decode step of `batch_size` sequences, spread evenly, over caches of `positions`, and read it."""
+    """Compile a decode step of `batch_size` sequences, spread evenly, over caches of `positions`, and read it.
+
+    Raises:
+      RequestError: no sequences.
+    """
+    if batch_size < 1:
+        raise RequestError(f"a decode step needs at least one sequence, got {batch_size}")
     decoder: ShardedDecoder = programs.decoder
     placement, shards = decoder.placement, decoder.placement.size(Role.TOKENS)
     counts = [batch_size // shards + (shard < batch_size % shards) for shard in range(shards)]
@@ -58,9 +70,15 @@ def explain(programs: Programs, asked: Combine | None, batch_size: int, position
     strategy = decision.strategy
     compiled = programs.decode_step(bucket(max(counts)), bucket(positions), strategy.sized(rows), strategy)
     return Explanation(
+        devices=_written(placement.mesh.devices),
         placement=str(placement),
         batch_size=batch_size,
         decision=decision,
         feed_forwards=len(decoder.config.layers),
         collectives=collectives(compiled.as_text() or ""),
     )
+
+
+def _written(devices: np.ndarray) -> str:
+    kind = devices.flat[0].device_kind
+    return f"{devices.size} x {kind}" + (" (virtual)" if kind == "cpu" else "")

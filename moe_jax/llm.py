@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from moe_jax.bundled import ADDER
 from moe_jax.checkpoints import Checkpoint
+from moe_jax.config import ModelConfig
 from moe_jax.engine import Engine, Request, Throughput
 from moe_jax.errors import RequestError
 from moe_jax.explain import Explanation, explain
@@ -40,7 +41,8 @@ class LLM:
         on `expert`.
       dtype: of weights, cache and computation; by default what the checkpoint says.
       combine: `"auto"`, `"scatter"`, `"reduce"`, or a strategy from `moe_jax.sharding`.
-      max_length: the most tokens of a sequence, prompt included; by default what the model was made for.
+      max_length: the most positions of a sequence, prompt included; by default those the model was made for. The last
+        token that is generated takes none.
       max_batch_size: sequences decoded together; more wait.
 
     Raises:
@@ -59,10 +61,10 @@ class LLM:
     ) -> None:
         self._checkpoint = Checkpoint(checkpoint)
         self.config, self.tokenizer = self._checkpoint.config, self._checkpoint.tokenizer
-        self.max_length = self._checked_length(max_length)
+        self.max_length = checked_length(self.config, max_length)
         if max_batch_size < 1:
             raise RequestError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        self._max_batch_size = max_batch_size
+        self.max_batch_size = max_batch_size
         placement = as_placement(mesh)
         self._asked = asked_strategy(combine, placement)
         self._decoder = ShardedDecoder(self.config, placement, _name(dtype or self._checkpoint.dtype))
@@ -85,7 +87,7 @@ class LLM:
         wanted = [request for request in requests if request.most_tokens]
         total = sum(request.most_tokens for request in wanted)
         with tqdm(total=total, desc="generating", unit=" tokens", disable=not progress, leave=False) as bar:
-            for wave in _waves(wanted, self._max_batch_size):
+            for wave in _waves(wanted, self.max_batch_size):
                 for given in self._engine.generate(wave):
                     bar.update(given)
         return [self._output(request) for request in requests]
@@ -98,7 +100,7 @@ class LLM:
         """
         return [
             logits
-            for wave in _waves(self._encode(prompts), self._max_batch_size)
+            for wave in _waves(self._encode(prompts), self.max_batch_size)
             for logits in self._engine.logits(wave)
         ]
 
@@ -113,12 +115,6 @@ class LLM:
 
     def _decide(self, rows: Rows) -> Decision:
         return decide(self._asked, self._decoder.placement, rows, self._decoder.row_bytes)
-
-    def _checked_length(self, asked: int | None) -> int:
-        most = self.config.max_positions
-        if asked is not None and not 1 <= asked <= most:
-            raise RequestError(f"max_length must be from 1 to the {most} positions of this model, got {asked}")
-        return asked or most
 
     def _encode(self, prompts: str | Sequence[Prompt]) -> list[list[int]]:
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -171,16 +167,33 @@ class LLM:
         )
 
 
+def checked_length(config: ModelConfig, asked: int | None) -> int:
+    """The positions of a sequence: as asked, or as many as the model was made for.
+
+    Raises:
+      RequestError: none, or more than the model was made for.
+    """
+    most = config.max_positions
+    if asked is not None and not 1 <= asked <= most:
+        raise RequestError(f"max_length must be from 1 to the {most} positions of this model, got {asked}")
+    return asked or most
+
+
 def _name(dtype: DTypeLike) -> str:
     """The dtype's name, or whatever was given in its place, for the decoder to refuse."""
-    return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    try:
+        return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    except TypeError:
+        return repr(dtype)
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * prompts
-    if len(params) != prompts:
-        raise RequestError(f"expected one SamplingParams, or one for each of {prompts} prompts, got {len(params)}")
+    if len(params) != prompts or not all(isinstance(each, SamplingParams) for each in params):
+        raise RequestError(
+            f"expected one SamplingParams, or one for each of {prompts} prompts, got {shortened(params)}"
+        )
     return list(params)
 
 

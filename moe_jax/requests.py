@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 from moe_jax.errors import RequestError
@@ -28,13 +29,19 @@ class SamplingParams:
     top_p: float = 1.0
     """Keep only the likeliest tokens that together reach this probability, after `top_k`."""
     seed: int | None = None
-    """The same seed draws the same tokens, whatever else is in the batch; `None` draws a new seed each time."""
+    """The same seed draws the same tokens from the same logits, whatever else is in the batch; `None` draws a new seed
+    each time."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the request, besides the model's own end tokens."""
     ignore_eos: bool = False
     """Whether to go on past the model's own end tokens."""
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k"):
+            if not isinstance(getattr(self, name), Integral):
+                raise RequestError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        if not all(isinstance(token, Integral) for token in self.stop_token_ids):
+            raise RequestError(f"stop_token_ids must be token ids, got {self.stop_token_ids!r}")
         if self.max_tokens < 0:
             raise RequestError(f"max_tokens must be 0 or more, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

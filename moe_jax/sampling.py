@@ -16,6 +16,9 @@ from jaxtyping import Array, Float, Int32, UInt32
 from moe_jax.requests import SamplingParams
 from moe_jax.sharding.rows import on_host
 
+ALL = 2**31 - 1
+"""More tokens than any vocabulary has."""
+
 
 class Knobs(NamedTuple):
     """The parameters of S requests, as arrays."""
@@ -31,7 +34,9 @@ class Knobs(NamedTuple):
     def of(cls, requests: Sequence[tuple[SamplingParams, int, int]]) -> Knobs:
         """From each request's parameters, seed and number of generated tokens."""
         dtypes = (np.float32, np.int32, np.float32, np.uint32, np.int32)
-        columns = zip(*((p.temperature, p.top_k, p.top_p, seed, made) for p, seed, made in requests), strict=True)
+        columns = zip(
+            *((p.temperature, min(p.top_k, ALL), p.top_p, seed, made) for p, seed, made in requests), strict=True
+        )
         return cls(*(on_host(np.array(column, dtype)) for column, dtype in zip(columns, dtypes, strict=True)))
 
 
@@ -61,6 +66,6 @@ def _draw(logits: Float[Array, "V"], knobs: Knobs) -> Int32[Array, ""]:
     scaled = jnp.where((knobs.top_k == 0) | (rank < knobs.top_k), scaled, -jnp.inf)
     probabilities = jax.nn.softmax(scaled)
     likelier = jnp.cumsum(probabilities) - probabilities
-    scaled = jnp.where(likelier < knobs.top_p, scaled, -jnp.inf)
+    scaled = jnp.where((likelier < knobs.top_p) | (knobs.top_p == 1), scaled, -jnp.inf)
     key = jax.random.fold_in(jax.random.key(knobs.seed), knobs.generated)
     return order[jnp.argmax(scaled + jax.random.gumbel(key, scaled.shape))].astype(jnp.int32)

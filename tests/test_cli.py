@@ -84,7 +84,7 @@ def test_plan_needs_no_weights(run: Run, tmp_path: Path) -> None:
 def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
     there, orbax, back = (str(tmp_path / name) for name in ("model", "orbax", "back"))
     assert run("train", there, "--steps", "2", "--batch-size", "8", "--mesh", "expert=2", "--json").json["steps"] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.training"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
     (output,) = run("generate", "1+1=", "--model", there, "--mesh", "expert=2", "--json").json["outputs"]
     assert output["token_ids"]
     assert run("convert", there, orbax, "--to", "orbax").status == 0
@@ -98,6 +98,12 @@ def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
     [
         (["generate", "--model", "/nowhere", "1+1="], "/nowhere is no directory"),
         (["generate", "--model", GOLDEN], "give prompts to continue"),
+        (["generate", "one"], "has text that the tokenizer has no token for"),
+        (["train", GOLDEN], "exists already"),
+        (["train", ""], "exists already"),
+        (["train", "/dev/null/x"], "Not a directory"),
+        (["convert", GOLDEN, "/dev/null/x", "--to", "orbax"], "Not a directory"),
+        (["plan", "--max-length", "65"], "max_length must be from 1 to the 64 positions"),
         (["generate", "--model", GOLDEN, "a"], "no tokenizer.json"),
         (["generate", "1+1=", "--mesh", "expert=5"], "8 experts do not divide over 5 devices"),
         (["generate", "1+1=", "--mesh", "expert=99"], "needs 99 devices, there are 8"),

@@ -177,8 +177,15 @@ def test_text_that_has_no_tokens(adder: LLM) -> None:
 
 
 def test_wrong_number_of_parameters(golden: LLM) -> None:
-    with pytest.raises(RequestError, match="one for each of 2 prompts, got 1"):
+    with pytest.raises(RequestError, match=r"one for each of 2 prompts, got \[Sampling"):
         golden.generate([[1], [2]], [GREEDY])
+    with pytest.raises(RequestError, match=r"one for each of 1 prompts, got \[None\]"):
+        golden.generate([[1]], [None])  # type: ignore[list-item]
+
+
+def test_a_step_of_nothing_cannot_be_explained(golden: LLM) -> None:
+    with pytest.raises(RequestError, match="at least one sequence, got 0"):
+        golden.explain(0)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +197,9 @@ def test_wrong_number_of_parameters(golden: LLM) -> None:
         ({"mesh": "gpu=8"}, PlacementError, "cannot read 'gpu=8'"),
         ({"combine": "both"}, PlacementError, "combine must be auto, scatter, reduce or a strategy, got 'both'"),
         ({"dtype": "float8"}, ConfigError, "dtype must be bfloat16, float16 or float32, got 'float8'"),
+        ({"dtype": object()}, ConfigError, "dtype must be bfloat16, float16 or float32, got '<object"),
+        ({"mesh": 8}, PlacementError, "cannot make a mesh from 8"),
+        ({"mesh": {"expert": 2.0}}, PlacementError, "cannot make a mesh from"),
         ({"dtype": "int32"}, ConfigError, "dtype must be bfloat16, float16 or float32, got 'int32'"),
         ({"max_length": 65}, RequestError, "from 1 to the 64 positions of this model, got 65"),
         ({"max_length": 0}, RequestError, "from 1 to the 64 positions of this model, got 0"),

@@ -63,6 +63,16 @@ def test_greedy_neighbours_stay_greedy() -> None:
     np.testing.assert_allclose(sampled.logprobs, expected, rtol=1e-5)
 
 
+def test_a_top_k_beyond_any_vocabulary_keeps_all() -> None:
+    logits = jnp.log(jnp.asarray(PROBABILITIES))[None]
+    drawn = [
+        sample_jit(logits, Knobs.of([(SamplingParams(top_k=top_k), seed, 0)])).tokens.tolist()
+        for top_k in (0, 2**40)
+        for seed in range(8)
+    ]
+    assert drawn[:8] == drawn[8:]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -73,6 +83,8 @@ def test_greedy_neighbours_stay_greedy() -> None:
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"top_k": -1}, "top_k must be positive"),
         ({"seed": -1}, "seed must be from 0"),
+        ({"max_tokens": 4.0}, "max_tokens must be a whole number, got 4.0"),
+        ({"stop_token_ids": ("2",)}, "stop_token_ids must be token ids"),
     ],
 )
 def test_parameters_out_of_range(fields: dict[str, float], message: str) -> None:

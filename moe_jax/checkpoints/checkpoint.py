@@ -10,6 +10,7 @@ parameters/          orbax, instead of safetensors
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +25,22 @@ from moe_jax.checkpoints import export, loading, orbax_store
 from moe_jax.checkpoints.families import FAMILIES, Family
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.names import Region, regions
-from moe_jax.checkpoints.tensor_files import TensorFiles
+from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
 from moe_jax.config import ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
 
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
+DESCRIPTIONS = (".json", ".jinja", ".txt", ".model", ".md")
+"""Files beside the weights that a converted checkpoint keeps: tokenizers, chat templates, licences."""
 
 
 class Checkpoint:
     """What a directory says of a model; `load` reads its weights.
 
     Raises:
-      CheckpointError: no such directory, no or no readable config.json, or a family not known here.
+      CheckpointError: no such directory, no or no readable config.json, a damaged generation_config.json, or a family
+        not known here.
       ConfigError: the config asks for something that is not supported.
     """
 
@@ -50,6 +54,7 @@ class Checkpoint:
         self._raw = raw
         self.family = family_of(raw)
         self.config: ModelConfig = Fields(raw).read(self.family.read)
+        self.end_token_ids = self._end_token_ids()
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -61,11 +66,10 @@ class Checkpoint:
         except Exception as error:  # the library raises nothing more precise
             raise CheckpointError(f"{path} is no readable tokenizer: {error}") from error
 
-    @cached_property
-    def end_token_ids(self) -> frozenset[int]:
+    def _end_token_ids(self) -> frozenset[int]:
         """The tokens that end a sequence."""
-        generation = _read_json(self.path / GENERATION) or {}
-        ids = generation.get("eos_token_id", self._raw.get("eos_token_id"))
+        ids = (_read_json(self.path / GENERATION) or {}).get("eos_token_id")
+        ids = self._raw.get("eos_token_id") if ids is None else ids
         listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if not all(type(token) is int for token in listed):
             raise CheckpointError(f"{self.path}: eos_token_id must be a token id or a list of them, got {ids!r}")
@@ -74,7 +78,7 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """The dtype that the weights were saved in, as config.json says."""
-        return self._raw.get("dtype") or self._raw.get("torch_dtype") or "bfloat16"
+        return str(self._raw.get("dtype") or self._raw.get("torch_dtype") or "bfloat16")
 
     def load(self, decoder: ShardedDecoder) -> Parameters:
         """The weights, on the decoder's mesh and in its dtype.
@@ -109,9 +113,9 @@ class Checkpoint:
     @contextmanager
     def _new_directory(self, path: str | Path) -> Iterator[Path]:
         with new_directory(path) as new:
-            for name in (CONFIG, TOKENIZER, GENERATION):
-                if (self.path / name).exists():
-                    shutil.copy(self.path / name, new / name)
+            for file in self.path.iterdir():
+                if file.suffix in DESCRIPTIONS and file.name != INDEX:
+                    shutil.copy(file, new / file.name)
             yield new
 
 
@@ -127,14 +131,22 @@ def regions_of(family: Family, decoder: ShardedDecoder) -> Iterator[Region]:
     return regions(decoder.config, decoder.parameters, family.sources)
 
 
+def check_new(path: Path) -> None:
+    """Raise `CheckpointError` if there is something at `path`; to be called before the work that will be put there."""
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path} exists already: name a new directory, or remove that one")
+
+
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """A directory to fill, which appears at `path` when the block ends without an error, and not at all otherwise."""
+    """A directory to fill, which appears at `path` when the block ends without an error, and not at all otherwise.
+
+    Raises:
+      CheckpointError: see `check_new`.
+    """
     path = Path(path)
-    if path.exists():
-        raise CheckpointError(f"{path} exists already: name a new directory, or remove that one")
-    unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    check_new(path)
+    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -148,7 +160,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")

@@ -55,7 +55,7 @@ def load(abstract: Parameters, regions: Iterable[Region], files: TensorFiles) ->
     """Fill parameters of the given shapes, dtypes and shardings from the files.
 
     Raises:
-      CheckpointError: a weight is NaN or infinite.
+      CheckpointError: a weight is NaN or infinite, in the file or in the parameter's dtype.
     """
     by_path = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
     parameters = tqdm(nnx.to_flat_state(abstract), desc="loading", unit=" parameters", disable=None, leave=False)
@@ -101,7 +101,9 @@ def _put(whole: jax.Array, part: jax.Array, start: tuple[int, ...]) -> tuple[jax
 def _check_region(finite: jax.Array, region: Region, files: TensorFiles) -> None:
     """Waits for the answer, so that no more than one region is on its way."""
     if not finite:
-        _refuse([entry.name for entry in region.entries if not np.isfinite(files.read(entry.name)).all()])
+        names = [entry.name for entry in region.entries]
+        _refuse([name for name in names if not np.isfinite(files.read(name)).all()])
+        raise CheckpointError(f"weights among {', '.join(names[:8])} are too large for the dtype: choose a wider one")
 
 
 def _load_region(region: Region, parameter: jax.ShapeDtypeStruct, files: TensorFiles) -> jax.Array:
@@ -122,7 +124,8 @@ def _read_part(region: Region, index: tuple[slice, ...], dtype: np.dtype, files:
         overlap = _overlap(entry.at, spans)
         if overlap is not None:
             source, target = overlap
-            out[target] = entry.to_piece(files.read(entry.name))[source]
+            with np.errstate(over="ignore"):
+                out[target] = entry.to_piece(files.read(entry.name))[source]
     return out
 
 

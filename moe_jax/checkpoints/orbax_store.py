@@ -49,11 +49,12 @@ class Steps:
         self._manager.save(step, args=ocp.args.StandardSave(_flat(tree)))
 
     def restore_newest(self, abstract: Tree) -> Tree | None:
-        """The newest complete state, as `restore` gives it; `None` if there is none."""
+        """The newest complete state, as `restore` gives it; `None` if there is none. If it is damaged, removing its
+        directory makes the one before it the newest."""
         newest = self._manager.latest_step()
         if newest is None:
             return None
-        with _explained(self._directory):
+        with _explained(self._directory / str(newest)):
             return _like(abstract, self._manager.restore(newest, args=ocp.args.StandardRestore(_flat(abstract))))
 
 
@@ -61,8 +62,9 @@ class Steps:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise CheckpointError(f"{path} does not hold what this model needs: {error}") from error
+    except Exception as error:  # TensorStore raises nothing more precise for damaged files
+        reason = str(error).partition("\n")[0][:500]
+        raise CheckpointError(f"{path} is damaged, or does not hold what this model needs: {reason}") from error
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -25,15 +25,16 @@ class TensorFiles:
 
     def __init__(self, directory: Path) -> None:
         self._open_files = ExitStack()
-        self._file_of: dict[str, Any] = {}
         with ExitStack() as on_error:
             on_error.push(self._open_files)
             index = self._index(directory)
-            for name in sorted(set(index.values())) if index else [SINGLE]:
-                file = self._open(directory / name)
-                self._file_of |= dict.fromkeys(file.keys(), file)
-            if lost := sorted(set(index) - set(self._file_of)):
-                raise CheckpointError(f"{directory / INDEX} names tensors that no file holds: {', '.join(lost[:8])}")
+            files = {name: self._open(directory / name) for name in sorted(set(index.values())) or [SINGLE]}
+            held = {(tensor, name) for name, file in files.items() for tensor in file.keys()}  # noqa: SIM118
+            if index and (apart := sorted({tensor for tensor, _ in held ^ set(index.items())})):
+                raise CheckpointError(
+                    f"{directory / INDEX} and the files disagree on where these tensors are: {', '.join(apart[:8])}"
+                )
+            self._file_of = {tensor: files[name] for tensor, name in held}
             on_error.pop_all()
 
     def __enter__(self) -> Self:
@@ -55,9 +56,12 @@ class TensorFiles:
         if not path.exists():
             return {}
         try:
-            return dict(json.loads(path.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            index = json.loads(path.read_text())["weight_map"]
+            if not all(isinstance(name, str) for name in {**index}.values()):
+                raise TypeError("weight_map must name a file for each tensor")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is no index of safetensors files: {error}") from error
+        return index
 
     def _open(self, path: Path) -> Any:
         try:

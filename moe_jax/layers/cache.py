@@ -52,7 +52,7 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Uncached:
-    """Only this step's own keys and values: for training and scoring, where each sequence is whole in one step."""
+    """Only this step's own keys and values: for training, where each sequence is whole in one step."""
 
     positions: int = field(metadata={"static": True})
 

@@ -58,7 +58,10 @@ class PartialSum:
         )
 
     __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = _refuse
-    __neg__ = __pow__ = __getitem__ = __iter__ = __jax_array__ = __array__ = _refuse
+    __neg__ = __pow__ = __rpow__ = __floordiv__ = __mod__ = __abs__ = __float__ = __int__ = __bool__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __getitem__ = __iter__ = __len__ = __jax_array__ = __array__ = _refuse
+    __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
 
 
 # Leaving a traced function (a scan's carry, the result of shard_map or jit) flattens the value: that is forgetting it.

@@ -24,7 +24,10 @@ def check_fit(config: ModelConfig, placement: Placement) -> None:
             over = placement.written(Role.HEADS)
             problems.append(f"{kv_heads} KV heads neither divide over {over} nor repeat evenly on them")
     if problems:
-        raise PlacementError("the model does not fit the placement: " + "; ".join(problems))
+        raise PlacementError(
+            f"the model does not fit the placement: {'; '.join(problems)} "
+            "(choose a mesh whose axes divide these numbers)"
+        )
 
 
 def _split(layer: LayerConfig) -> Iterator[tuple[str, int, Role]]:

@@ -47,6 +47,8 @@ def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[De
         sizes = {EXPERT: len(devices)}
     elif isinstance(sizes, str):
         sizes = parse_sizes(sizes)
+    if not isinstance(sizes, Mapping) or not all(isinstance(size, int) for size in sizes.values()):
+        raise PlacementError(f"cannot make a mesh from {sizes!r}: give 'data=2,expert=4' or {{'data': 2, 'expert': 4}}")
     if unknown := set(sizes) - set(AXES):
         raise PlacementError(f"unknown mesh axes {sorted(unknown)}: the axes are {', '.join(AXES)}")
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
@@ -57,6 +59,6 @@ def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[De
     if needed > len(devices):
         raise PlacementError(
             f"mesh {written} needs {needed} devices, there are {len(devices)}: ask for a smaller mesh, or run on more "
-            "devices (on a CPU: jax.config.update('jax_num_cpu_devices', N) before the first use of JAX)"
+            "devices (on a CPU: --cpu-devices N, or jax.config.update('jax_num_cpu_devices', N) before JAX is used)"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])

@@ -56,6 +56,9 @@ class Placement:
                 f"a mesh needs the axes {', '.join(AXES)}, all of type Auto, got {self.mesh}: "
                 "moe_jax.sharding.make_mesh makes one"
             )
+        for role in ("tokens", "heads", "experts", "ffn"):
+            if not isinstance(getattr(self, role), tuple):
+                raise PlacementError(f"{role} must be a tuple of axis names, got {getattr(self, role)!r}")
         for first, second in (("tokens", "heads"), ("experts", "ffn")):
             both = set(getattr(self, first)) & set(getattr(self, second))
             if both:
@@ -92,11 +95,13 @@ class Placement:
           ep: expert shards per replica; the experts' widths are split over what is left.
           replicas: copies of the model, each with its own part of the tokens.
         """
-        devices = list(devices) if not isinstance(devices, int) else jax.devices()[:devices]
-        per_replica, rest = divmod(len(devices), replicas)
-        sizes = f"{len(devices)} devices, {replicas} replicas, attention_dp={attention_dp}, ep={ep}"
+        count = devices if isinstance(devices, int) else len(devices)
+        sizes = f"{count} devices, {replicas} replicas, attention_dp={attention_dp}, ep={ep}"
+        if min(count, replicas, attention_dp, ep) < 1:
+            raise PlacementError(f"impossible sizes ({sizes}): each must be at least 1")
+        per_replica, rest = divmod(count, replicas)
         small, large = sorted((attention_dp, ep))
-        if rest or small < 1 or large % small or per_replica % large:
+        if rest or large % small or per_replica % large:
             raise PlacementError(
                 f"impossible sizes ({sizes}): replicas must divide the devices, and of attention_dp and ep the smaller "
                 f"must divide the larger and the larger the {per_replica} devices of a replica"
@@ -115,7 +120,9 @@ class Placement:
             )
         factors = [(1, ("tokens",))] * (len(AXES) - len(factors)) + factors
         axes = dict(zip(AXES, factors, strict=True))
-        mesh = make_mesh({axis: size for axis, (size, _) in axes.items()}, devices)
+        mesh = make_mesh(
+            {axis: size for axis, (size, _) in axes.items()}, None if isinstance(devices, int) else devices
+        )
         names = ("tokens", "heads", "experts", "ffn")
         return cls(mesh, *(tuple(axis for axis, (_, roles) in axes.items() if role in roles) for role in names))
 

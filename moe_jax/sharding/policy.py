@@ -34,7 +34,7 @@ def choose_combine(placement: Placement, *, capacity: int, total: int, row_bytes
     | -------------------------------- | ------------------------- | -------------- |
     | no                               |                           | ReduceCombine  |
     | yes                              | scatter <= reduce         | ScatterCombine |
-    | yes                              | scatter > reduce (skewed) | ReduceCombine  |
+    | yes                              | scatter > reduce (much padding) | ReduceCombine  |
 
     Args:
       capacity, total: the sizes of `Rows`: rows per token shard, and rows of a group packed together.
@@ -52,7 +52,11 @@ def choose_combine(placement: Placement, *, capacity: int, total: int, row_bytes
         return Decision(
             scatter, f"tokens and partial sums share {over}; it sends {least} where a sum sends {most}", sent
         )
-    return Decision(reduce, f"rows are skewed over {over}; packed, it sends {least} where a scatter sends {most}", sent)
+    return Decision(
+        reduce,
+        f"few rows of the shards over {over} are real; packed, it sends {least} where a scatter sends {most}",
+        sent,
+    )
 
 
 Wanted = str | Combine

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import optax
 
-from moe_jax.checkpoints.checkpoint import CONFIG, TOKENIZER, Checkpoint, new_directory
+from moe_jax.checkpoints.checkpoint import CONFIG, TOKENIZER, Checkpoint, check_new, new_directory
 from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.checkpoints.fields import Fields
+from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import Combine, Placement
 from moe_jax.training.addition import END, problems, tokenizer
@@ -84,12 +86,32 @@ class Recipe:
 def train(recipe: Recipe, output: Path, placement: Placement, combine: Combine, *, progress: bool) -> TrainingState:
     """Follow the recipe and write the model, in Hugging Face layout, to the new directory `output`.
 
-    Training states are kept beside it, in `output` with `.training` added: a run that was killed goes on from there.
+    Training states are kept beside it, in `output` with `.training` added, until it is written: a run that was killed
+    goes on from there.
+
+    Raises:
+      CheckpointError: `output` exists, or the states beside it are those of another recipe.
     """
+    check_new(output)
     trainer = recipe.trainer(placement, combine)
-    state = trainer.run(output.with_name(output.name + ".training"), recipe.steps, progress=progress)
+    unfinished = output.with_name(output.name + ".training")
+    _check_same(recipe, unfinished)
+    state = trainer.run(unfinished / "states", recipe.steps, progress=progress)
     _write(output, trainer.decoder, state.parameters)
+    shutil.rmtree(unfinished)
     return state
+
+
+def _check_same(recipe: Recipe, directory: Path) -> None:
+    """Note the recipe in a directory of training states; refuse one that was begun with another."""
+    directory.mkdir(parents=True, exist_ok=True)
+    note, described = directory / "recipe.json", json.dumps({"model": MODEL, **asdict(recipe)}, indent=2)
+    if not note.exists():
+        note.write_text(described)
+    elif note.read_text() != described:
+        raise CheckpointError(
+            f"{directory} holds the states of a run with other settings ({note}): repeat those, or remove the directory"
+        )
 
 
 def _write(output: Path, decoder: ShardedDecoder, parameters: Parameters) -> None:

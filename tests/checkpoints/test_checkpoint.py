@@ -170,11 +170,60 @@ def test_damaged_index(tmp_path: Path) -> None:
     whole = json.loads(index.read_text())
     whole["weight_map"]["model.more"] = next(iter(whole["weight_map"].values()))
     index.write_text(json.dumps(whole))
-    with pytest.raises(CheckpointError, match=r"names tensors that no file holds: model.more"):
+    with pytest.raises(CheckpointError, match=r"disagree on where these tensors are: model.more"):
         load(path)
-    index.write_text("{}")
-    with pytest.raises(CheckpointError, match="is no index of safetensors files"):
+    for odd in ("{}", '{"weight_map": 5}', '{"weight_map": {"a": 1}}', '{"weight_map": null}'):
+        index.write_text(odd)
+        with pytest.raises(CheckpointError, match="is no index of safetensors files"):
+            load(path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(GOLDENS / SHARDED, tmp_path / SHARDED))
+    last = sorted(path.glob("*.safetensors"))[-1]
+    save_file(load_file(last) | {"model.norm.weight": np.zeros(32, np.float32)}, last)
+    one = sorted(path.glob("*.safetensors"))[0]
+    save_file(load_file(one) | {"model.norm.weight": np.zeros(32, np.float32)}, one)
+    with pytest.raises(CheckpointError, match=r"disagree on where these tensors are: model.norm.weight"):
         load(path)
+
+
+def test_weights_too_large_for_the_dtype(copy: Path) -> None:
+    rewrite(copy, lambda held: held[GATE].__setitem__((2, 3), 1e6))
+    with pytest.raises(CheckpointError, match=r"are too large for the dtype: choose a wider one"):
+        load(copy, dtype="float16")
+
+
+@pytest.mark.parametrize("ids", [1.5, ["a"], {}])
+def test_odd_end_tokens(copy: Path, ids: object) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(CheckpointError, match="eos_token_id must be a token id or a list of them"):
+        Checkpoint(copy)
+
+
+def test_end_tokens_of_the_generation_config_win_unless_null(copy: Path) -> None:
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(raw | {"eos_token_id": 3}))
+    for ids, wanted in ((None, {3}), (5, {5}), ([5, 6], {5, 6})):
+        (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert Checkpoint(copy).end_token_ids == wanted
+
+
+def test_what_describes_a_checkpoint_is_kept_and_a_neighbour_not_touched(copy: Path, tmp_path: Path) -> None:
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "out.unfinished").mkdir()
+    checkpoint = Checkpoint(copy)
+    checkpoint.save_orbax(tmp_path / "out", load(copy))
+    assert (tmp_path / "out" / "chat_template.jinja").exists()
+    assert (tmp_path / "out.unfinished").exists()
+
+
+def test_damaged_orbax(tmp_path: Path) -> None:
+    Checkpoint(GOLDENS / ONE).save_orbax(tmp_path / "out", load(GOLDENS / ONE))
+    for path in (tmp_path / "out").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(CheckpointError, match="parameters is damaged, or does not hold what this model needs"):
+        load(tmp_path / "out")
 
 
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

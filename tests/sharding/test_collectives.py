@@ -93,6 +93,8 @@ MISTAKES: dict[str, tuple[Body, str]] = {
     "activate": (lambda x, rows, combine, partial, y: jax.nn.gelu(partial), "used as if it were the sum"),  # type: ignore[arg-type]
     "multiply": (lambda x, rows, combine, partial, y: x.T @ partial, "used as if it were the sum"),  # type: ignore[operator]
     "norm": (lambda x, rows, combine, partial, y: jnp.mean(partial), "used as if it were the sum"),  # type: ignore[arg-type]
+    "compare": (lambda x, rows, combine, partial, y: partial == y, "used as if it were the sum"),
+    "branch": (lambda x, rows, combine, partial, y: bool(partial), "used as if it were the sum"),
     "gather": (lambda x, rows, combine, partial, y: all_gather(partial, BOTH), "gathering parts of a sum"),  # type: ignore[arg-type]
     "reduce_over_too_few_axes": (
         lambda x, rows, combine, partial, y: reduce(partial, scatter_over=("expert",)),

@@ -122,7 +122,20 @@ def test_sizes_that_other_engines_ask_for(attention_dp: int, ep: int, replicas: 
     assert placement.size(Role.EXPERTS) == ep
 
 
-@pytest.mark.parametrize(("attention_dp", "ep", "replicas"), [(3, 4, 1), (4, 6, 1), (4, 4, 3), (16, 4, 1), (0, 4, 1)])
+@pytest.mark.parametrize(
+    ("attention_dp", "ep", "replicas"),
+    [(3, 4, 1), (4, 6, 1), (4, 4, 3), (16, 4, 1), (0, 4, 1), (4, 4, 0), (4, 4, -1)],
+)
 def test_impossible_sizes(attention_dp: int, ep: int, replicas: int) -> None:
     with pytest.raises(PlacementError, match=rf"8 devices, {replicas} replicas, attention_dp={attention_dp}, ep={ep}"):
         Placement.from_sizes(8, attention_dp, ep, replicas)
+
+
+def test_sizes_for_more_devices_than_there_are() -> None:
+    with pytest.raises(PlacementError, match="needs 16 devices, there are 8"):
+        Placement.from_sizes(16, 8, 8)
+
+
+def test_roles_that_are_no_tuples() -> None:
+    with pytest.raises(PlacementError, match="tokens must be a tuple of axis names, got 'expert'"):
+        Placement(Placement.parse("expert=2").mesh, tokens="expert")  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ ROW = 4096
     ("where", "sizes", "chosen", "reason"),
     [
         ("dp8_ep8", (16, 128), ScatterCombine, "share expert"),
-        ("dp8_ep8", (64, 64), ReduceCombine, "skewed over expert"),
+        ("dp8_ep8", (64, 64), ReduceCombine, "few rows of the shards over expert"),
         ("dp4_ep4_tp2", (16, 64), ScatterCombine, "share expert"),
         ("dp2_ep4", (16, 32), ScatterCombine, "share data"),
         ("two_replicas_dp4_ep4", (16, 64), ScatterCombine, "share expert"),

@@ -19,7 +19,7 @@ from moe_jax.sharding import Placement, ReduceCombine, ScatterCombine
 from moe_jax.training.addition import CHARACTERS, END, Problem, problems, tokenizer
 from moe_jax.training.examples import Examples, examples
 from moe_jax.training.loss import _balance, losses
-from moe_jax.training.recipe import Recipe
+from moe_jax.training.recipe import Recipe, train
 from moe_jax.training.trainer import TrainingState
 
 TINY = Recipe(digits=2, batch_size=16, steps=4, warmup_steps=1)
@@ -108,6 +108,23 @@ def test_states_of_another_model_are_refused(tmp_path: Path) -> None:
     other = replace(trainer.decoder, config=replace(trainer.decoder.config, hidden=64))
     with pytest.raises(CheckpointError, match="does not hold what this model needs"):
         replace(trainer, decoder=other).run(tmp_path, 4)
+
+
+def test_a_run_with_other_settings_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "model.training").mkdir()
+    (tmp_path / "model.training" / "recipe.json").write_text('{"seed": 5}')
+    with pytest.raises(CheckpointError, match="the states of a run with other settings"):
+        train(TINY, tmp_path / "model", HERE, ScatterCombine(HERE), progress=False)
+
+
+def test_damaged_states_are_told(tmp_path: Path) -> None:
+    trainer = TINY.trainer(HERE, ScatterCombine(HERE))
+    with Steps(tmp_path) as saved:
+        saved.save(2, trainer.initial_state())
+    for path in (tmp_path / "2").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(CheckpointError, match="2 is damaged, or does not hold what this model needs"):
+        trainer.run(tmp_path, 4)
 
 
 def test_held_out_problems_are_never_trained_on() -> None:

@@ -21,7 +21,7 @@ def read(fields: Fields) -> ModelConfig:
     fields.expect("hidden_act", "silu")
     attention = AttentionConfig(
         heads=heads,
-        kv_heads=fields.take("num_key_value_heads", int, heads),
+        kv_heads=fields.take("num_key_value_heads", int),
         head_dim=fields.take("head_dim", int, hidden // heads),
         rope_theta=fields.rope_theta(default=1e6),
         window=fields.take_optional("sliding_window", int),

@@ -21,7 +21,7 @@ SOURCES = {
 def read(fields: Fields) -> ModelConfig:
     hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
     fields.expect("hidden_act", "silu")
-    kv_heads, head_dim = fields.take("num_key_value_heads", int, heads), fields.take("head_dim", int, hidden // heads)
+    kv_heads, head_dim = fields.take("num_key_value_heads", int), fields.take("head_dim", int, hidden // heads)
     theta, bias = fields.rope_theta(default=1e4), fields.take("qkv_bias", bool, True)
     shared = SharedExpertConfig(fields.take("shared_expert_intermediate_size", int), gated=True)
     ffns = feed_forwards(fields, shared)
