@@ -60,7 +60,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     jax.config.update("jax_num_cpu_devices", 8)
 
-    print(machine())
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     print(f"{'rows':>5} {'width':>6} {'scatter ms':>16} {'reduce ms':>16} {'speedup':>8}")
     results = []
     for r in measure(repeats):

@@ -46,7 +46,7 @@ def main() -> None:
     seconds(SHALLOW)  # imports and caches that any first program pays for
     pairs = [(seconds(SHALLOW), seconds(DEEP)) for _ in range(repeats)]
     shallow, deep = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(machine())
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     print(f"{SHALLOW} layers {shallow:.2f} s, {DEEP} layers {deep:.2f} s: ratio {deep / shallow:.2f}")
     print(
         json.dumps(
