@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from bench.timing import interleaved, machine
@@ -24,16 +25,17 @@ WIDTHS = (1024, 4096)
 
 
 def program(combine: Combine, rows: Rows, width: int) -> Callable[[], jax.Array]:
-    """The combine of `[rows.total, width]` bfloat16 partial sums, compiled for its own arguments."""
+    """The combine of bfloat16 partial sums of all the rows, compiled for its own arguments."""
     spec = PartitionSpec("expert")
 
     def run(value: jax.Array, rows: Rows) -> jax.Array:
         return combine.combine(rows, combine.gather(rows, ()).partial_sum(value))
 
     placement = combine.placement
+    total = int(np.sum(np.asarray(rows.counts)))
     mapped = jax.shard_map(run, mesh=placement.mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
     devices = placement.mesh.devices.size
-    value = jax.random.normal(jax.random.key(0), (devices * rows.total, width), jnp.bfloat16)
+    value = jax.random.normal(jax.random.key(0), (devices * total, width), jnp.bfloat16)
     value = jax.device_put(value, jax.NamedSharding(placement.mesh, spec))
     return partial(jax.jit(mapped), value, jax.device_put(rows, jax.NamedSharding(placement.mesh, PartitionSpec())))
 
@@ -42,8 +44,9 @@ def measure(repeats: int) -> Iterator[dict[str, Any]]:
     placement = Placement.parse(f"expert={jax.device_count()}")
     for width in WIDTHS:
         for total in ROWS:
-            rows = Rows.of([total // jax.device_count()] * jax.device_count(), placement)
-            strategies = {"scatter": ScatterCombine(placement), "reduce": ReduceCombine(placement)}
+            counts = [total // jax.device_count()] * jax.device_count()
+            rows = Rows.of(counts, placement)
+            strategies = {"scatter": ScatterCombine(placement), "reduce": ReduceCombine(placement, total)}
             times = interleaved({name: program(s, rows, width) for name, s in strategies.items()}, repeats)
             yield {
                 "rows": total,

@@ -16,7 +16,7 @@ from bench.timing import machine
 from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
-from moe_jax.sharding import Placement, Role, Rows, ScatterCombine
+from moe_jax.sharding import Placement, ScatterCombine
 
 LAYER = LayerConfig(
     AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, qk_norm=True),
@@ -29,10 +29,9 @@ SLOTS, POSITIONS = 64, 2048
 def seconds(layers: int) -> float:
     placement = Placement.parse("expert=8")
     config = ModelConfig(151936, 2048, (LAYER,) * layers, 1e-6, 40960)
-    rows = Rows.of([SLOTS] * placement.size(Role.TOKENS), placement)
     began = time.perf_counter()
     Programs(ShardedDecoder(config, placement, "bfloat16")).decode_step(
-        SLOTS, POSITIONS, rows, ScatterCombine(placement)
+        SLOTS, POSITIONS, SLOTS, ScatterCombine(placement)
     )
     return time.perf_counter() - began
 

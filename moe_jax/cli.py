@@ -21,7 +21,7 @@ from moe_jax.llm import LLM, checked_length
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.requests import SamplingParams
-from moe_jax.sharding import ScatterCombine, as_placement, asked_strategy
+from moe_jax.sharding import Policy, ScatterCombine, as_hardware, as_placement, asked_strategy
 from moe_jax.training.recipe import Recipe
 from moe_jax.training.recipe import train as follow
 
@@ -32,6 +32,7 @@ class CombineName(StrEnum):
     AUTO = "auto"
     SCATTER = "scatter"
     REDUCE = "reduce"
+    RAGGED = "ragged"
 
 
 class Format(StrEnum):
@@ -49,6 +50,10 @@ Mesh = Annotated[
 ]
 CombineOption = Annotated[CombineName, typer.Option(help="How feed-forward blocks combine.")]
 Dtype = Annotated[str | None, typer.Option(help="Of weights and computation.", show_default="as saved")]
+HardwareOption = Annotated[
+    str | None,
+    typer.Option(help="What the policy reckons with: a name such as h100, or a file.", show_default="the devices"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -74,6 +79,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    hardware: HardwareOption = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts, and show how the mesh was used."""
@@ -81,7 +87,7 @@ def generate(
         raise RequestError("give prompts to continue: the built-in ones are sums for the bundled model")
     asked = prompts or BUILT_IN_PROMPTS
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    llm = LLM(model, mesh=mesh, dtype=dtype, combine=combine.value)
+    llm = LLM(model, mesh=mesh, dtype=dtype, combine=combine.value, hardware=hardware)
     outputs = llm.generate(asked, params, progress=sys.stderr.isatty())
     explanation, speed = llm.explain(min(len(asked), llm.max_batch_size)), llm.throughput.decoded_per_second
     if as_json:
@@ -166,14 +172,15 @@ def plan(
     dtype: Dtype = None,
     batch_size: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 64,
     max_length: Annotated[int | None, typer.Option(help="Cache positions.", show_default="the model's")] = None,
+    hardware: HardwareOption = None,
     as_json: Json = False,
 ) -> None:
     """What one decode step would do on a mesh; needs config.json, no weights."""
     checkpoint = Checkpoint(model)
     decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), dtype or checkpoint.dtype)
     length = checked_length(checkpoint.config, max_length)
-    asked = asked_strategy(combine.value, decoder.placement)
-    explanation = explain(Programs(decoder), asked, batch_size, length)
+    policy = Policy(decoder.placement, decoder.row_bytes, as_hardware(hardware), asked_strategy(combine.value))
+    explanation = explain(Programs(decoder), policy, batch_size, length)
     _print_json(explanation.as_dict()) if as_json else typer.echo(explanation)
 
 

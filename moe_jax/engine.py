@@ -6,7 +6,7 @@ S  slots of a token shard     T  rows of a token shard in one step     P  positi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,12 +17,10 @@ from moe_jax.models import Batch, Caches, Parameters, ShardedDecoder, pack
 from moe_jax.programs import Programs
 from moe_jax.requests import FinishReason, SamplingParams
 from moe_jax.sampling import Knobs
-from moe_jax.sharding import Decision, Role, Rows, bucket
+from moe_jax.sharding import FINE, Combine, Policy, Role, bucket
 
 SMALLEST_CHUNK = 16
 """Prompt tokens that a sequence gets into one step at least, however many sequences there are."""
-
-Decide = Callable[[Rows], Decision]
 
 
 @dataclass
@@ -68,26 +66,26 @@ class Shape:
 
     slots: int
     chunk: int
-    rows: Rows
-    decision: Decision
+    capacity: int
+    combine: Combine
 
 
 class Engine:
     """A decoder with its weights.
 
     Args:
-      decide: how blocks combine, for given rows.
+      policy: how blocks combine.
       prefill_rows: about how many prompt tokens of a token shard go into one step.
     """
 
     def __init__(
-        self, decoder: ShardedDecoder, parameters: Parameters, decide: Decide, *, prefill_rows: int = 512
+        self, decoder: ShardedDecoder, parameters: Parameters, policy: Policy, *, prefill_rows: int = 512
     ) -> None:
         self.decoder = decoder
         self.programs = Programs(decoder)
         self.throughput = Throughput()
         self._parameters = parameters
-        self._decide = decide
+        self._policy = policy
         self._prefill_rows = prefill_rows
 
     def generate(self, requests: Sequence[Request]) -> Iterator[int]:
@@ -122,8 +120,7 @@ class Engine:
         for segments in prefill_steps(prompts, seats, self._chunk(prompts, slots)):
             shape = shape or self._shape(segments, slots)
             batch, first_rows = self._pack(segments, shape)
-            combine = shape.decision.strategy
-            logits, caches = self.programs.all_logits(self._parameters, caches, batch, combine=combine)
+            logits, caches = self.programs.all_logits(self._parameters, caches, batch, combine=shape.combine)
             host = np.asarray(logits)
             for segment, first in zip(segments, first_rows, strict=True):
                 parts[segment.request].append(host[first : first + len(segment.tokens)])
@@ -142,10 +139,9 @@ class Engine:
         counts = [0] * self._shards
         for segment in segments:
             counts[segment.seat.shard] += len(segment.tokens)
-        rows = Rows.of(counts, self.decoder.placement)
-        decision = self._decide(rows)
+        capacity = bucket(max(counts), FINE)
         chunk = bucket(max(len(segment.tokens) for segment in segments))
-        return Shape(slots, chunk, decision.strategy.sized(rows), decision)
+        return Shape(slots, chunk, capacity, self._policy.decide(counts, capacity).strategy)
 
     def _next_tokens(
         self, segments: Sequence[Segment], shape: Shape, caches: Caches, requests: Sequence[Request]
@@ -153,8 +149,8 @@ class Engine:
         """Run a step and give each request its token, if its prompt has ended: how many, and in how many seconds."""
         began = time.perf_counter() - self.programs.compile_seconds
         batch, _ = self._pack(segments, shape)
-        knobs, combine = self._knobs(segments, shape, requests), shape.decision.strategy
-        sampled, caches = self.programs.next_tokens(self._parameters, caches, batch, knobs, combine=combine)
+        knobs = self._knobs(segments, shape, requests)
+        sampled, caches = self.programs.next_tokens(self._parameters, caches, batch, knobs, combine=shape.combine)
         tokens, logprobs = (np.asarray(part).reshape(self._shards, shape.slots) for part in sampled)
         given = 0
         for segment in segments:
@@ -165,7 +161,11 @@ class Engine:
         return caches, given, time.perf_counter() - self.programs.compile_seconds - began
 
     def _pack(self, segments: Sequence[Segment], shape: Shape) -> tuple[Batch, list[int]]:
-        return pack(segments, self.decoder.placement, slots=shape.slots, chunk=shape.chunk, like=shape.rows)
+        batch, first_rows = pack(
+            segments, self.decoder.placement, slots=shape.slots, chunk=shape.chunk, capacity=shape.capacity
+        )
+        assert shape.combine.holds(np.asarray(batch.rows.counts).tolist()), "later steps have fewer rows"
+        return batch, first_rows
 
     def _knobs(self, segments: Sequence[Segment], shape: Shape, requests: Sequence[Request]) -> Knobs | None:
         if all(requests[segment.request].params.temperature == 0 for segment in segments):

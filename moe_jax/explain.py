@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.errors import RequestError
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
-from moe_jax.sharding import Combine, Decision, Role, Rows, bucket, decide
+from moe_jax.sharding import FINE, Decision, Policy, Role, bucket
 from moe_jax.sharding.census import Collective, collectives, count
 
 
@@ -31,7 +31,7 @@ class Explanation:
             "batch_size": self.batch_size,
             "combine": self.decision.name,
             "reason": self.decision.reason,
-            "sent_bytes_per_combine": self.decision.sent_bytes,
+            "candidates": [cost.as_dict() for cost in self.decision.candidates],
             "sent_bytes_per_step": self.sent_bytes_per_step,
             "feed_forwards": self.feed_forwards,
             "collectives_per_step": dict(count(self.collectives)),
@@ -39,22 +39,25 @@ class Explanation:
 
     @property
     def sent_bytes_per_step(self) -> float:
-        """Bytes that each device sends to combine, in all blocks of a step."""
-        return self.decision.sent_bytes[self.decision.name] * self.feed_forwards
+        """Bytes that each device sends to gather and to combine, in all blocks of a step."""
+        chosen = self.decision.chosen
+        return (chosen.gather_bytes + chosen.combine_bytes) * self.feed_forwards
 
     def __str__(self) -> str:
+        candidates = "".join(f"             {cost}\n" for cost in self.decision.candidates)
         kinds = ", ".join(f"{times} {kind}" for kind, times in count(self.collectives).items()) or "none"
         return (
             f"devices      {self.devices}\n"
             f"placement    {self.placement}\n"
             f"combine      {self.decision}\n"
+            f"{candidates}"
             f"decode step  {self.batch_size} rows, {self.feed_forwards} feed-forward blocks, "
-            f"{self.sent_bytes_per_step / 1024:.1f} KiB sent by each device to combine\n"
+            f"{self.sent_bytes_per_step / 1024:.1f} KiB sent by each device to gather and combine\n"
             f"collectives  {kinds}"
         )
 
 
-def explain(programs: Programs, asked: Combine | None, batch_size: int, positions: int) -> Explanation:
+def explain(programs: Programs, policy: Policy, batch_size: int, positions: int) -> Explanation:
     """Compile a decode step of `batch_size` sequences, spread evenly, over caches of `positions`, and read it.
 
     Raises:
@@ -65,10 +68,9 @@ def explain(programs: Programs, asked: Combine | None, batch_size: int, position
     decoder: ShardedDecoder = programs.decoder
     placement, shards = decoder.placement, decoder.placement.size(Role.TOKENS)
     counts = [batch_size // shards + (shard < batch_size % shards) for shard in range(shards)]
-    rows = Rows.of(counts, placement)
-    decision = decide(asked, placement, rows, decoder.row_bytes)
-    strategy = decision.strategy
-    compiled = programs.decode_step(bucket(max(counts)), bucket(positions), strategy.sized(rows), strategy)
+    capacity = bucket(max(counts), FINE)
+    decision = policy.decide(counts, capacity)
+    compiled = programs.decode_step(bucket(max(counts)), bucket(positions), capacity, decision.strategy)
     return Explanation(
         devices=_written(placement.mesh.devices),
         placement=str(placement),

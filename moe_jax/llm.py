@@ -24,8 +24,7 @@ from moe_jax.errors import RequestError
 from moe_jax.explain import Explanation, explain
 from moe_jax.models import ShardedDecoder
 from moe_jax.requests import RequestOutput, SamplingParams
-from moe_jax.sharding import Decision, Placement, Rows, as_placement, asked_strategy, decide
-from moe_jax.sharding.policy import Wanted
+from moe_jax.sharding import Hardware, Placement, Policy, Strategy, as_hardware, as_placement, asked_strategy
 
 Prompt = str | Sequence[int]
 T = TypeVar("T")
@@ -40,7 +39,9 @@ class LLM:
       mesh: `"data=2,expert=4"` (axes left out have size 1), axis sizes, a mesh or a `Placement`; by default all devices
         on `expert`.
       dtype: of weights, cache and computation; by default what the checkpoint says.
-      combine: `"auto"`, `"scatter"`, `"reduce"`, or a strategy from `moe_jax.sharding`.
+      combine: `"auto"`, `"scatter"`, `"reduce"`, `"ragged"`, or a class derived from `moe_jax.sharding.Combine`.
+      hardware: what the policy reckons with: a name such as `"h100"`, a file that `moe-jax bench --calibrate` wrote, or
+        a `moe_jax.sharding.Hardware`; by default that of the devices.
       max_length: the most positions of a sequence, prompt included; by default those the model was made for. The last
         token that is generated takes none.
       max_batch_size: sequences decoded together; more wait.
@@ -55,7 +56,8 @@ class LLM:
         *,
         mesh: str | Mapping[str, int] | Mesh | Placement | None = None,
         dtype: DTypeLike | None = None,
-        combine: Wanted = "auto",
+        combine: str | Strategy = "auto",
+        hardware: str | Hardware | None = None,
         max_length: int | None = None,
         max_batch_size: int = 256,
     ) -> None:
@@ -66,9 +68,9 @@ class LLM:
             raise RequestError(f"max_batch_size must be at least 1, got {max_batch_size}")
         self.max_batch_size = max_batch_size
         placement = as_placement(mesh)
-        self._asked = asked_strategy(combine, placement)
-        self._decoder = ShardedDecoder(self.config, placement, _name(dtype or self._checkpoint.dtype))
-        self._engine = Engine(self._decoder, self._checkpoint.load(self._decoder), self._decide)
+        decoder = ShardedDecoder(self.config, placement, _name(dtype or self._checkpoint.dtype))
+        self._policy = Policy(placement, decoder.row_bytes, as_hardware(hardware), asked_strategy(combine))
+        self._engine = Engine(decoder, self._checkpoint.load(decoder), self._policy)
 
     def generate(
         self,
@@ -106,15 +108,12 @@ class LLM:
 
     def explain(self, batch_size: int = 64) -> Explanation:
         """What a decode step of this many sequences does: the combine and its reason, the collectives, the bytes."""
-        return explain(self._engine.programs, self._asked, batch_size, self.max_length)
+        return explain(self._engine.programs, self._policy, batch_size, self.max_length)
 
     @property
     def throughput(self) -> Throughput:
         """Tokens and seconds of all calls of `generate` so far, compilation not counted."""
         return self._engine.throughput
-
-    def _decide(self, rows: Rows) -> Decision:
-        return decide(self._asked, self._decoder.placement, rows, self._decoder.row_bytes)
 
     def _encode(self, prompts: str | Sequence[Prompt]) -> list[list[int]]:
         prompts = [prompts] if isinstance(prompts, str) else prompts

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from moe_jax.models import Batch, Caches, Parameters, ShardedDecoder, pack
 from moe_jax.sampling import Knobs, Sampled, sample
-from moe_jax.sharding import Combine, Rows
+from moe_jax.sharding import Combine
 
 
 class Programs:
@@ -47,13 +47,14 @@ class Programs:
         args = (parameters, caches, jax.device_put(batch, self._shardings))
         return self._compile(ShardedDecoder.all_logits, combine, *args)(*args)
 
-    def decode_step(self, slots: int, positions: int, rows: Rows, combine: Combine) -> Compiled:
-        """The program that takes one token from each slot and gives the likeliest next one.
+    def decode_step(self, slots: int, positions: int, capacity: int, combine: Combine) -> Compiled:
+        """The program that takes one token from each slot, up to `capacity` on a token shard, and gives the likeliest
+        next one.
 
         It needs neither weights nor the devices to be there.
         """
         decoder = self.decoder
-        batch, _ = pack([], decoder.placement, slots=slots, chunk=1, like=rows)
+        batch, _ = pack([], decoder.placement, slots=slots, chunk=1, capacity=capacity)
         shardings = jax.tree.broadcast(self._shardings, batch)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, shardings)
         caches = decoder.abstract_caches(slots, positions)

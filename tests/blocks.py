@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ class Block:
         placed = parameter.placed(abstract, placement)
         self.specs = jax.tree.map(lambda leaf: leaf.sharding.spec, placed)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
-        self.parameters = jax.jit(lambda: nnx.state(make(nnx.Rngs(0))), out_shardings=shardings)()
+        self.parameters = jax.device_put(_drawn(make), shardings)
 
     @property
     def shards(self) -> int:
@@ -44,8 +44,16 @@ class Block:
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters as plain arrays, by name."""
-        flat = nnx.to_flat_state(self.parameters)
-        return {".".join(map(str, path)): np.asarray(leaf.get_value(), np.float64) for path, leaf in flat}
+        return by_name(self.parameters)
+
+
+@cache
+def _drawn(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.State:
+    return nnx.state(make(nnx.Rngs(0)))
+
+
+def by_name(state: nnx.State) -> dict[str, np.ndarray]:
+    return {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
 
 
 def spread(real: np.ndarray, counts: list[int], capacity: int, fill: float = 0.0) -> jnp.ndarray:

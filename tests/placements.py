@@ -1,6 +1,12 @@
 """Placements that the tests share: those of the README's table, a single device, and six devices."""
 
-from moe_jax.sharding import Placement
+from itertools import product
+from math import prod
+
+from moe_jax.sharding import Placement, make_mesh
+from moe_jax.sharding.mesh import AXES
+
+ROLES = ("tokens", "heads", "experts", "ffn")
 
 PLACEMENTS = {
     "single": "data=1",
@@ -18,3 +24,22 @@ PLACEMENTS = {
 
 def placement(name: str) -> Placement:
     return Placement.parse(PLACEMENTS[name])
+
+
+def legal(devices: int) -> list[Placement]:
+    """Every placement of so many devices: all sizes of the axes, and all roles of those that split anything.
+
+    Of those that differ by the names of axes only there is one, with the names in some order.
+    """
+    found: dict[tuple, Placement] = {}
+    for sizes in product(range(1, devices + 1), repeat=len(AXES)):
+        if prod(sizes) != devices:
+            continue
+        split = [axis for axis, size in zip(AXES, sizes, strict=True) if size > 1]
+        for roles in product(product(("tokens", "heads"), ("experts", "ffn", None)), repeat=len(split)):
+            played = dict(zip(split, roles, strict=True))
+            alike = tuple(sorted((sizes[AXES.index(axis)], str(roles)) for axis, roles in played.items()))
+            axes = {role: tuple(axis for axis in split if role in played[axis]) for role in ROLES}
+            # Whichever comes last of those that are alike: their axes are in ever new orders.
+            found[alike] = Placement(make_mesh(dict(zip(AXES, sizes, strict=True))), **axes)
+    return list(found.values())

@@ -1,38 +1,35 @@
-"""Feed-forward blocks in plain NumPy, token by token, in float64: what every placement must agree with."""
+"""Feed-forward blocks in plain JAX on one device, every expert for every token: what placements must agree with."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
 
-Weights = dict[str, np.ndarray]
+Weights = Mapping[str, Any]
 
 
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
+def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    return (jax.nn.silu(x @ gate_up[..., 0, :]) * (x @ gate_up[..., 1, :])) @ down
 
 
-def swiglu(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray) -> np.ndarray:
-    return (silu(x @ gate_up[:, 0]) * (x @ gate_up[:, 1])) @ down
-
-
-def moe(x: np.ndarray, weights: Weights, config: MoEConfig) -> np.ndarray:
-    out = np.zeros_like(x)
-    for row, token in enumerate(x):
-        scores = np.exp(token @ weights["router.weight"])
-        scores /= scores.sum()
-        best = np.argsort(-scores, kind="stable")[: config.top_k]
-        total = scores[best].sum() if config.renormalise else 1.0
-        for expert in best:
-            y = swiglu(token, weights["experts.gate_up"][expert], weights["experts.down"][expert])
-            out[row] += scores[expert] / total * y
-        if config.shared is not None:
-            shared = swiglu(token, weights["shared.swiglu.gate_up"], weights["shared.swiglu.down"])
-            gate = 1 / (1 + np.exp(-token @ weights["shared.gate"])) if config.shared.gated else 1.0
-            out[row] += gate * shared
+def moe(x: jax.Array, weights: Weights, config: MoEConfig) -> jax.Array:
+    scores = jax.nn.softmax(x @ weights["router.weight"])
+    lowest_kept = jnp.sort(scores)[:, -config.top_k, None]
+    kept = jnp.where(scores >= lowest_kept, scores, 0)
+    if config.renormalise:
+        kept /= kept.sum(axis=-1, keepdims=True)
+    every_expert = swiglu(x, weights["experts.gate_up"], weights["experts.down"])
+    out = jnp.einsum("ne,end->nd", kept, every_expert)
+    if config.shared is not None:
+        shared = swiglu(x, weights["shared.swiglu.gate_up"], weights["shared.swiglu.down"])
+        out += shared * jax.nn.sigmoid(x @ weights["shared.gate"])[:, None]
     return out
 
 
-def dense(x: np.ndarray, weights: Weights) -> np.ndarray:
-    return np.stack([swiglu(token, weights["swiglu.gate_up"], weights["swiglu.down"]) for token in x])
+def dense(x: jax.Array, weights: Weights) -> jax.Array:
+    return swiglu(x, weights["swiglu.gate_up"], weights["swiglu.down"])

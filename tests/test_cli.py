@@ -77,7 +77,8 @@ def test_plan_needs_no_weights(run: Run, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((Path(GOLDEN) / "config.json").read_bytes())
     printed = run("plan", "--model", str(tmp_path), "--mesh", "data=2,expert=4", "--batch-size", "32", "--json").json
     assert printed["placement"].startswith("data=2,expert=4,tensor=1")
-    assert printed["sent_bytes_per_combine"]["ScatterCombine"] == 3 * 4 * 32 * 4
+    (scatter,) = (cost for cost in printed["candidates"] if cost["strategy"] == "ScatterCombine")
+    assert scatter["combine_bytes"] == 3 * 4 * 32 * 4
     assert "ScatterCombine" in run("plan", "--model", str(tmp_path)).out
 
 

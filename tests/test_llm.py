@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe_jax import LLM, MoEJaxError, SamplingParams
 from moe_jax.bundled import ADDER
 from moe_jax.errors import CheckpointError, ConfigError, PlacementError, RequestError
-from moe_jax.sharding import Placement, ReduceCombine, make_mesh
+from moe_jax.sharding import Placement, ScatterCombine, make_mesh
 
 GOLDEN = Path(__file__).parent / "goldens" / "qwen3_moe_gqa4_e8_top2"
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -123,7 +123,8 @@ def test_explain(golden: LLM) -> None:
     said = golden.explain(batch_size=64)
     assert said.decision.name == "ScatterCombine"
     assert said.as_dict()["collectives_per_step"]["reduce-scatter"] == 2
-    assert said.sent_bytes_per_step == 2 * 7 * 8 * 32 * 4
+    routing = 2 * (4 + 4)
+    assert said.sent_bytes_per_step == 2 * 7 * 8 * (32 * 4 + 32 * 4 + routing)
     for words in ("data=1,expert=8,tensor=1", "ScatterCombine", "64 rows", "2 reduce-scatter"):
         assert words in str(said)
 
@@ -137,9 +138,11 @@ def test_a_mesh_may_be_given_in_many_ways(mesh: Any) -> None:
 
 
 def test_a_strategy_of_ones_own() -> None:
-    placement = Placement.parse("expert=2")
-    llm = LLM(GOLDEN, mesh=placement, combine=ReduceCombine(placement))
-    assert llm.explain(8).decision.name == "ReduceCombine"
+    class Mine(ScatterCombine):
+        pass
+
+    llm = LLM(GOLDEN, mesh="expert=2", combine=Mine)
+    assert llm.explain(8).decision.name == "Mine"
 
 
 def test_no_prompts_no_outputs(golden: LLM) -> None:
@@ -195,7 +198,11 @@ def test_a_step_of_nothing_cannot_be_explained(golden: LLM) -> None:
         ({"mesh": "expert=3"}, PlacementError, "8 experts do not divide over 3 devices"),
         ({"mesh": "expert=16"}, PlacementError, "needs 16 devices, there are 8"),
         ({"mesh": "gpu=8"}, PlacementError, "cannot read 'gpu=8'"),
-        ({"combine": "both"}, PlacementError, "combine must be auto, scatter, reduce or a strategy, got 'both'"),
+        (
+            {"combine": "both"},
+            PlacementError,
+            "combine must be auto, scatter, reduce, ragged or a strategy class, got 'both'",
+        ),
         ({"dtype": "float8"}, ConfigError, "dtype must be bfloat16, float16 or float32, got 'float8'"),
         ({"dtype": object()}, ConfigError, "dtype must be bfloat16, float16 or float32, got '<object"),
         ({"mesh": 8}, PlacementError, "cannot make a mesh from 8"),

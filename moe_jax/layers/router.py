@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.config import MoEConfig
 from moe_jax.layers import parameter
+from moe_jax.sharding.rows import masked
 
 
 class Load(NamedTuple):
@@ -40,12 +41,13 @@ class Router(nnx.Module):
         self.config = config
         self.weight = parameter.normal(rngs, (hidden, config.experts), (None, None), fan_in=hidden, dtype=jnp.float32)
 
-    def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, "T"]) -> Routing:
+    def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None) -> Routing:
         scores = jax.nn.softmax(x.astype(jnp.float32) @ self.weight[...], axis=-1)
         weights, experts = lax.top_k(scores, self.config.top_k)
         if self.config.renormalise:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        experts = jnp.where(valid[:, None], experts, self.config.experts)
+        if valid is not None:
+            experts = jnp.where(valid[:, None], experts, self.config.experts)
         chosen = jnp.bincount(experts.reshape(-1), length=self.config.experts + 1)[:-1]
-        load = Load(chosen.astype(jnp.float32), jnp.sum(jnp.where(valid[:, None], scores, 0), axis=0))
+        load = Load(chosen.astype(jnp.float32), jnp.sum(masked(scores, valid), axis=0))
         return Routing(experts, weights, load)

@@ -29,16 +29,16 @@ class Batch:
 
 
 def pack(
-    segments: Sequence[Segment], placement: Placement, *, slots: int, chunk: int, like: Rows
+    segments: Sequence[Segment], placement: Placement, *, slots: int, chunk: int, capacity: int
 ) -> tuple[Batch, list[int]]:
     """The arrays of a step, and the row, over all shards, at which each segment begins.
 
     Args:
       slots: S.
       chunk: at least the length of the longest segment.
-      like: rows of the capacity and total to pack into.
+      capacity: T.
     """
-    shards, capacity = placement.size(Role.TOKENS), like.capacity
+    shards = placement.size(Role.TOKENS)
     tokens, positions = np.zeros((2, shards, capacity), np.int32)
     row_slots = np.full((shards, capacity), slots, np.int32)
     starts, lengths = np.zeros((2, shards, slots), np.int32)
@@ -53,5 +53,5 @@ def pack(
         first_rows.append(shard * capacity + first)
         counts[shard] += length
     flat = [on_host(array.reshape(-1)) for array in (tokens, row_slots, positions, starts, lengths)]
-    rows = Rows.of(counts, placement, capacity, like.total)
+    rows = Rows.of(counts, placement, capacity)
     return Batch(flat[0], Packing(*flat[1:], chunk=chunk), rows), first_rows

@@ -13,13 +13,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import ConfigError
 from moe_jax.layers import Cache, KVCache, Step, parameter
 from moe_jax.models.batch import Batch
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import group_layers
-from moe_jax.sharding import Combine, Placement, Role, check_fit
+from moe_jax.sharding import Combine, Placement, Role, RowBytes, check_fit
 
 Parameters = nnx.State
 
@@ -49,9 +49,13 @@ class ShardedDecoder:
         return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, dtype=self.dtype, rngs=nnx.Rngs(0))))
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one token's hidden vector."""
-        return self.config.hidden * jnp.dtype(self.dtype).itemsize
+    def row_bytes(self) -> RowBytes:
+        """Of a hidden vector, and on the way in of the ids and weights of its experts, in the layer with most."""
+        hidden = self.config.hidden * jnp.dtype(self.dtype).itemsize
+        routing = (jnp.dtype(jnp.int32).itemsize + jnp.dtype(jnp.float32).itemsize) * max(
+            (layer.ffn.top_k for layer in self.config.layers if isinstance(layer.ffn, MoEConfig)), default=0
+        )
+        return RowBytes(gather=hidden + routing, combine=hidden)
 
     @property
     def graph(self) -> nnx.GraphDef:

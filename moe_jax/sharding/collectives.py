@@ -51,6 +51,10 @@ class PartialSum:
 
     __radd__ = __add__
 
+    def split(self, rows: int) -> tuple[PartialSum, PartialSum]:
+        """The first `rows` rows and the others, each to be reduced in its own way."""
+        return PartialSum(self._value[:rows], self.axes), PartialSum(self._value[rows:], self.axes)
+
     def _refuse(self, *_: Any) -> NoReturn:
         raise ReductionError(
             f"a partial sum over {self.axes} was used as if it were the sum: "

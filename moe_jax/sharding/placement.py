@@ -140,7 +140,11 @@ class Placement:
 
     def size(self, role: Role) -> int:
         """Into how many parts a role splits."""
-        return math.prod(self.mesh.shape[axis] for axis in self.axes(role))
+        return self.devices(self.axes(role))
+
+    def devices(self, axes: tuple[str, ...]) -> int:
+        """How many devices differ from each other along these axes only."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def index(self, role: Role) -> jax.Array | int:
         """Which of those parts this device holds. Only inside `shard_map`."""
@@ -159,7 +163,7 @@ class Placement:
     @property
     def gather_shards(self) -> int:
         """How many token shards meet in one feed-forward buffer."""
-        return math.prod(self.mesh.shape[axis] for axis in self.scatter_axes)
+        return self.devices(self.scatter_axes)
 
     def spec(self, dims: Sequence[Role | None], shape: Sequence[int]) -> PartitionSpec:
         """The split of an array whose trailing dimensions play `dims`; leading ones (stacked layers) are not split."""

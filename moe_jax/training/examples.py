@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32
 
 from moe_jax.batching import Segment, assign_seats
 from moe_jax.models import Batch, pack
-from moe_jax.sharding import Placement, Role, Rows
+from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
 
 NOT_A_TARGET = -1
@@ -37,8 +37,7 @@ def examples(
     slots = 1 + max(seat.slot for seat in seats)
     segments = [Segment(i, seat, 0, tokens) for i, (seat, tokens) in enumerate(zip(seats, inputs, strict=True))]
     capacity = slots * longest
-    like = Rows.of([capacity] * shards, placement, capacity)
-    batch, first_rows = pack(segments, placement, slots=slots, chunk=longest, like=like)
+    batch, first_rows = pack(segments, placement, slots=slots, chunk=longest, capacity=capacity)
     targets = np.full(batch.tokens.shape, NOT_A_TARGET, np.int32)
     for first, prompt, answer in zip(first_rows, prompts, answers, strict=True):
         targets[first + len(prompt) - 1 :][: len(answer)] = answer

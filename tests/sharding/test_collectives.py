@@ -67,7 +67,7 @@ MISTAKES: dict[str, tuple[Body, str]] = {
         "would multiply it by 8.*reduced already",
     ),
     "combine_twice": (
-        lambda x, rows, combine, partial, y: ReduceCombine(WHERE).combine(rows, y),  # type: ignore[arg-type]
+        lambda x, rows, combine, partial, y: ReduceCombine(WHERE, 4 * CAPACITY).combine(rows, y),  # type: ignore[arg-type]
         "would multiply it by 8.*reduced already",
     ),
     "scatter_a_sum": (

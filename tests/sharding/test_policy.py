@@ -1,59 +1,140 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from placements import PLACEMENTS, placement
 
-from moe_jax.errors import PlacementError
-from moe_jax.sharding import ReduceCombine, Role, Rows, ScatterCombine, asked_strategy, choose_combine, decide
+from moe_jax.errors import ConfigError, PlacementError
+from moe_jax.sharding import (
+    Placement,
+    Policy,
+    RaggedCombine,
+    ReduceCombine,
+    Role,
+    RowBytes,
+    ScatterCombine,
+    as_hardware,
+    asked_strategy,
+    choose_combine,
+)
+from moe_jax.sharding.hardware import KNOWN, of_kind, save
+from moe_jax.sharding.policy import Decision
+from moe_jax.sharding.traffic import sent_rows
 
-ROW = 4096
+ROW = RowBytes(gather=4096 + 64, combine=4096)
+H100 = KNOWN["h100"]
+NO_LATENCY = replace(H100, launch=0.0, local=replace(H100.local, latency=0.0))
+MILD = [40, 30, 28, 30, 30, 30, 30, 30]
+ONE_HEAVY = [1024] + [1] * 7
+HALF_IDLE = [64, 0] * 4
+
+
+def choose(where: str, counts: list[int], hardware: str = "h100") -> Decision:
+    here = placement(where)
+    return choose_combine(here, counts, capacity=max(counts), row_bytes=ROW, hardware=as_hardware(hardware))
 
 
 @pytest.mark.parametrize(
-    ("where", "sizes", "chosen", "reason"),
+    ("where", "counts", "chosen", "reason"),
     [
-        ("dp8_ep8", (16, 128), ScatterCombine, "share expert"),
-        ("dp8_ep8", (64, 64), ReduceCombine, "few rows of the shards over expert"),
-        ("dp4_ep4_tp2", (16, 64), ScatterCombine, "share expert"),
-        ("dp2_ep4", (16, 32), ScatterCombine, "share data"),
-        ("two_replicas_dp4_ep4", (16, 64), ScatterCombine, "share expert"),
-        ("tp8_ep4", (16, 16), ReduceCombine, "the sum over expert, tensor is all there is"),
-        ("single", (16, 16), ReduceCombine, "the sum over no axis is all there is"),
+        ("dp8_ep8", [16] * 8, ScatterCombine, "share expert"),
+        ("dp8_ep8", MILD, ScatterCombine, "share expert"),
+        ("dp8_ep8", [100 * count for count in MILD], RaggedCombine, "share expert"),
+        ("dp8_ep8", ONE_HEAVY, ReduceCombine, "share expert"),
+        ("dp4_ep4_tp2", [256] * 4, ScatterCombine, "share expert"),
+        ("dp2_ep4", [2048] * 2, ScatterCombine, "share data"),
+        ("two_replicas_dp4_ep4", [16] * 8, ScatterCombine, "share expert"),
+        ("tp8_ep4", [16], ReduceCombine, "the sum over expert, tensor is all there is"),
+        ("single", [16], ReduceCombine, "the sum over no axis is all there is"),
     ],
 )
-def test_truth_table(where: str, sizes: tuple[int, int], chosen: type, reason: str) -> None:
-    decision = choose_combine(placement(where), capacity=sizes[0], total=sizes[1], row_bytes=ROW)
+def test_truth_table(where: str, counts: list[int], chosen: type, reason: str) -> None:
+    decision = choose(where, counts)
     assert type(decision.strategy) is chosen
     assert reason in decision.reason
-    assert set(decision.sent_bytes) == {"ScatterCombine", "ReduceCombine"}
+    assert decision.chosen in decision.candidates
+    assert decision.chosen.seconds == min(cost.seconds for cost in decision.candidates)
 
 
 def test_bytes_are_those_of_rings() -> None:
-    sent = choose_combine(placement("dp8_ep8"), capacity=16, total=128, row_bytes=ROW).sent_bytes
-    assert sent == {"ScatterCombine": 7 * 16 * ROW, "ReduceCombine": 2 * 7 / 8 * 128 * ROW}
+    cost = {cost.name: cost for cost in choose("dp8_ep8", [16] * 8).candidates}
+    assert cost["ScatterCombine"].combine_bytes == 7 * 16 * ROW.combine
+    assert cost["ScatterCombine"].gather_bytes == 7 * 16 * ROW.gather
+    assert cost["ReduceCombine"].combine_bytes == 2 * 7 / 8 * 128 * ROW.combine
     # Scatter over two token shards, then the sum over the four devices of each.
-    sent = choose_combine(placement("dp2_ep4"), capacity=16, total=32, row_bytes=ROW).sent_bytes
-    assert sent["ScatterCombine"] == (16 + 2 * 3 / 4 * 16) * ROW
+    scatter, *_ = choose("dp2_ep4", [16] * 2).candidates
+    assert scatter.combine_bytes == (16 + 2 * 3 / 4 * 16) * ROW.combine
+
+
+@pytest.mark.parametrize(("counts", "most"), [(MILD, 1.15), (ONE_HEAVY, 2.0), (HALF_IDLE, 2.0)])
+def test_where_bytes_decide_few_are_sent(counts: list[int], most: float) -> None:
+    """Beside an exact ragged reduce-scatter, of which each device sends the rows of the others, and never more than a
+    packed sum."""
+    here = placement("dp8_ep8")
+    decision = choose_combine(here, counts, capacity=max(counts), row_bytes=ROW, hardware=NO_LATENCY)
+    exact, packed = 7 / 8 * sum(counts), 2 * 7 / 8 * sum(counts)
+    sent = sent_rows(decision.strategy.combine_moves(max(counts)))
+    assert sent <= most * exact
+    assert sent <= packed
+
+
+@pytest.mark.parametrize("counts", [MILD, ONE_HEAVY, HALF_IDLE, [0] * 8, [7] * 8])
+@pytest.mark.parametrize("strategy", [ScatterCombine, ReduceCombine, RaggedCombine])
+def test_a_sized_strategy_holds_its_counts(strategy: type, counts: list[int]) -> None:
+    here = placement("dp8_ep8")
+    made = strategy.sized(here, counts, max(counts))
+    assert made.holds(counts)
+    assert made.holds([count // 2 for count in counts])
+    more = [2000] * 8
+    assert made.holds(more) is (strategy is ScatterCombine)
 
 
 @pytest.mark.parametrize("where", PLACEMENTS)
 def test_what_is_asked_for_is_taken_and_the_policy_still_heard(where: str) -> None:
     here = placement(where)
-    rows = Rows.of([4] * here.size(Role.TOKENS), here)
-    assert decide(None, here, rows, ROW) == choose_combine(here, capacity=4, total=rows.total, row_bytes=ROW)
-    for name, strategy in (("scatter", ScatterCombine), ("reduce", ReduceCombine)):
-        asked = asked_strategy(name, here)
-        assert asked == strategy(here)
-        assert decide(asked, here, rows, ROW).strategy is asked
-        assert "asked for; the policy says" in decide(asked, here, rows, ROW).reason
-    assert asked_strategy("auto", here) is None
-    own = ScatterCombine(here)
-    assert asked_strategy(own, here) is own
+    counts = [4] * here.size(Role.TOKENS)
+    policy = Policy(here, ROW, H100)
+    auto = choose_combine(here, counts, capacity=4, row_bytes=ROW, hardware=H100)
+    assert policy.decide(counts, 4) == auto
+    for name, strategy in (("scatter", ScatterCombine), ("reduce", ReduceCombine), ("ragged", RaggedCombine)):
+        decision = replace(policy, asked=asked_strategy(name)).decide(counts, 4)
+        assert decision.strategy == strategy.sized(here, counts, 4)
+        assert "asked for; the policy says" in decision.reason
+    assert asked_strategy("auto") is None
+    assert asked_strategy(ScatterCombine) is ScatterCombine
 
 
-def test_strange_wishes() -> None:
-    here, there = placement("dp8_ep8"), placement("dp4_ep4_tp2")
-    with pytest.raises(PlacementError, match="auto, scatter, reduce or a strategy, got 'fast'"):
-        asked_strategy("fast", here)
-    with pytest.raises(PlacementError, match="made for"):
-        asked_strategy(ScatterCombine(there), here)
+@pytest.mark.parametrize("wish", ["fast", 3, int])
+def test_strange_wishes(wish: object) -> None:
+    with pytest.raises(PlacementError, match="auto, scatter, reduce, ragged or a strategy class, got"):
+        asked_strategy(wish)  # type: ignore[arg-type]
+
+
+def test_an_axis_between_hosts_pays_the_slower_link() -> None:
+    here = Placement.parse("data=2,expert=2,tensor=2")
+    pairs = replace(H100, devices_per_host=2)
+    assert [pairs.crosses_hosts((axis,), here) for axis in ("data", "expert", "tensor")] == [True, True, False]
+    assert not any(H100.crosses_hosts((axis,), here) for axis in ("data", "expert", "tensor"))
+    moves = ScatterCombine(placement("dp8_ep8")).combine_moves(64)
+    near, far = (h.seconds(moves, 4096, placement("dp8_ep8")) for h in (H100, pairs))
+    assert far > 3 * near
+
+
+def test_hardware_by_name_by_file_and_by_device(tmp_path: Path) -> None:
+    assert as_hardware("H100") is H100
+    assert as_hardware(H100) is H100
+    assert as_hardware(None) is KNOWN["cpu"]
+    assert [of_kind(kind).name for kind in ("NVIDIA H200", "NVIDIA GB200", "NVIDIA A100-SXM4-80GB", "cpu")] == [
+        "h200",
+        "gb200",
+        "a100",
+        "cpu",
+    ]
+    save(NO_LATENCY, tmp_path / "mine.json")
+    assert as_hardware(str(tmp_path / "mine.json")) == NO_LATENCY
+    (tmp_path / "odd.json").write_text('{"name": "odd"}')
+    for name in ("h99", str(tmp_path / "odd.json"), str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"no hardware .*a100, h100"):
+            as_hardware(name)

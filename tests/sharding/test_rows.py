@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from placements import placement
 
-from moe_jax.sharding import Rows, bucket
+from moe_jax.sharding import FINE, ReduceCombine, Rows, bucket
 
 
 @given(st.integers(0, 10**6))
@@ -16,28 +16,38 @@ def test_bucket_is_the_next_power_of_two(rows: int) -> None:
     assert capacity < 2 * max(rows, 1)
 
 
-def test_sizes_come_from_the_ladder_and_hold_each_group() -> None:
-    rows = Rows.of([5, 0, 1, 1, 2, 2, 2, 2], placement("dp8_ep8"))
-    assert (rows.capacity, rows.total) == (8, 16)
+@given(st.integers(0, 10**6))
+def test_fine_buckets_waste_little_and_are_few(rows: int) -> None:
+    capacity = bucket(rows, FINE)
+    assert max(rows, 1) <= capacity <= max(rows, 1) * (1 + 1 / FINE)
+    assert bucket(capacity, FINE) == capacity
+
+
+def test_there_are_few_fine_buckets() -> None:
+    assert len({bucket(rows, FINE) for rows in range(1025, 2049)}) == FINE
+
+
+def test_sizes_hold_each_group() -> None:
+    counts = [5, 0, 1, 1, 2, 2, 2, 2]
+    assert Rows.of(counts, placement("dp8_ep8")).capacity == 5
+    assert ReduceCombine.sized(placement("dp8_ep8"), counts, 5).total == 15
     # Two replicas of four shards: only the shards of one replica meet in a buffer.
-    rows = Rows.of([5, 0, 1, 1, 2, 2, 2, 2], placement("two_replicas_dp4_ep4"))
-    assert (rows.capacity, rows.total) == (8, 8)
+    assert ReduceCombine.sized(placement("two_replicas_dp4_ep4"), counts, 5).total == 8
 
 
 def test_all_idle() -> None:
-    rows = Rows.of([0] * 8, placement("dp8_ep8"))
-    assert (rows.capacity, rows.total) == (1, 1)
+    assert Rows.of([0] * 8, placement("dp8_ep8")).capacity == 1
+    assert ReduceCombine.sized(placement("dp8_ep8"), [0] * 8, 1).total == 1
 
 
 @pytest.mark.parametrize(
-    ("counts", "sizes", "message"),
+    ("counts", "capacity", "message"),
     [
-        ([1] * 7, {}, "one count for each of 8 token shards"),
-        ([1] * 7 + [5], {"capacity": 4}, "between 0 and the capacity 4"),
-        ([1] * 7 + [-1], {}, "between 0 and the capacity"),
-        ([4] * 8, {"capacity": 4, "total": 16}, "32 rows of shards that gather together exceed the total 16"),
+        ([1] * 7, None, "one count for each of 8 token shards"),
+        ([1] * 7 + [5], 4, "between 0 and the capacity 4"),
+        ([1] * 7 + [-1], None, "between 0 and the capacity"),
     ],
 )
-def test_counts_that_do_not_fit(counts: list[int], sizes: dict[str, int], message: str) -> None:
+def test_counts_that_do_not_fit(counts: list[int], capacity: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Rows.of(counts, placement("dp8_ep8"), **sizes)
+        Rows.of(counts, placement("dp8_ep8"), capacity)

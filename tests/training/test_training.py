@@ -15,16 +15,22 @@ from moe_jax.checkpoints.orbax_store import Steps
 from moe_jax.errors import CheckpointError
 from moe_jax.layers import Load
 from moe_jax.models import ShardedDecoder
-from moe_jax.sharding import Placement, ReduceCombine, ScatterCombine
+from moe_jax.sharding import Combine, Placement, ReduceCombine, Role, ScatterCombine
 from moe_jax.training.addition import CHARACTERS, END, Problem, problems, tokenizer
 from moe_jax.training.examples import Examples, examples
 from moe_jax.training.loss import _balance, losses
-from moe_jax.training.recipe import Recipe, train
+from moe_jax.training.recipe import LONGEST, Recipe, train
 from moe_jax.training.trainer import TrainingState
 
 TINY = Recipe(digits=2, batch_size=16, steps=4, warmup_steps=1)
 HERE = Placement.parse("data=2,expert=2,tensor=2")
 ELSEWHERE = Placement.parse("expert=4")
+
+
+def for_training(combine: type[Combine], placement: Placement) -> Combine:
+    """Large enough for every row of a batch on one shard."""
+    rows = TINY.batch_size * LONGEST
+    return combine.sized(placement, [rows] * placement.size(Role.TOKENS), rows)
 
 
 def assert_close(one: TrainingState, other: TrainingState, atol: float) -> None:
@@ -35,12 +41,12 @@ def assert_close(one: TrainingState, other: TrainingState, atol: float) -> None:
 def test_the_loss_is_that_of_the_answers_on_every_placement_and_strategy() -> None:
     found = []
     for placement, combine in ((HERE, ScatterCombine), (HERE, ReduceCombine), (ELSEWHERE, ScatterCombine)):
-        trainer = TINY.trainer(placement, combine(placement))
+        trainer = TINY.trainer(placement, for_training(combine, placement))
         run = jax.jit(lambda p, e, trainer=trainer: losses(trainer.decoder, p, e, trainer.combine))
         found.append(run(trainer.decoder.init(0), trainer.examples(0)))
     batch = problems(TINY.batch_size, (TINY.seed, 0), digits=TINY.digits, held_out=False)
     single = Placement.parse("data=1")
-    expected = _answer_nats(TINY.trainer(single, ReduceCombine(single)).decoder, batch)
+    expected = _answer_nats(TINY.trainer(single, for_training(ReduceCombine, single)).decoder, batch)
     for one in found:
         np.testing.assert_allclose(one.next_token, expected, rtol=1e-5)
         np.testing.assert_allclose(one.balance, found[0].balance, rtol=1e-5)
@@ -48,7 +54,7 @@ def test_the_loss_is_that_of_the_answers_on_every_placement_and_strategy() -> No
 
 def _answer_nats(decoder: ShardedDecoder, batch: list[Problem]) -> float:
     """The mean loss, each problem alone in its batch."""
-    encode, alone, parameters = tokenizer().encode, ReduceCombine(decoder.placement), decoder.init(0)
+    encode, alone, parameters = tokenizer().encode, ScatterCombine(decoder.placement), decoder.init(0)
     run = jax.jit(lambda examples: losses(decoder, parameters, examples, alone).next_token)
     total = tokens = 0.0
     for problem in batch:
@@ -88,7 +94,7 @@ def test_a_killed_run_goes_on_where_it_stopped_on_another_mesh_too(tmp_path: Pat
         trainer.run(tmp_path / "killed", 4, save_every=2)
     killed.at = 0
     assert_close(trainer.run(tmp_path / "whole", 4), whole, atol=0)
-    resumed = TINY.trainer(ELSEWHERE, ReduceCombine(ELSEWHERE)).run(tmp_path / "killed", 4)
+    resumed = TINY.trainer(ELSEWHERE, for_training(ReduceCombine, ELSEWHERE)).run(tmp_path / "killed", 4)
     assert int(resumed.step) == 4
     assert_close(resumed, whole, atol=1e-4)
 

@@ -1,0 +1,144 @@
+"""What moving rows costs on a machine: a few public figures for each, or those that `calibrate` measured.
+
+Seconds of a collective = launch + hops * latency of the slowest link + bytes sent * seconds per byte of that link.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moe_jax.errors import ConfigError
+from moe_jax.sharding.placement import Placement
+from moe_jax.sharding.traffic import Move
+
+GB, US = 1e9, 1e-6
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between neighbours in the ring of a collective."""
+
+    bandwidth: float
+    """Bytes per second that a device sends while it receives as many."""
+    latency: float
+    """Seconds of one hop."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of device, and how devices are linked."""
+
+    name: str
+    devices_per_host: int
+    """Devices that reach each other by the local link: those of a host, or of an NVLink domain."""
+    local: Link
+    remote: Link
+    launch: float
+    """Seconds that any collective takes, however few bytes it moves."""
+    memory: float
+    """Bytes of a device."""
+    memory_bandwidth: float
+    """Bytes per second that a device reads."""
+    flops: float
+    """Dense bfloat16 operations per second of a device."""
+    source: str
+
+    def seconds(self, moves: Iterable[Move], row_bytes: float, placement: Placement) -> float:
+        """The time of collectives one after the other."""
+        return sum(self._seconds(move, row_bytes, placement) for move in moves)
+
+    def _seconds(self, move: Move, row_bytes: float, placement: Placement) -> float:
+        link = self.remote if self.crosses_hosts(move.axes, placement) else self.local
+        return self.launch + move.hops * link.latency + move.sent_rows * row_bytes / link.bandwidth
+
+    def crosses_hosts(self, axes: tuple[str, ...], placement: Placement) -> bool:
+        """Whether devices along these axes lie on different hosts, devices numbered host after host."""
+        mesh = placement.mesh
+        host = np.arange(mesh.devices.size).reshape(mesh.devices.shape) // self.devices_per_host
+        along = tuple(mesh.axis_names.index(axis) for axis in axes)
+        return bool(np.any(host != host.min(axis=along, keepdims=True)))
+
+
+NCCL = (
+    "latencies: those of ring collectives in NCCL's tuning model (src/graph/tuning.cc: launch 6.6 us, NVLink hop "
+    "0.6 us, network hop 2.7 us)"
+)
+_NVLINK, _NETWORK, _LAUNCH = 0.6 * US, 2.7 * US, 6.6 * US
+
+
+def _gpu(
+    name: str, per_host: int, nvlink: float, network: float, memory: float, hbm: float, tflops: float, source: str
+) -> Hardware:
+    return Hardware(
+        name,
+        per_host,
+        Link(nvlink * GB, _NVLINK),
+        Link(network * GB, _NETWORK),
+        _LAUNCH,
+        memory * GB,
+        hbm * GB,
+        tflops * 1e12,
+        f"{source}; {NCCL}",
+    )
+
+
+KNOWN: Mapping[str, Hardware] = {
+    hardware.name: hardware
+    for hardware in (
+        _gpu("a100", 8, 300, 25, 80, 2039, 312, "NVIDIA A100 80GB SXM data sheet; DGX A100, 200 Gb/s a GPU"),
+        _gpu("h100", 8, 450, 50, 80, 3350, 989, "NVIDIA H100 SXM data sheet; DGX H100, 400 Gb/s a GPU"),
+        _gpu("h200", 8, 450, 50, 141, 4800, 989, "NVIDIA H200 SXM data sheet; DGX H200, 400 Gb/s a GPU"),
+        _gpu("b200", 8, 900, 50, 180, 8000, 2250, "NVIDIA DGX B200 data sheet, per GPU, 400 Gb/s a GPU"),
+        _gpu("gb200", 72, 900, 50, 186, 8000, 2500, "NVIDIA GB200 NVL72 data sheet, per GPU, 400 Gb/s a GPU"),
+        Hardware(
+            "cpu",
+            2**20,
+            Link(1.5 * GB, 0),
+            Link(1.5 * GB, 0),
+            200 * US,
+            24 * GB,
+            24 * GB,
+            0.25e12,
+            "eight virtual devices of a two-core x86-64 machine, jax 0.10.2, 2026-11",
+        ),
+    )
+}
+
+
+def as_hardware(name: str | Hardware | None) -> Hardware:
+    """A known record by its name, one that `save` wrote by its path, or for nothing that of JAX's devices.
+
+    Raises:
+      ConfigError: no such record, or a file that holds none.
+    """
+    if isinstance(name, Hardware):
+        return name
+    if name is None:
+        return of_kind(jax.devices()[0].device_kind)
+    if name.lower() in KNOWN:
+        return KNOWN[name.lower()]
+    try:
+        raw = json.loads(Path(name).read_text())
+        return Hardware(**{**raw, "local": Link(**raw["local"]), "remote": Link(**raw["remote"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"no hardware {name!r}: give one of {', '.join(KNOWN)}, or a file that `moe-jax bench --calibrate` wrote"
+        ) from error
+
+
+def of_kind(device_kind: str) -> Hardware:
+    """The record that fits what JAX calls a device; that of an H100 for an accelerator that is not known."""
+    words = re.findall("[a-z0-9]+", device_kind.lower())
+    return next((hardware for name, hardware in KNOWN.items() if name in words), KNOWN["h100"])
+
+
+def save(hardware: Hardware, path: Path) -> None:
+    path.write_text(json.dumps(dataclasses.asdict(hardware), indent=2) + "\n")
