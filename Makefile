@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/moe-jax generate
 	$(BIN)/moe-jax eval
 
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test $(VENV)/gpu-compiler
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/installed-dev
@@ -35,6 +35,11 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/installed-%: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
+
+# XLA's GPU compiler, which needs neither a GPU nor CUDA; apart, so that JAX does not look for a GPU with it.
+$(VENV)/gpu-compiler: | $(VENV)/installed
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && $(BIN)/python -m pip install --quiet \
+		--no-deps --target $@ jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version
 
 clean:
 	rm -rf .venv .venv-*

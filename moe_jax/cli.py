@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +22,8 @@ from moe_jax.llm import LLM, checked_length
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.requests import SamplingParams
-from moe_jax.sharding import Policy, ScatterCombine, as_hardware, as_placement, asked_strategy
+from moe_jax.sharding import Policy, Role, ScatterCombine, as_hardware, as_placement, asked_strategy
+from moe_jax.sharding.targets import CHIPS, COMPILER_OPTIONS, target_placement
 from moe_jax.training.recipe import Recipe
 from moe_jax.training.recipe import train as follow
 
@@ -167,21 +169,43 @@ def convert(
 @app.command()
 def plan(
     model: Model = ADDER,
+    target: Annotated[
+        str | None,
+        typer.Option(help=f"GPUs to compile for, none needed: {', '.join(CHIPS)}.", show_default="the devices"),
+    ] = None,
     mesh: Mesh = None,
     combine: CombineOption = CombineName.AUTO,
     dtype: Dtype = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences decoded together.", min=1)] = 64,
+    rows: Annotated[int, typer.Option(help="Sequences on each token shard.", min=1)] = 8,
+    counts: Annotated[
+        str | None, typer.Option(help="Sequences on each token shard, as in '5,9,0,3'.", show_default="as --rows")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Cache positions.", show_default="the model's")] = None,
     hardware: HardwareOption = None,
     as_json: Json = False,
 ) -> None:
-    """What one decode step would do on a mesh; needs config.json, no weights."""
+    """What one decode step would do on a mesh; needs config.json, no weights, and with --target no GPU."""
     checkpoint = Checkpoint(model)
-    decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), dtype or checkpoint.dtype)
+    if target is None:
+        placement, options = as_placement(mesh), None
+    else:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # or XLA says on every start that it finds no GPU
+        jax.config.update("jax_platforms", "cpu")
+        placement, options = target_placement(target, mesh), COMPILER_OPTIONS
+    decoder = ShardedDecoder(checkpoint.config, placement, dtype or checkpoint.dtype)
     length = checked_length(checkpoint.config, max_length)
-    policy = Policy(decoder.placement, decoder.row_bytes, as_hardware(hardware), asked_strategy(combine.value))
-    explanation = explain(Programs(decoder), policy, batch_size, length)
+    policy = Policy(placement, decoder.row_bytes, as_hardware(hardware or target), asked_strategy(combine.value))
+    shards = placement.size(Role.TOKENS)
+    asked = [rows] * shards if counts is None else _whole_numbers(counts, shards)
+    explanation = explain(Programs(decoder, options), policy, asked, length)
     _print_json(explanation.as_dict()) if as_json else typer.echo(explanation)
+
+
+def _whole_numbers(text: str, wanted: int) -> list[int]:
+    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(numbers) != wanted or len(numbers) != text.count(",") + 1 or not any(numbers):
+        raise RequestError(f"--counts needs a number for each of {wanted} token shards, not all 0, got {text!r}")
+    return numbers
 
 
 def _print_json(content: dict[str, Any]) -> None:

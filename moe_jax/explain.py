@@ -1,41 +1,37 @@
-"""What one decode step does on the mesh, found by compiling it; weights are not needed."""
+"""What one decode step does on the mesh, found by compiling it; weights are not needed, nor are the devices."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from moe_jax.errors import RequestError
-from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
-from moe_jax.sharding import FINE, Decision, Policy, Role, bucket
-from moe_jax.sharding.census import Collective, collectives, count
+from moe_jax.roofline import Roofline, roofline
+from moe_jax.sharding import FINE, Decision, Hardware, Policy, bucket
+from moe_jax.sharding.census import Collective, collectives, count, sent_bytes
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Explanation:
     devices: str
+    hardware: Hardware
+    """What the decision and the times are reckoned with."""
     placement: str
-    batch_size: int
+    counts: tuple[int, ...]
+    """Sequences on each token shard."""
     decision: Decision
     feed_forwards: int
     """Blocks that combine, one after the other, in a step."""
     collectives: list[Collective]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "devices": self.devices,
-            "placement": self.placement,
-            "batch_size": self.batch_size,
-            "combine": self.decision.name,
-            "reason": self.decision.reason,
-            "candidates": [cost.as_dict() for cost in self.decision.candidates],
-            "sent_bytes_per_step": self.sent_bytes_per_step,
-            "feed_forwards": self.feed_forwards,
-            "collectives_per_step": dict(count(self.collectives)),
-        }
+    temporary_bytes: int
+    """Memory of each device that the compiled program needs besides weights and cache."""
+    roofline: Roofline
 
     @property
     def sent_bytes_per_step(self) -> float:
@@ -43,42 +39,102 @@ class Explanation:
         chosen = self.decision.chosen
         return (chosen.gather_bytes + chosen.combine_bytes) * self.feed_forwards
 
+    @property
+    def memory_bytes(self) -> int:
+        """Of each device, at most."""
+        return self.roofline.weight_bytes + self.roofline.cache_bytes + self.temporary_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_bytes <= self.hardware.memory
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "devices": self.devices,
+            "hardware": self.hardware.name,
+            "placement": self.placement,
+            "counts": list(self.counts),
+            "combine": self.decision.name,
+            "reason": self.decision.reason,
+            "candidates": [cost.as_dict() for cost in self.decision.candidates],
+            "feed_forwards": self.feed_forwards,
+            "sent_bytes_per_step": self.sent_bytes_per_step,
+            "collectives_per_step": dict(count(self.collectives)),
+            "asynchronous_collectives_per_step": dict(count(c for c in self.collectives if c.asynchronous)),
+            "collective_bytes_per_step": sent_bytes(self.collectives),
+            "memory_bytes": self.memory_bytes,
+            "temporary_bytes": self.temporary_bytes,
+            "fits": self.fits,
+            "step_seconds": self.roofline.step_seconds,
+            "collective_share": self.roofline.collective_share,
+            **asdict(self.roofline),
+        }
+
     def __str__(self) -> str:
-        candidates = "".join(f"             {cost}\n" for cost in self.decision.candidates)
         kinds = ", ".join(f"{times} {kind}" for kind, times in count(self.collectives).items()) or "none"
         return (
-            f"devices      {self.devices}\n"
+            f"devices      {self.devices}, reckoned as {self.hardware.name}\n"
             f"placement    {self.placement}\n"
             f"combine      {self.decision}\n"
-            f"{candidates}"
-            f"decode step  {self.batch_size} rows, {self.feed_forwards} feed-forward blocks, "
+            + "".join(f"             {cost}\n" for cost in self.decision.candidates)
+            + f"decode step  {sum(self.counts)} rows, {self.feed_forwards} feed-forward blocks, "
             f"{self.sent_bytes_per_step / 1024:.1f} KiB sent by each device to gather and combine\n"
-            f"collectives  {kinds}"
+            f"collectives  {kinds}; {sent_bytes(self.collectives) / 1024:.1f} KiB sent in all\n"
+            f"memory       {self._written_memory()}\n"
+            f"time         {self._written_time()}"
         )
 
+    def _written_memory(self) -> str:
+        parts = (self.roofline.weight_bytes, self.roofline.cache_bytes, self.temporary_bytes, self.memory_bytes)
+        weights, cache, temporary, total = (f"{part / GIB:.2f}" for part in parts)
+        verdict = "fits" if self.fits else f"DOES NOT FIT ({self._what_would_fit()})"
+        return (
+            f"{weights} weights + {cache} cache + {temporary} temporary = {total} GiB on each device: "
+            f"{verdict} in {self.hardware.memory / GIB:.1f} GiB"
+        )
 
-def explain(programs: Programs, policy: Policy, batch_size: int, positions: int) -> Explanation:
-    """Compile a decode step of `batch_size` sequences, spread evenly, over caches of `positions`, and read it.
+    def _what_would_fit(self) -> str:
+        free = self.hardware.memory - self.roofline.weight_bytes - self.temporary_bytes
+        if free <= 0:
+            times = self.roofline.weight_bytes / self.hardware.memory
+            return f"the weights alone need {math.ceil(times)} times the devices"
+        share = self.roofline.cache_bytes / free
+        return f"caches of 1/{bucket(math.ceil(share))} of the positions or sequences would"
 
-    Raises:
-      RequestError: no sequences.
-    """
-    if batch_size < 1:
-        raise RequestError(f"a decode step needs at least one sequence, got {batch_size}")
-    decoder: ShardedDecoder = programs.decoder
-    placement, shards = decoder.placement, decoder.placement.size(Role.TOKENS)
-    counts = [batch_size // shards + (shard < batch_size % shards) for shard in range(shards)]
-    capacity = bucket(max(counts), FINE)
+    def _written_time(self) -> str:
+        step, share = self.roofline.step_seconds, self.roofline.collective_share
+        return f"at best {step * 1e3:.3f} ms a step, {share:.0%} of it to gather and combine (predicted, not measured)"
+
+
+def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions: int) -> Explanation:
+    """Compile a decode step of so many sequences on each token shard, over caches of `positions`, and read it."""
+    decoder, capacity, slots = programs.decoder, bucket(max(counts), FINE), bucket(max(counts))
     decision = policy.decide(counts, capacity)
-    compiled = programs.decode_step(bucket(max(counts)), bucket(positions), capacity, decision.strategy)
+    compiled = programs.decode_step(slots, bucket(positions), capacity, decision.strategy)
+    memory = compiled.memory_analysis()
     return Explanation(
-        devices=_written(placement.mesh.devices),
-        placement=str(placement),
-        batch_size=batch_size,
+        devices=_written(decoder.placement.mesh.devices),
+        hardware=policy.hardware,
+        placement=str(decoder.placement),
+        counts=tuple(counts),
         decision=decision,
         feed_forwards=len(decoder.config.layers),
         collectives=collectives(compiled.as_text() or ""),
+        temporary_bytes=memory.temp_size_in_bytes if memory else 0,
+        roofline=roofline(
+            decoder,
+            policy.hardware,
+            rows=sum(counts),
+            slots=slots,
+            positions=bucket(positions),
+            block_seconds=decision.chosen.seconds,
+        ),
     )
+
+
+def evenly(sequences: int, shards: int) -> list[int]:
+    """Sequences spread over token shards."""
+    return [sequences // shards + (shard < sequences % shards) for shard in range(shards)]
 
 
 def _written(devices: np.ndarray) -> str:

@@ -21,10 +21,10 @@ from moe_jax.checkpoints import Checkpoint
 from moe_jax.config import ModelConfig
 from moe_jax.engine import Engine, Request, Throughput
 from moe_jax.errors import RequestError
-from moe_jax.explain import Explanation, explain
+from moe_jax.explain import Explanation, evenly, explain
 from moe_jax.models import ShardedDecoder
 from moe_jax.requests import RequestOutput, SamplingParams
-from moe_jax.sharding import Hardware, Placement, Policy, Strategy, as_hardware, as_placement, asked_strategy
+from moe_jax.sharding import Hardware, Placement, Policy, Role, Strategy, as_hardware, as_placement, asked_strategy
 
 Prompt = str | Sequence[int]
 T = TypeVar("T")
@@ -108,7 +108,10 @@ class LLM:
 
     def explain(self, batch_size: int = 64) -> Explanation:
         """What a decode step of this many sequences does: the combine and its reason, the collectives, the bytes."""
-        return explain(self._engine.programs, self._policy, batch_size, self.max_length)
+        if batch_size < 1:
+            raise RequestError(f"a decode step needs at least one sequence, got {batch_size}")
+        counts = evenly(batch_size, self._policy.placement.size(Role.TOKENS))
+        return explain(self._engine.programs, self._policy, counts, self.max_length)
 
     @property
     def throughput(self) -> Throughput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,8 +19,10 @@ from moe_jax.sharding import Combine
 class Programs:
     """Compiles on the first use of a shape and keeps the result."""
 
-    def __init__(self, decoder: ShardedDecoder) -> None:
+    def __init__(self, decoder: ShardedDecoder, options: Mapping[str, Any] | None = None) -> None:
+        """`options` are XLA's."""
         self.decoder = decoder
+        self._options = dict(options or {})
         self._shardings = jax.tree.map(lambda s: NamedSharding(decoder.placement.mesh, s), decoder.batch_specs)
         self.compiled: dict[Any, Compiled] = {}
         self.compile_seconds = 0.0
@@ -66,7 +68,7 @@ class Programs:
         if key not in self.compiled:
             began = time.perf_counter()
             program = jax.jit(lambda *args: function(self.decoder, *args, combine), donate_argnums=1)
-            self.compiled[key] = program.lower(*args).compile()
+            self.compiled[key] = program.lower(*args).compile(self._options)
             self.compile_seconds += time.perf_counter() - began
         return self.compiled[key]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_jax import cli
+from moe_jax.sharding.hardware import KNOWN, save
 
 GOLDEN = str(Path(__file__).parent / "goldens" / "qwen3_moe_gqa4_e8_top2")
 
@@ -75,11 +77,25 @@ def test_eval_scores_both_combines_alike(run: Run) -> None:
 
 def test_plan_needs_no_weights(run: Run, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((Path(GOLDEN) / "config.json").read_bytes())
-    printed = run("plan", "--model", str(tmp_path), "--mesh", "data=2,expert=4", "--batch-size", "32", "--json").json
+    printed = run("plan", "--model", str(tmp_path), "--mesh", "data=2,expert=4", "--rows", "4", "--json").json
     assert printed["placement"].startswith("data=2,expert=4,tensor=1")
     (scatter,) = (cost for cost in printed["candidates"] if cost["strategy"] == "ScatterCombine")
     assert scatter["combine_bytes"] == 3 * 4 * 32 * 4
     assert "ScatterCombine" in run("plan", "--model", str(tmp_path)).out
+
+
+def test_plan_says_what_does_not_fit(run: Run, tmp_path: Path) -> None:
+    raw = json.loads((Path(GOLDEN) / "config.json").read_text()) | {"max_position_embeddings": 2**20}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    small = replace(KNOWN["h100"], memory=2**28)
+    save(small, tmp_path / "small.json")
+    arguments = ["plan", "--model", str(tmp_path), "--mesh", "expert=2", "--hardware", str(tmp_path / "small.json")]
+    assert "DOES NOT FIT (caches of 1/" in run(*arguments, "--rows", "1").out
+    printed = run(*arguments, "--rows", "1", "--max-length", "64", "--json").json
+    assert printed["fits"]
+    assert printed["memory_bytes"] == sum(printed[f"{part}_bytes"] for part in ("weight", "cache", "temporary"))
+    save(replace(small, memory=2**10), tmp_path / "small.json")
+    assert "the weights alone need" in run(*arguments, "--max-length", "64").out
 
 
 def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
@@ -104,6 +120,11 @@ def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
         (["train", ""], "exists already"),
         (["train", "/dev/null/x"], "Not a directory"),
         (["convert", GOLDEN, "/dev/null/x", "--to", "orbax"], "Not a directory"),
+        (["plan", "--target", "h99"], "no target 'h99': the targets are a100, h100, h200, b200, gb200"),
+        (["plan", "--target", "h100", "--mesh", "expert=12"], "12 devices do not fill hosts of 8 h100"),
+        (["plan", "--counts", "1,2"], "--counts needs a number for each of 8 token shards"),
+        (["plan", "--counts", "1,1,1,1,1,1,1,-1"], "--counts needs a number for each of 8 token shards"),
+        (["plan", "--hardware", "abacus"], "no hardware 'abacus': give one of a100"),
         (["plan", "--max-length", "65"], "max_length must be from 1 to the 64 positions"),
         (["generate", "--model", GOLDEN, "a"], "no tokenizer.json"),
         (["generate", "1+1=", "--mesh", "expert=5"], "8 experts do not divide over 5 devices"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[^\s(]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf" = (?P<result>.+?) (?P<kind>{'|'.join(KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf"%?(?P<name>\S+) = (?P<result>.+?) (?P<kind>{'|'.join(KINDS)})(?P<half>-start|-done)?\(")
+_OPERAND = re.compile(r"-done\(%?([^\s,)]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
-_ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,]*)\]")
+_ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)[a-z\d]*\[(?P<shape>[\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}|replica_groups=\[(?:\d+,)*(\d+)\]<=")
 _LOOP = re.compile(r" while\(.*body=%?(?P<body>[^\s,]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALL = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([^\s,}]+)")
@@ -29,6 +32,16 @@ class Collective:
     """Dtypes and shapes of its result, as in `f32[64,32]`."""
     scope: str
     """The `jax.named_scope`s around it."""
+    devices: int
+    """How many take part together."""
+    asynchronous: bool
+    """Whether other work may run between its start and its end."""
+
+    @property
+    def sent_bytes(self) -> float:
+        """What each device sends, by a ring, each time."""
+        of_result = {"all-reduce": 2 * (self.devices - 1) / self.devices, "reduce-scatter": self.devices - 1}
+        return _bytes(self.result) * of_result.get(self.kind, (self.devices - 1) / self.devices)
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -37,12 +50,17 @@ def collectives(hlo: str) -> list[Collective]:
     return list(_visit(computations, entry, 1))
 
 
-def count(found: list[Collective]) -> Counter[str]:
+def count(found: Iterable[Collective]) -> Counter[str]:
     """How often each kind of collective runs."""
     totals: Counter[str] = Counter()
     for collective in found:
         totals[collective.kind] += collective.times
     return totals
+
+
+def sent_bytes(found: Iterable[Collective]) -> float:
+    """What each device sends in a run of the program."""
+    return sum(collective.times * collective.sent_bytes for collective in found)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
@@ -59,11 +77,14 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _visit(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Collective]:
+    started: dict[str, str] = {}
     for line in computations.get(name, []):
         if found := _COLLECTIVE.search(line):
-            scope = _SCOPE.search(line)
-            arrays = ", ".join(array[0] for array in _ARRAY.finditer(found["result"]))
-            yield Collective(found["kind"], times, arrays, scope[1] if scope else "")
+            if found["half"] == "-start":
+                started[found["name"]] = line
+                continue
+            operand = _OPERAND.search(line)
+            yield _collective(found, times, started[operand[1]] if operand else line, asynchronous=bool(operand))
         elif loop := _LOOP.search(line):
             trips = _TRIPS.search(line)
             yield from _visit(computations, loop["body"], times * int(trips[1]) if trips else times)
@@ -71,3 +92,22 @@ def _visit(computations: dict[str, list[str]], name: str, times: int) -> Iterato
             branches = [part.strip(" %") for group in _BRANCHES.findall(line) for part in group.split(",")]
             for callee in _CALL.findall(line) + branches:
                 yield from _visit(computations, callee, times)
+
+
+def _collective(found: re.Match[str], times: int, line: str, *, asynchronous: bool) -> Collective:
+    """From the result, and the line that says over which devices."""
+    groups, scope = _GROUPS.search(line), _SCOPE.search(line)
+    devices = 1 if groups is None else int(groups[2]) if groups[2] else groups[1].count(",") + 1
+    arrays = ", ".join(array[0] for array in _ARRAY.finditer(found["result"]))
+    return Collective(found["kind"], times, arrays, scope[1] if scope else "", devices, asynchronous)
+
+
+def _bytes(arrays: str) -> int:
+    return sum(
+        math.prod(map(int, filter(None, array["shape"].split(",")))) * _item_bytes(array["dtype"])
+        for array in _ARRAY.finditer(arrays)
+    )
+
+
+def _item_bytes(dtype: str) -> int:
+    return 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8

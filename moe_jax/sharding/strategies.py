@@ -134,14 +134,14 @@ class RaggedCombine(Combine):
     rows, and nearly nothing sent twice."""
 
     base: int
-    """Rows of each shard that are scattered."""
+    """Rows of each shard that are scattered, fewer than its capacity; may be 0."""
     overflow: int
     """At least the other rows of any group of shards that gather together."""
 
     @classmethod
     def sized(cls, placement: Placement, counts: Sequence[int], capacity: int) -> RaggedCombine:
         """With the base that sends least."""
-        bases = sorted({bucket(size, FINE) for size in range(1, capacity)} or {1})
+        bases = sorted({0} | {size for size in range(1, capacity) if size == bucket(size, FINE)})
         sizes = [cls(placement, base, bucket(_largest(_above(base, counts), placement), FINE)) for base in bases]
         return min(sizes, key=lambda size: sent_rows(size.gather_moves(capacity) + size.combine_moves(capacity)))
 
@@ -150,6 +150,8 @@ class RaggedCombine(Combine):
 
     def gather(self, rows: Rows, values: tuple[Array, ...]) -> Gathered:
         # [B + rest, ...] {V:S} -> [s*B + overflow, ...]
+        if not self.base:
+            return self._reduce.gather(rows, values)
         base = self._scatter.gather(rows.head(self.base), tuple(value[: self.base] for value in values))
         rest = self._reduce.gather(rows.tail(self.base), tuple(value[self.base :] for value in values))
         both = tuple(jnp.concatenate(parts) for parts in zip(base.values, rest.values, strict=True))
@@ -159,6 +161,8 @@ class RaggedCombine(Combine):
         return Gathered(both, valid, base.rows + rest.rows, base.axes)
 
     def combine(self, rows: Rows, partial: PartialSum) -> Float[Array, "T D"]:
+        if not self.base:
+            return self._reduce.combine(rows, partial)
         base, rest = partial.split(self.base * self.placement.gather_shards)
         parts = (
             self._scatter.combine(rows.head(self.base), base),

@@ -49,7 +49,8 @@ def plain(weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def expected(rows: int) -> dict[str, np.ndarray]:
     """The output and the gradients of `rows` rows."""
     weights = Block(Layers, Placement.parse("data=1")).weights
-    (_, y), (of_weights, of_x) = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(weights, drawn(rows))
+    run = jax.jit(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True))
+    (_, y), (of_weights, of_x) = run(weights, drawn(rows))
     return {"output": np.asarray(y), "rows": np.asarray(of_x)} | jax.tree.map(np.asarray, of_weights)
 
 

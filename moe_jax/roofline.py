@@ -1,0 +1,80 @@
+"""How long a decode step should take at best, and what it holds in memory: from sizes alone, without running it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moe_jax.config import LayerConfig, MoEConfig
+from moe_jax.models import ShardedDecoder, group_layers
+from moe_jax.sharding import Hardware
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Of one decode step with full caches, on each device."""
+
+    weight_bytes: int
+    cache_bytes: int
+    memory_seconds: float
+    """To read the weights and the cache once."""
+    compute_seconds: float
+    """For the multiplications of all rows with the weights that they visit."""
+    collective_seconds: float
+    """To gather and combine in all feed-forward blocks, if nothing overlaps."""
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.memory_seconds, self.compute_seconds) + self.collective_seconds
+
+    @property
+    def collective_share(self) -> float:
+        return self.collective_seconds / self.step_seconds
+
+
+def roofline(
+    decoder: ShardedDecoder, hardware: Hardware, *, rows: int, slots: int, positions: int, block_seconds: float
+) -> Roofline:
+    """For `rows` sequences in all, with caches of `slots` sequences of `positions` on each token shard.
+
+    Args:
+      block_seconds: predicted for the collectives of one feed-forward block.
+    """
+    weights = sum(map(_held_bytes, jax.tree.leaves(decoder.parameters)))
+    caches = sum(map(_held_bytes, jax.tree.leaves(decoder.abstract_caches(slots, positions))))
+    flops = 2 * rows * sum(_visited(decoder)) / decoder.placement.mesh.devices.size
+    return Roofline(
+        weight_bytes=weights,
+        cache_bytes=caches,
+        memory_seconds=(weights + caches) / hardware.memory_bandwidth,
+        compute_seconds=flops / hardware.flops,
+        collective_seconds=block_seconds * len(decoder.config.layers),
+    )
+
+
+def _held_bytes(array: Any) -> int:
+    """On the device that holds most."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def _visited(decoder: ShardedDecoder) -> Iterator[float]:
+    """The weights of each parameter that one token is multiplied with."""
+    groups = group_layers(decoder.config.layers)
+    for path, parameter in nnx.to_flat_state(decoder.parameters):
+        match path:
+            case ("stacks", int(group), "unit", int(block), "ffn", "experts", *_):
+                yield math.prod(parameter.shape) * _share(groups[group].unit[block])
+            case ("embedding", *_) if not decoder.config.tied_embeddings:
+                yield 0
+            case _:
+                yield math.prod(parameter.shape)
+
+
+def _share(layer: LayerConfig) -> float:
+    assert isinstance(layer.ffn, MoEConfig)
+    return layer.ffn.top_k / layer.ffn.experts

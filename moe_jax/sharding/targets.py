@@ -1,0 +1,127 @@
+"""GPUs that are not there, to compile for on a CPU: `jax.experimental.topologies` with XLA's GPU compiler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import jax
+from jax.experimental import topologies
+
+from moe_jax.errors import PlacementError
+from moe_jax.sharding.hardware import KNOWN, Hardware
+from moe_jax.sharding.mesh import Device, make_mesh, parse_sizes
+from moe_jax.sharding.placement import Placement
+
+COMPILER_OPTIONS = {"xla_gpu_enable_cub_radix_sort": False}
+"""Without a GPU XLA cannot ask CUDA's own sort how much memory it needs; its other one serves as well to compile."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What XLA's GPU compiler wants to know of a chip besides its memory; public figures of NVIDIA's white papers."""
+
+    capability: tuple[int, int]
+    cores: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_bytes_per_core: int
+    links: int
+
+
+_HOPPER = Chip((9, 0), 132, 1.98, 50 * 2**20, 228 * 2**10, 18)
+_BLACKWELL = Chip((10, 0), 148, 1.965, 126 * 2**20, 228 * 2**10, 18)
+CHIPS = {
+    "a100": Chip((8, 0), 108, 1.41, 40 * 2**20, 164 * 2**10, 12),
+    "h100": _HOPPER,
+    "h200": _HOPPER,
+    "b200": _BLACKWELL,
+    "gb200": _BLACKWELL,
+}
+
+
+def target_devices(name: str, count: int) -> Sequence[Device]:
+    """`count` devices of a kind, filled host after host, that programs can be compiled for but not run on.
+
+    Raises:
+      PlacementError: no such target, a last host partly filled, or the GPU compiler is not installed.
+    """
+    hardware = _hardware(name)
+    per_host = min(count, hardware.devices_per_host)
+    if count % per_host:
+        raise PlacementError(
+            f"{count} devices do not fill hosts of {per_host} {name}: ask for a multiple of {per_host}"
+        )
+    _require_compiler()
+    text = _config(hardware, CHIPS[name])
+    topology = f"1x{count // per_host}x{per_host}"
+    return topologies.get_topology_desc(platform="cuda", target_config=text, topology=topology).devices
+
+
+def target_placement(name: str, placement: str | None) -> Placement:
+    """A placement, written as for `Placement.parse`, on devices of a target; by default a host's devices on `expert`.
+
+    Raises:
+      PlacementError: see `target_devices` and `Placement`.
+    """
+    if placement is None:
+        return Placement(make_mesh(devices=target_devices(name, _hardware(name).devices_per_host)))
+    sizes = parse_sizes(placement.partition(";")[0])
+    return Placement.parse(placement, target_devices(name, math.prod(sizes.values())))
+
+
+def _hardware(name: str) -> Hardware:
+    if name not in CHIPS:
+        raise PlacementError(f"no target {name!r}: the targets are {', '.join(CHIPS)}")
+    return KNOWN[name]
+
+
+def _require_compiler() -> None:
+    if find_spec("jax_cuda12_plugin") is None:
+        raise PlacementError(
+            "compiling for a GPU needs XLA's GPU compiler (no GPU and no CUDA): pip install --no-deps "
+            f"jax-cuda12-pjrt=={jax.__version__} jax-cuda12-plugin=={jax.__version__}"
+        )
+
+
+def _config(hardware: Hardware, chip: Chip) -> str:
+    """A GpuTargetConfigProto in text form."""
+    major, minor = chip.capability
+    extension = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {chip.shared_bytes_per_core}
+  shared_memory_per_block_optin: {chip.shared_bytes_per_core - 1024}
+  threads_per_core_limit: 2048
+  core_count: {chip.cores}
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  memory_bandwidth: {math.floor(hardware.memory_bandwidth)}
+  l2_cache_size: {chip.l2_bytes}
+  clock_rate_ghz: {chip.clock_ghz}
+  device_memory_size: {math.floor(hardware.memory)}
+  cuda_compute_capability {{ major: {major} minor: {minor} {extension} }}
+  device_vendor: "NVIDIA Corporation"
+  name: "NVIDIA {hardware.name.upper()}"
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+  device_interconnect_info {{ active_links: {chip.links} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "NVIDIA {hardware.name.upper()}"
+"""

@@ -1,0 +1,109 @@
+"""What `moe-jax plan` says is what XLA's GPU compiler makes of the program; no GPU is needed.
+
+The compiler is a package beside those of the tests: `make test` installs it into `gpu-compiler` of the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMPILER = Path(sys.prefix) / "gpu-compiler"
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe", "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 6144, "max_position_embeddings": 40960, "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
+    "dtype": "bfloat16", "vocab_size": 151936,
+}  # fmt: skip
+LAYERS, HIDDEN_BYTES = 48, 2048 * 2
+
+MOE_JAX = [sys.executable, "-c", "from moe_jax.cli import main; main()"]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs `moe-jax plan --json` in a process that has the compiler on its path."""
+    assert COMPILER.is_dir(), "the GPU compiler is not installed: run `make test`, or see its rule in the Makefile"
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    always = ["plan", "--json", "--target", "h100", "--model", str(tmp_path), "--rows", "64", "--max-length", "2048"]
+    paths = [str(COMPILER), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": ""}
+
+    def run(*arguments: str) -> dict[str, Any]:
+        command = [*MOE_JAX, *always, *arguments]
+        return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+    return run
+
+
+def combine_bytes(plan: dict[str, Any], strategy: str) -> float:
+    (found,) = (cost["combine_bytes"] for cost in plan["candidates"] if cost["strategy"] == strategy)
+    return found
+
+
+def assert_sends_what_the_policy_counts(plan: dict[str, Any]) -> None:
+    assert plan["collective_bytes_per_step"] == plan["sent_bytes_per_step"] > 0
+
+
+def test_dp8_ep8_scatters_half_the_bytes_of_a_sum(plan: Callable[..., dict[str, Any]]) -> None:
+    found = plan("--mesh", "expert=8")
+    assert found["combine"] == "ScatterCombine"
+    assert found["collectives_per_step"] == {"all-gather": LAYERS, "reduce-scatter": LAYERS}
+    assert found["asynchronous_collectives_per_step"] == found["collectives_per_step"]
+    assert_sends_what_the_policy_counts(found)
+    assert combine_bytes(found, "ScatterCombine") <= 0.51 * combine_bytes(found, "ReduceCombine")
+    assert found["cache_bytes"] == LAYERS * 64 * 4 * 2048 * 128 * 2 * 2
+    assert found["memory_bytes"] < 1.1 * (found["weight_bytes"] + found["cache_bytes"])
+    assert found["fits"]
+
+
+def test_reduce_and_slice_keeps_its_all_reduce(plan: Callable[..., dict[str, Any]]) -> None:
+    found = plan("--mesh", "expert=8", "--combine", "reduce")
+    assert found["collectives_per_step"] == {"all-gather": LAYERS, "all-reduce": LAYERS}
+    assert_sends_what_the_policy_counts(found)
+
+
+def test_ragged_sends_little_more_than_the_rows(plan: Callable[..., dict[str, Any]]) -> None:
+    counts = [40, 30, 28, 30, 30, 30, 30, 30]
+    found = plan("--mesh", "expert=8", "--combine", "ragged", "--counts", ",".join(map(str, counts)))
+    assert found["collectives_per_step"]["reduce-scatter"] == LAYERS
+    assert_sends_what_the_policy_counts(found)
+    assert combine_bytes(found, "RaggedCombine") <= 1.15 * (7 / 8 * sum(counts) * HIDDEN_BYTES)
+
+
+def test_rows_on_one_shard_are_packed(plan: Callable[..., dict[str, Any]]) -> None:
+    found = plan("--mesh", "expert=8", "--counts", "1024,1,1,1,1,1,1,1", "--max-length", "128")
+    assert found["combine"] == "ReduceCombine"
+    assert set(found["collectives_per_step"]) == {"all-reduce"}
+    assert_sends_what_the_policy_counts(found)
+
+
+def test_with_attention_tp_heads_and_columns_are_summed_and_gathered_besides(
+    plan: Callable[..., dict[str, Any]],
+) -> None:
+    found = plan("--mesh", "expert=4,tensor=2", "--combine", "scatter")
+    assert found["collectives_per_step"] == {
+        "all-gather": LAYERS + 1,
+        "reduce-scatter": LAYERS,
+        "all-reduce": 2 * LAYERS + 1,
+    }
+    sums = (LAYERS + 1) * 64 * HIDDEN_BYTES  # attention's outputs and the embedding, over two devices
+    columns = 64 * 151936 // 2 * 4  # of the float32 logits
+    assert found["collective_bytes_per_step"] == found["sent_bytes_per_step"] + sums + columns
+
+
+def test_an_axis_between_hosts_costs_more_and_replicas_cost_nothing(plan: Callable[..., dict[str, Any]]) -> None:
+    two_hosts = plan("--mesh", "expert=16", "--combine", "scatter")
+    replicas = plan("--mesh", "data=32,expert=8", "--combine", "scatter")
+    for found in (two_hosts, replicas):
+        assert found["collectives_per_step"] == {"all-gather": LAYERS, "reduce-scatter": LAYERS}
+        assert_sends_what_the_policy_counts(found)
+    assert two_hosts["collective_share"] > 2 * replicas["collective_share"]
