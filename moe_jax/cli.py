@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ import jax
 import typer
 
 from moe_jax.bundled import ADDER
+from moe_jax.calibration import ROW_BYTES, fit, measure
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.checkpoint import check_new
 from moe_jax.errors import MoEJaxError, RequestError
@@ -23,6 +25,7 @@ from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.requests import SamplingParams
 from moe_jax.sharding import Policy, Role, ScatterCombine, as_hardware, as_placement, asked_strategy
+from moe_jax.sharding.hardware import save
 from moe_jax.sharding.targets import CHIPS, COMPILER_OPTIONS, target_placement
 from moe_jax.training.recipe import Recipe
 from moe_jax.training.recipe import train as follow
@@ -199,6 +202,40 @@ def plan(
     asked = [rows] * shards if counts is None else _whole_numbers(counts, shards)
     explanation = explain(Programs(decoder, options), policy, asked, length)
     _print_json(explanation.as_dict()) if as_json else typer.echo(explanation)
+
+
+@app.command()
+def bench(
+    mesh: Mesh = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 30,
+    calibrate: Annotated[Path | None, typer.Option(help="File for a record that --hardware takes.")] = None,
+    hardware: HardwareOption = None,
+    as_json: Json = False,
+) -> None:
+    """Time collectives on these devices, beside what the policy reckons."""
+    placement = as_placement(mesh)
+    samples = measure(placement, repeats)
+    record = as_hardware(hardware)
+    if calibrate is not None:
+        record = fit(samples)
+        save(record, calibrate)
+    rows = [
+        {
+            "collective": sample.move.kind.value,
+            "rows": sample.move.rows,
+            "sent_bytes": sample.sent_bytes,
+            "seconds": sample.seconds,
+            "reckoned_seconds": record.seconds([sample.move], ROW_BYTES, placement),
+        }
+        for sample in samples
+    ]
+    if as_json:
+        _print_json({"hardware": asdict(record), "collectives": rows})
+        return
+    for row in rows:
+        micro = f"{row['seconds'] * 1e6:10.0f} us measured {row['reckoned_seconds'] * 1e6:10.0f} us reckoned"
+        typer.echo(f"{row['collective']:15} {row['rows']:5} rows {row['sent_bytes'] / 1024:9.0f} KiB sent {micro}")
+    typer.echo(f"launch {record.launch * 1e6:.0f} us, {record.local.bandwidth / 1e9:.3f} GB/s ({record.source})")
 
 
 def _whole_numbers(text: str, wanted: int) -> list[int]:

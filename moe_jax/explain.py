@@ -14,8 +14,6 @@ from moe_jax.roofline import Roofline, roofline
 from moe_jax.sharding import FINE, Decision, Hardware, Policy, bucket
 from moe_jax.sharding.census import Collective, collectives, count, sent_bytes
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -86,11 +84,12 @@ class Explanation:
 
     def _written_memory(self) -> str:
         parts = (self.roofline.weight_bytes, self.roofline.cache_bytes, self.temporary_bytes, self.memory_bytes)
-        weights, cache, temporary, total = (f"{part / GIB:.2f}" for part in parts)
+        unit, name = (2**30, "GiB") if self.memory_bytes >= 2**30 else (2**20, "MiB")
+        weights, cache, temporary, total = (f"{part / unit:.2f}" for part in parts)
         verdict = "fits" if self.fits else f"DOES NOT FIT ({self._what_would_fit()})"
         return (
-            f"{weights} weights + {cache} cache + {temporary} temporary = {total} GiB on each device: "
-            f"{verdict} in {self.hardware.memory / GIB:.1f} GiB"
+            f"{weights} weights + {cache} cache + {temporary} temporary = {total} {name} on each device: "
+            f"{verdict} in {self.hardware.memory / 2**30:.1f} GiB"
         )
 
     def _what_would_fit(self) -> str:

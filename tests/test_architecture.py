@@ -29,6 +29,7 @@ ARROW = [
     "llm",
     "training",
     "evaluation",
+    "calibration",
     "cli",
 ]
 """Rooms from left to right: a module imports only from its own room and those to its left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from moe_jax import cli
-from moe_jax.sharding.hardware import KNOWN, save
+from moe_jax.sharding.hardware import KNOWN, as_hardware, save
 
 GOLDEN = str(Path(__file__).parent / "goldens" / "qwen3_moe_gqa4_e8_top2")
 
@@ -82,6 +83,20 @@ def test_plan_needs_no_weights(run: Run, tmp_path: Path) -> None:
     (scatter,) = (cost for cost in printed["candidates"] if cost["strategy"] == "ScatterCombine")
     assert scatter["combine_bytes"] == 3 * 4 * 32 * 4
     assert "ScatterCombine" in run("plan", "--model", str(tmp_path)).out
+
+
+def test_bench_measures_and_calibrates(run: Run, tmp_path: Path) -> None:
+    record = tmp_path / "mine.json"
+    printed = run("bench", "--repeats", "2", "--calibrate", str(record), "--json").json
+    assert Counter(row["collective"] for row in printed["collectives"]) == {
+        "all-gather": 3,
+        "reduce-scatter": 3,
+        "all-reduce": 3,
+    }
+    assert as_hardware(str(record)).launch == printed["hardware"]["launch"]
+    assert all(row["seconds"] > 0 and row["reckoned_seconds"] > 0 for row in printed["collectives"])
+    assert "reckoned as cpu" in run("plan", "--hardware", str(record)).out
+    assert "nothing is scattered" in run("bench", "--mesh", "data=8").err
 
 
 def test_plan_says_what_does_not_fit(run: Run, tmp_path: Path) -> None:

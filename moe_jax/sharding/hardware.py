@@ -1,4 +1,4 @@
-"""What moving rows costs on a machine: a few public figures for each, or those that `calibrate` measured.
+"""What moving rows costs on a machine: a few public figures for each, or those that `moe_jax.calibration` measured.
 
 Seconds of a collective = launch + hops * latency of the slowest link + bytes sent * seconds per byte of that link.
 """
@@ -77,16 +77,17 @@ _NVLINK, _NETWORK, _LAUNCH = 0.6 * US, 2.7 * US, 6.6 * US
 def _gpu(
     name: str, per_host: int, nvlink: float, network: float, memory: float, hbm: float, tflops: float, source: str
 ) -> Hardware:
+    """From figures in GB, GB/s and TFLOP/s."""
     return Hardware(
-        name,
-        per_host,
-        Link(nvlink * GB, _NVLINK),
-        Link(network * GB, _NETWORK),
-        _LAUNCH,
-        memory * GB,
-        hbm * GB,
-        tflops * 1e12,
-        f"{source}; {NCCL}",
+        name=name,
+        devices_per_host=per_host,
+        local=Link(nvlink * GB, _NVLINK),
+        remote=Link(network * GB, _NETWORK),
+        launch=_LAUNCH,
+        memory=memory * GB,
+        memory_bandwidth=hbm * GB,
+        flops=tflops * 1e12,
+        source=f"{source}; {NCCL}",
     )
 
 
@@ -99,15 +100,15 @@ KNOWN: Mapping[str, Hardware] = {
         _gpu("b200", 8, 900, 50, 180, 8000, 2250, "NVIDIA DGX B200 data sheet, per GPU, 400 Gb/s a GPU"),
         _gpu("gb200", 72, 900, 50, 186, 8000, 2500, "NVIDIA GB200 NVL72 data sheet, per GPU, 400 Gb/s a GPU"),
         Hardware(
-            "cpu",
-            2**20,
-            Link(1.5 * GB, 0),
-            Link(1.5 * GB, 0),
-            200 * US,
-            24 * GB,
-            24 * GB,
-            0.25e12,
-            "eight virtual devices of a two-core x86-64 machine, jax 0.10.2, 2026-11",
+            name="cpu",
+            devices_per_host=2**20,
+            local=Link(0.24 * GB, 0),
+            remote=Link(0.24 * GB, 0),
+            launch=900 * US,
+            memory=24 * GB,
+            memory_bandwidth=24 * GB,
+            flops=0.25e12,
+            source="moe-jax bench --calibrate: eight virtual devices of two x86-64 cores, jax 0.10.2, 2026-11-22",
         ),
     )
 }

@@ -52,10 +52,10 @@ def target_devices(name: str, count: int) -> Sequence[Device]:
     per_host = min(count, hardware.devices_per_host)
     if count % per_host:
         raise PlacementError(
-            f"{count} devices do not fill hosts of {per_host} {name}: ask for a multiple of {per_host}"
+            f"{count} devices do not fill hosts of {per_host} {hardware.name}: ask for a multiple of {per_host}"
         )
     _require_compiler()
-    text = _config(hardware, CHIPS[name])
+    text = _config(hardware, CHIPS[hardware.name])
     topology = f"1x{count // per_host}x{per_host}"
     return topologies.get_topology_desc(platform="cuda", target_config=text, topology=topology).devices
 
@@ -73,9 +73,9 @@ def target_placement(name: str, placement: str | None) -> Placement:
 
 
 def _hardware(name: str) -> Hardware:
-    if name not in CHIPS:
+    if name.lower() not in CHIPS:
         raise PlacementError(f"no target {name!r}: the targets are {', '.join(CHIPS)}")
-    return KNOWN[name]
+    return KNOWN[name.lower()]
 
 
 def _require_compiler() -> None:
