@@ -115,3 +115,24 @@ def test_nan_in_pad_rows_changes_no_bit_and_pad_rows_come_out_zero(
     real = spread(np.ones((sum(counts), 1), np.float32), counts, CAPACITY)[:, 0] > 0
     assert not clean[~real].any()
     assert clean[real].any(axis=1).all()
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_full_rows_change_no_bit(combine: type[Combine]) -> None:
+    made = block("shared", "dp8_ep8")
+    counts = [CAPACITY] * made.shards
+    x = random_rows(sum(counts))
+    got = program("shared", "dp8_ep8", combine)(made.parameters, x, Rows.full(CAPACITY))
+    np.testing.assert_array_equal(got, run("shared", "dp8_ep8", combine, counts, x, fill=0.0))
+
+
+def test_full_rows_are_not_masked() -> None:
+    made = block("shared", "dp8_ep8")
+    run_block = made.program(for_any_counts(ScatterCombine, made.placement))
+    x = random_rows(CAPACITY * made.shards)
+    full, masked = (
+        str(jax.make_jaxpr(run_block)(made.parameters, x, rows)).count("select_n")
+        for rows in (Rows.full(CAPACITY), Rows.of([CAPACITY] * made.shards, made.placement))
+    )
+    # The choice of experts, their scores, and the partial sums of the routed and of the shared expert.
+    assert masked - full == 4
