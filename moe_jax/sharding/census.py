@@ -15,7 +15,10 @@ _COLLECTIVE = re.compile(rf"%?(?P<name>\S+) = (?P<result>.+?) (?P<kind>{'|'.join
 _OPERAND = re.compile(r"-done\(%?([^\s,)]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)[a-z\d]*\[(?P<shape>[\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}|replica_groups=\[(?:\d+,)*(\d+)\]<=")
+# Groups of devices as HLO writes them: {{0,1},{2,3}}, [2,2]<=[4], or mesh['data'=2,'expert'=2] {'expert'}.
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_IOTA = re.compile(r"replica_groups=\[(?:\d+,)*(\d+)\]<=")
+_MESH = re.compile(r"replica_groups=mesh\[(?P<sizes>[^\]]*)\] \{(?P<axes>[^}]*)\}")
 _LOOP = re.compile(r" while\(.*body=%?(?P<body>[^\s,]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALL = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([^\s,}]+)")
@@ -96,10 +99,20 @@ def _visit(computations: dict[str, list[str]], name: str, times: int) -> Iterato
 
 def _collective(found: re.Match[str], times: int, line: str, *, asynchronous: bool) -> Collective:
     """From the result, and the line that says over which devices."""
-    groups, scope = _GROUPS.search(line), _SCOPE.search(line)
-    devices = 1 if groups is None else int(groups[2]) if groups[2] else groups[1].count(",") + 1
+    scope = _SCOPE.search(line)
     arrays = ", ".join(array[0] for array in _ARRAY.finditer(found["result"]))
-    return Collective(found["kind"], times, arrays, scope[1] if scope else "", devices, asynchronous)
+    return Collective(found["kind"], times, arrays, scope[1] if scope else "", _group_size(line), asynchronous)
+
+
+def _group_size(line: str) -> int:
+    if listed := _LISTED.search(line):
+        return listed[1].count(",") + 1
+    if iota := _IOTA.search(line):
+        return int(iota[1])
+    mesh = _MESH.search(line)
+    assert mesh, f"groups of devices are written in a way not known here: {line}"
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh["sizes"]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh["axes"]))
 
 
 def _bytes(arrays: str) -> int:

@@ -48,3 +48,23 @@ def test_branches_and_nested_loops() -> None:
 def test_other_text_is_refused() -> None:
     with pytest.raises(AssertionError):
         collectives("no program")
+
+
+@pytest.mark.parametrize(
+    "groups", ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['data'=2,'expert'=2,'tensor'=2] {'data','tensor'}"]
+)
+def test_bytes_sent_by_groups_however_they_are_written(groups: str) -> None:
+    text = f"""HloModule m
+ENTRY %main (p: f32[8,4]) -> f32[2,4] {{
+  %a = ((f32[8,4]), f32[2,4]) reduce-scatter-start(%p), replica_groups={groups}, dimensions={{0}}
+  %b = f32[2,4] reduce-scatter-done(%a)
+  %c = bf16[8,4] all-gather(%b), replica_groups={groups}, dimensions={{0}}
+  ROOT %d = f8e4m3fn[8,4] all-reduce(%c), replica_groups={groups}
+}}"""
+    found = collectives(text)
+    assert [(c.kind, c.devices, c.asynchronous) for c in found] == [
+        ("reduce-scatter", 4, True),
+        ("all-gather", 4, False),
+        ("all-reduce", 4, False),
+    ]
+    assert [c.sent_bytes for c in found] == [3 * 32, 3 / 4 * 64, 2 * 3 / 4 * 32]
