@@ -137,6 +137,7 @@ def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
         (["convert", GOLDEN, "/dev/null/x", "--to", "orbax"], "Not a directory"),
         (["plan", "--target", "h99"], "no target 'h99': the targets are a100, h100, h200, b200, gb200"),
         (["plan", "--target", "h100", "--mesh", "expert=12"], "12 devices do not fill hosts of 8 h100"),
+        (["plan", "--target", "h100", "--mesh", "expert=0"], "needs at least one device of h100, got 0"),
         (["plan", "--counts", "1,2"], "--counts needs a number for each of 8 token shards"),
         (["plan", "--counts", "1,1,1,1,1,1,1,-1"], "--counts needs a number for each of 8 token shards"),
         (["plan", "--hardware", "abacus"], "no hardware 'abacus': give one of a100"),

@@ -92,11 +92,11 @@ def choose_combine(
     """
     candidates = tuple(
         cost_of(strategy.sized(placement, counts, capacity), capacity, row_bytes, hardware)
-        for strategy in (ScatterCombine, ReduceCombine, RaggedCombine)
+        for strategy in STRATEGIES.values()
     )
     if not placement.scatter_axes:
         axes = ", ".join(placement.sum_axes) or "no axis"
-        chosen = candidates[1]
+        (chosen,) = (cost for cost in candidates if isinstance(cost.strategy, ReduceCombine))
         return Decision(
             chosen, f"no token axis holds experts or widths, the sum over {axes} is all there is", (chosen,)
         )

@@ -46,9 +46,11 @@ def target_devices(name: str, count: int) -> Sequence[Device]:
     """`count` devices of a kind, filled host after host, that programs can be compiled for but not run on.
 
     Raises:
-      PlacementError: no such target, a last host partly filled, or the GPU compiler is not installed.
+      PlacementError: no such target, no devices, a last host partly filled, or the GPU compiler is not installed.
     """
     hardware = _hardware(name)
+    if count < 1:
+        raise PlacementError(f"a mesh needs at least one device of {hardware.name}, got {count}")
     per_host = min(count, hardware.devices_per_host)
     if count % per_host:
         raise PlacementError(
