@@ -29,7 +29,8 @@ def program(combine: Combine, rows: Rows, width: int) -> Callable[[], jax.Array]
     spec = PartitionSpec("expert")
 
     def run(value: jax.Array, rows: Rows) -> jax.Array:
-        return combine.combine(rows, combine.gather(rows, ()).partial_sum(value))
+        gathered = combine.gather(rows, value[: rows.capacity, :1])  # for its form: what it moves is not used
+        return combine.combine(gathered, gathered.partial_sum(value))
 
     placement = combine.placement
     total = int(np.sum(np.asarray(rows.counts)))

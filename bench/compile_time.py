@@ -16,7 +16,7 @@ from bench.timing import machine
 from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
-from moe_jax.sharding import Placement, ScatterCombine
+from moe_jax.sharding import Placement, Route, ScatterCombine
 
 LAYER = LayerConfig(
     AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, qk_norm=True),
@@ -31,7 +31,7 @@ def seconds(layers: int) -> float:
     config = ModelConfig(151936, 2048, (LAYER,) * layers, 1e-6, 40960)
     began = time.perf_counter()
     Programs(ShardedDecoder(config, placement, "bfloat16")).decode_step(
-        SLOTS, POSITIONS, SLOTS, ScatterCombine(placement)
+        SLOTS, POSITIONS, SLOTS, Route.whole(ScatterCombine(placement))
     )
     return time.perf_counter() - began
 

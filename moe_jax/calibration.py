@@ -19,6 +19,7 @@ from moe_jax.sharding.collectives import all_gather, partial_sum, reduce
 from moe_jax.sharding.hardware import Link, of_kind
 from moe_jax.sharding.traffic import Kind, Move
 
+KINDS = (Kind.ALL_GATHER, Kind.REDUCE_SCATTER, Kind.ALL_REDUCE)
 ROWS, WIDTH = (64, 512, 4096), 1024
 ROW_BYTES = WIDTH * jnp.dtype(jnp.bfloat16).itemsize
 
@@ -28,10 +29,6 @@ class Sample:
     move: Move
     seconds: float
     """Median of the repeats."""
-
-    @property
-    def sent_bytes(self) -> float:
-        return self.move.sent_rows * ROW_BYTES
 
 
 def measure(placement: Placement, repeats: int) -> list[Sample]:
@@ -44,7 +41,7 @@ def measure(placement: Placement, repeats: int) -> list[Sample]:
     axes = placement.scatter_axes
     if not axes:
         raise PlacementError(f"nothing is scattered on {placement}: give a mesh such as 'expert=8'")
-    moves = [Move(kind, axes, placement.gather_shards, rows) for kind in Kind for rows in ROWS]
+    moves = [Move(kind, axes, placement.gather_shards, rows, ROW_BYTES) for kind in KINDS for rows in ROWS]
     programs = [_program(placement, move) for move in moves]
     seconds = [[] for _ in moves]
     for repeat in range(repeats + 1):
@@ -59,7 +56,7 @@ def measure(placement: Placement, repeats: int) -> list[Sample]:
 def fit(samples: Sequence[Sample]) -> Hardware:
     """The known record of this kind of device, with the launch and local bandwidth that err least, relatively."""
     seconds = np.array([sample.seconds for sample in samples])
-    terms = np.array([[1.0, sample.sent_bytes] for sample in samples]) / seconds[:, None]
+    terms = np.array([[1.0, sample.move.sent_bytes] for sample in samples]) / seconds[:, None]
     (launch, per_byte), *_ = np.linalg.lstsq(terms, np.ones(len(samples)), rcond=None)
     kind = jax.devices()[0].device_kind
     link = Link(bandwidth=float(1 / max(per_byte, 1e-15)), latency=0.0)
@@ -78,6 +75,8 @@ def _program(placement: Placement, move: Move) -> Callable[[], Array]:
                 return reduce(partial_sum(value, axes), scatter_over=axes)
             case Kind.ALL_REDUCE:
                 return reduce(partial_sum(value, axes), sum_over=axes)
+            case _:
+                raise AssertionError(f"{move.kind} is not among {KINDS}")
 
     out_spec = PartitionSpec() if move.kind is Kind.ALL_REDUCE else spec
     rows = move.rows if move.kind is Kind.ALL_GATHER else move.rows * move.devices

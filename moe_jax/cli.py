@@ -14,7 +14,7 @@ import jax
 import typer
 
 from moe_jax.bundled import ADDER
-from moe_jax.calibration import ROW_BYTES, fit, measure
+from moe_jax.calibration import fit, measure
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.checkpoint import check_new
 from moe_jax.errors import MoEJaxError, RequestError
@@ -24,7 +24,7 @@ from moe_jax.llm import LLM, checked_length
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.requests import SamplingParams
-from moe_jax.sharding import Policy, Role, ScatterCombine, as_hardware, as_placement, asked_strategy
+from moe_jax.sharding import Role, Route, ScatterCombine, as_hardware, as_placement
 from moe_jax.sharding.hardware import save
 from moe_jax.sharding.targets import CHIPS, COMPILER_OPTIONS, target_placement
 from moe_jax.training.recipe import Recipe
@@ -38,6 +38,19 @@ class CombineName(StrEnum):
     SCATTER = "scatter"
     REDUCE = "reduce"
     RAGGED = "ragged"
+    ALL_TO_ALL = "all-to-all"
+
+
+class ResidualName(StrEnum):
+    AUTO = "auto"
+    WHOLE = "whole"
+    SPLIT = "split"
+
+
+class GatherDtype(StrEnum):
+    EXACT = "exact"
+    FLOAT8 = "float8_e4m3fn"
+    INT8 = "int8"
 
 
 class Format(StrEnum):
@@ -54,6 +67,10 @@ Mesh = Annotated[
     ),
 ]
 CombineOption = Annotated[CombineName, typer.Option(help="How feed-forward blocks combine.")]
+ResidualOption = Annotated[
+    ResidualName, typer.Option(help="What heads devices keep of their rows: split is sequence parallelism.")
+]
+GatherDtypeOption = Annotated[GatherDtype, typer.Option(help="How rows are sent to feed-forward blocks.")]
 Dtype = Annotated[str | None, typer.Option(help="Of weights and computation.", show_default="as saved")]
 HardwareOption = Annotated[
     str | None,
@@ -78,6 +95,8 @@ def generate(
     model: Model = ADDER,
     mesh: Mesh = None,
     combine: CombineOption = CombineName.AUTO,
+    residual: ResidualOption = ResidualName.AUTO,
+    gather_dtype: GatherDtypeOption = GatherDtype.EXACT,
     dtype: Dtype = None,
     max_tokens: Annotated[int, typer.Option(help="The most tokens to generate for each.")] = 16,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
@@ -92,7 +111,15 @@ def generate(
         raise RequestError("give prompts to continue: the built-in ones are sums for the bundled model")
     asked = prompts or BUILT_IN_PROMPTS
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    llm = LLM(model, mesh=mesh, dtype=dtype, combine=combine.value, hardware=hardware)
+    llm = LLM(
+        model,
+        mesh=mesh,
+        dtype=dtype,
+        hardware=hardware,
+        combine=combine.value,
+        residual=residual.value,
+        gather_dtype=gather_dtype.value,
+    )
     outputs = llm.generate(asked, params, progress=sys.stderr.isatty())
     explanation, speed = llm.explain(min(len(asked), llm.max_batch_size)), llm.throughput.decoded_per_second
     if as_json:
@@ -145,7 +172,7 @@ def train(
     """Train the bundled model's recipe. Run again after a kill, it goes on from the state that it last saved."""
     placement = as_placement(mesh)
     recipe = Recipe(steps=steps, batch_size=batch_size, seed=seed)
-    state = follow(recipe, output, placement, ScatterCombine(placement), progress=sys.stderr.isatty())
+    state = follow(recipe, output, placement, Route.whole(ScatterCombine(placement)), progress=sys.stderr.isatty())
     result = {"model": str(output), "steps": int(state.step)}
     _print_json(result) if as_json else typer.echo(f"trained {result['steps']} steps, written to {output}")
 
@@ -178,6 +205,8 @@ def plan(
     ] = None,
     mesh: Mesh = None,
     combine: CombineOption = CombineName.AUTO,
+    residual: ResidualOption = ResidualName.AUTO,
+    gather_dtype: GatherDtypeOption = GatherDtype.EXACT,
     dtype: Dtype = None,
     rows: Annotated[int, typer.Option(help="Sequences on each token shard.", min=1)] = 8,
     counts: Annotated[
@@ -197,7 +226,7 @@ def plan(
         placement, options = target_placement(target, mesh), COMPILER_OPTIONS
     decoder = ShardedDecoder(checkpoint.config, placement, dtype or checkpoint.dtype)
     length = checked_length(checkpoint.config, max_length)
-    policy = Policy(placement, decoder.row_bytes, as_hardware(hardware or target), asked_strategy(combine.value))
+    policy = decoder.policy(as_hardware(hardware or target), combine.value, residual.value, gather_dtype.value)
     shards = placement.size(Role.TOKENS)
     asked = [rows] * shards if counts is None else _whole_numbers(counts, shards)
     explanation = explain(Programs(decoder, options), policy, asked, length)
@@ -223,9 +252,9 @@ def bench(
         {
             "collective": sample.move.kind.value,
             "rows": sample.move.rows,
-            "sent_bytes": sample.sent_bytes,
+            "sent_bytes": sample.move.sent_bytes,
             "seconds": sample.seconds,
-            "reckoned_seconds": record.seconds([sample.move], ROW_BYTES, placement),
+            "reckoned_seconds": record.seconds([sample.move], placement),
         }
         for sample in samples
     ]

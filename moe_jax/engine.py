@@ -17,7 +17,7 @@ from moe_jax.models import Batch, Caches, Parameters, ShardedDecoder, pack
 from moe_jax.programs import Programs
 from moe_jax.requests import FinishReason, SamplingParams
 from moe_jax.sampling import Knobs
-from moe_jax.sharding import FINE, Combine, Policy, Role, bucket
+from moe_jax.sharding import FINE, Policy, Role, Route, bucket
 
 SMALLEST_CHUNK = 16
 """Prompt tokens that a sequence gets into one step at least, however many sequences there are."""
@@ -62,19 +62,19 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Shape:
-    """The static sizes of a step, and how its blocks combine."""
+    """The static sizes of a step, and how its rows go through a layer."""
 
     slots: int
     chunk: int
     capacity: int
-    combine: Combine
+    route: Route
 
 
 class Engine:
     """A decoder with its weights.
 
     Args:
-      policy: how blocks combine.
+      policy: how rows go through a layer.
       prefill_rows: about how many prompt tokens of a token shard go into one step.
     """
 
@@ -120,7 +120,7 @@ class Engine:
         for segments in prefill_steps(prompts, seats, self._chunk(prompts, slots)):
             shape = shape or self._shape(segments, slots)
             batch, first_rows = self._pack(segments, shape)
-            logits, caches = self.programs.all_logits(self._parameters, caches, batch, combine=shape.combine)
+            logits, caches = self.programs.all_logits(self._parameters, caches, batch, route=shape.route)
             host = np.asarray(logits)
             for segment, first in zip(segments, first_rows, strict=True):
                 parts[segment.request].append(host[first : first + len(segment.tokens)])
@@ -141,7 +141,7 @@ class Engine:
             counts[segment.seat.shard] += len(segment.tokens)
         capacity = bucket(max(counts), FINE)
         chunk = bucket(max(len(segment.tokens) for segment in segments))
-        return Shape(slots, chunk, capacity, self._policy.decide(counts, capacity).strategy)
+        return Shape(slots, chunk, capacity, self._policy.decide(counts, capacity).route)
 
     def _next_tokens(
         self, segments: Sequence[Segment], shape: Shape, caches: Caches, requests: Sequence[Request]
@@ -150,7 +150,7 @@ class Engine:
         began = time.perf_counter() - self.programs.compile_seconds
         batch, _ = self._pack(segments, shape)
         knobs = self._knobs(segments, shape, requests)
-        sampled, caches = self.programs.next_tokens(self._parameters, caches, batch, knobs, combine=shape.combine)
+        sampled, caches = self.programs.next_tokens(self._parameters, caches, batch, knobs, route=shape.route)
         tokens, logprobs = (np.asarray(part).reshape(self._shards, shape.slots) for part in sampled)
         given = 0
         for segment in segments:
@@ -164,7 +164,7 @@ class Engine:
         batch, first_rows = pack(
             segments, self.decoder.placement, slots=shape.slots, chunk=shape.chunk, capacity=shape.capacity
         )
-        assert shape.combine.holds(np.asarray(batch.rows.counts).tolist()), "later steps have fewer rows"
+        assert shape.route.holds(np.asarray(batch.rows.counts).tolist(), shape.capacity), "later steps have fewer rows"
         return batch, first_rows
 
     def _knobs(self, segments: Sequence[Segment], shape: Shape, requests: Sequence[Request]) -> Knobs | None:

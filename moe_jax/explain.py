@@ -24,8 +24,7 @@ class Explanation:
     counts: tuple[int, ...]
     """Sequences on each token shard."""
     decision: Decision
-    feed_forwards: int
-    """Blocks that combine, one after the other, in a step."""
+    layers: int
     collectives: list[Collective]
     temporary_bytes: int
     """Memory of each device that the compiled program needs besides weights and cache."""
@@ -33,9 +32,8 @@ class Explanation:
 
     @property
     def sent_bytes_per_step(self) -> float:
-        """Bytes that each device sends to gather and to combine, in all blocks of a step."""
-        chosen = self.decision.chosen
-        return (chosen.gather_bytes + chosen.combine_bytes) * self.feed_forwards
+        """Bytes that each device is expected to send in all layers of a step."""
+        return self.decision.chosen.sent_bytes * self.layers
 
     @property
     def memory_bytes(self) -> int:
@@ -52,10 +50,10 @@ class Explanation:
             "hardware": self.hardware.name,
             "placement": self.placement,
             "counts": list(self.counts),
-            "combine": self.decision.name,
+            "route": self.decision.name,
             "reason": self.decision.reason,
             "candidates": [cost.as_dict() for cost in self.decision.candidates],
-            "feed_forwards": self.feed_forwards,
+            "layers": self.layers,
             "sent_bytes_per_step": self.sent_bytes_per_step,
             "collectives_per_step": dict(count(self.collectives)),
             "asynchronous_collectives_per_step": dict(count(c for c in self.collectives if c.asynchronous)),
@@ -73,11 +71,11 @@ class Explanation:
         return (
             f"devices      {self.devices}, reckoned as {self.hardware.name}\n"
             f"placement    {self.placement}\n"
-            f"combine      {self.decision}\n"
+            f"route        {self.decision}\n"
             + "".join(f"             {cost}\n" for cost in self.decision.candidates)
-            + f"decode step  {sum(self.counts)} rows, {self.feed_forwards} feed-forward blocks, "
-            f"{self.sent_bytes_per_step / 1024:.1f} KiB sent by each device to gather and combine\n"
-            f"collectives  {kinds}; {sent_bytes(self.collectives) / 1024:.1f} KiB sent in all\n"
+            + f"decode step  {sum(self.counts)} rows, {self.layers} layers, "
+            f"{self.sent_bytes_per_step / 1024:.1f} KiB sent by each device in them\n"
+            f"collectives  {kinds}; {sent_bytes(self.collectives) / 1024:.1f} KiB sent in all, at most\n"
             f"memory       {self._written_memory()}\n"
             f"time         {self._written_time()}"
         )
@@ -102,14 +100,14 @@ class Explanation:
 
     def _written_time(self) -> str:
         step, share = self.roofline.step_seconds, self.roofline.collective_share
-        return f"at best {step * 1e3:.3f} ms a step, {share:.0%} of it to gather and combine (predicted, not measured)"
+        return f"at best {step * 1e3:.3f} ms a step, {share:.0%} of it between devices (predicted, not measured)"
 
 
 def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions: int) -> Explanation:
     """Compile a decode step of so many sequences on each token shard, over caches of `positions`, and read it."""
     decoder, capacity, slots = programs.decoder, bucket(max(counts), FINE), bucket(max(counts))
     decision = policy.decide(counts, capacity)
-    compiled = programs.decode_step(slots, bucket(positions), capacity, decision.strategy)
+    compiled = programs.decode_step(slots, bucket(positions), capacity, decision.route)
     memory = compiled.memory_analysis()
     return Explanation(
         devices=_written(decoder.placement.mesh.devices),
@@ -117,7 +115,7 @@ def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions
         placement=str(decoder.placement),
         counts=tuple(counts),
         decision=decision,
-        feed_forwards=len(decoder.config.layers),
+        layers=len(decoder.config.layers),
         collectives=collectives(compiled.as_text() or ""),
         temporary_bytes=memory.temp_size_in_bytes if memory else 0,
         roofline=roofline(
@@ -126,7 +124,7 @@ def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions
             rows=sum(counts),
             slots=slots,
             positions=bucket(positions),
-            block_seconds=decision.chosen.seconds,
+            layer_seconds=decision.chosen.seconds,
         ),
     )
 

@@ -24,7 +24,7 @@ from moe_jax.errors import RequestError
 from moe_jax.explain import Explanation, evenly, explain
 from moe_jax.models import ShardedDecoder
 from moe_jax.requests import RequestOutput, SamplingParams
-from moe_jax.sharding import Hardware, Placement, Policy, Role, Strategy, as_hardware, as_placement, asked_strategy
+from moe_jax.sharding import Hardware, Placement, Residual, Role, Strategy, as_hardware, as_placement
 
 Prompt = str | Sequence[int]
 T = TypeVar("T")
@@ -39,7 +39,12 @@ class LLM:
       mesh: `"data=2,expert=4"` (axes left out have size 1), axis sizes, a mesh or a `Placement`; by default all devices
         on `expert`.
       dtype: of weights, cache and computation; by default what the checkpoint says.
-      combine: `"auto"`, `"scatter"`, `"reduce"`, `"ragged"`, or a class derived from `moe_jax.sharding.Combine`.
+      combine: `"auto"`, `"scatter"`, `"reduce"`, `"ragged"`, `"all-to-all"`, or a class derived from
+        `moe_jax.sharding.Combine`.
+      residual: where attention heads are split over devices, whether each keeps the `"whole"` rows of its token shard
+        between blocks or they `"split"` them (sequence parallelism); `"auto"` weighs both.
+      gather_dtype: how rows are sent to feed-forward blocks: `"exact"`, or with less precision `"float8_e4m3fn"` or
+        `"int8"`. Sums are always exact.
       hardware: what the policy reckons with: a name such as `"h100"`, a file that `moe-jax bench --calibrate` wrote, or
         a `moe_jax.sharding.Hardware`; by default that of the devices.
       max_length: the most positions of a sequence, prompt included; by default those the model was made for. The last
@@ -57,6 +62,8 @@ class LLM:
         mesh: str | Mapping[str, int] | Mesh | Placement | None = None,
         dtype: DTypeLike | None = None,
         combine: str | Strategy = "auto",
+        residual: str | type[Residual] = "auto",
+        gather_dtype: str = "exact",
         hardware: str | Hardware | None = None,
         max_length: int | None = None,
         max_batch_size: int = 256,
@@ -69,7 +76,7 @@ class LLM:
         self.max_batch_size = max_batch_size
         placement = as_placement(mesh)
         decoder = ShardedDecoder(self.config, placement, _name(dtype or self._checkpoint.dtype))
-        self._policy = Policy(placement, decoder.row_bytes, as_hardware(hardware), asked_strategy(combine))
+        self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
         self._engine = Engine(decoder, self._checkpoint.load(decoder), self._policy)
 
     def generate(

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from moe_jax.models import Batch, Caches, Parameters, ShardedDecoder, pack
 from moe_jax.sampling import Knobs, Sampled, sample
-from moe_jax.sharding import Combine
+from moe_jax.sharding import Route
 
 
 class Programs:
@@ -28,7 +28,7 @@ class Programs:
         self.compile_seconds = 0.0
 
     def next_tokens(
-        self, parameters: Parameters, caches: Caches, batch: Batch, knobs: Knobs | None, *, combine: Combine
+        self, parameters: Parameters, caches: Caches, batch: Batch, knobs: Knobs | None, *, route: Route
     ) -> tuple[Sampled, Caches]:
         """The token after the last row of every slot, the likeliest one if there are no knobs.
 
@@ -40,16 +40,14 @@ class Programs:
             jax.device_put(batch, self._shardings),
             jax.device_put(knobs, self._shardings.tokens),
         )
-        return self._compile(_next_tokens, combine, *args)(*args)
+        return self._compile(_next_tokens, route, *args)(*args)
 
-    def all_logits(
-        self, parameters: Parameters, caches: Caches, batch: Batch, *, combine: Combine
-    ) -> tuple[Array, Caches]:
+    def all_logits(self, parameters: Parameters, caches: Caches, batch: Batch, *, route: Route) -> tuple[Array, Caches]:
         """The logits after every row. The caches given are overwritten: use those returned."""
         args = (parameters, caches, jax.device_put(batch, self._shardings))
-        return self._compile(ShardedDecoder.all_logits, combine, *args)(*args)
+        return self._compile(ShardedDecoder.all_logits, route, *args)(*args)
 
-    def decode_step(self, slots: int, positions: int, capacity: int, combine: Combine) -> Compiled:
+    def decode_step(self, slots: int, positions: int, capacity: int, route: Route) -> Compiled:
         """The program that takes one token from each slot, up to `capacity` on a token shard, and gives the likeliest
         next one.
 
@@ -60,23 +58,23 @@ class Programs:
         shardings = jax.tree.broadcast(self._shardings, batch)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, shardings)
         caches = decoder.abstract_caches(slots, positions)
-        return self._compile(_next_tokens, combine, decoder.parameters, caches, abstract, None)
+        return self._compile(_next_tokens, route, decoder.parameters, caches, abstract, None)
 
-    def _compile(self, function: Callable[..., Any], combine: Combine, *args: Any) -> Compiled:
+    def _compile(self, function: Callable[..., Any], route: Route, *args: Any) -> Compiled:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
-        key = (function, combine, jax.tree.structure(args), shapes)
+        key = (function, route, jax.tree.structure(args), shapes)
         if key not in self.compiled:
             began = time.perf_counter()
-            program = jax.jit(lambda *args: function(self.decoder, *args, combine), donate_argnums=1)
+            program = jax.jit(lambda *args: function(self.decoder, *args, route), donate_argnums=1)
             self.compiled[key] = program.lower(*args).compile(self._options)
             self.compile_seconds += time.perf_counter() - began
         return self.compiled[key]
 
 
 def _next_tokens(
-    decoder: ShardedDecoder, parameters: Parameters, caches: Caches, batch: Batch, knobs: Knobs | None, combine: Combine
+    decoder: ShardedDecoder, parameters: Parameters, caches: Caches, batch: Batch, knobs: Knobs | None, route: Route
 ) -> tuple[Sampled, Caches]:
-    logits, caches = decoder.next_logits(parameters, caches, batch, combine)
+    logits, caches = decoder.next_logits(parameters, caches, batch, route)
     spec = decoder.rows_spec
     with jax.named_scope("sample"):
         sampler = jax.shard_map(sample, mesh=decoder.placement.mesh, in_specs=spec, out_specs=spec)

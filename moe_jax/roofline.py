@@ -26,7 +26,7 @@ class Roofline:
     compute_seconds: float
     """For the multiplications of all rows with the weights that they visit."""
     collective_seconds: float
-    """To gather and combine in all feed-forward blocks, if nothing overlaps."""
+    """Of all layers, if nothing overlaps."""
 
     @property
     def step_seconds(self) -> float:
@@ -38,12 +38,12 @@ class Roofline:
 
 
 def roofline(
-    decoder: ShardedDecoder, hardware: Hardware, *, rows: int, slots: int, positions: int, block_seconds: float
+    decoder: ShardedDecoder, hardware: Hardware, *, rows: int, slots: int, positions: int, layer_seconds: float
 ) -> Roofline:
     """For `rows` sequences in all, with caches of `slots` sequences of `positions` on each token shard.
 
     Args:
-      block_seconds: predicted for the collectives of one feed-forward block.
+      layer_seconds: predicted for the collectives of one layer.
     """
     weights = sum(map(_held_bytes, jax.tree.leaves(decoder.parameters)))
     caches = sum(map(_held_bytes, jax.tree.leaves(decoder.abstract_caches(slots, positions))))
@@ -53,7 +53,7 @@ def roofline(
         cache_bytes=caches,
         memory_seconds=(weights + caches) / hardware.memory_bandwidth,
         compute_seconds=flops / hardware.flops,
-        collective_seconds=block_seconds * len(decoder.config.layers),
+        collective_seconds=layer_seconds * len(decoder.config.layers),
     )
 
 

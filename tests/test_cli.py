@@ -65,8 +65,8 @@ def test_generate_without_arguments_shows_how_it_decodes() -> None:
 def test_generate_json(run: Run) -> None:
     printed = run("generate", "2+3=", "40+2=", "--combine", "reduce", "--mesh", "expert=2", "--json").json
     assert [output["text"] for output in printed["outputs"]] == ["5", "42"]
-    assert printed["combine"] == "ReduceCombine"
-    assert printed["collectives_per_step"] == {"all-gather": 12, "all-reduce": 4}
+    assert printed["route"] == "ReduceCombine"
+    assert printed["collectives_per_step"] == {"all-gather": 8, "all-reduce": 4}
     assert printed["tokens_per_second"] > 0
 
 
@@ -80,7 +80,7 @@ def test_plan_needs_no_weights(run: Run, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((Path(GOLDEN) / "config.json").read_bytes())
     printed = run("plan", "--model", str(tmp_path), "--mesh", "data=2,expert=4", "--rows", "4", "--json").json
     assert printed["placement"].startswith("data=2,expert=4,tensor=1")
-    (scatter,) = (cost for cost in printed["candidates"] if cost["strategy"] == "ScatterCombine")
+    (scatter,) = (cost for cost in printed["candidates"] if cost["route"] == "ScatterCombine")
     assert scatter["combine_bytes"] == 3 * 4 * 32 * 4
     assert "ScatterCombine" in run("plan", "--model", str(tmp_path)).out
 

@@ -27,15 +27,23 @@ ELSEWHERE = {
     "mixtral_gqa2_e6_top1_window": ["data=2,expert=2,tensor=2", "expert=2,tensor=4"],
 }
 CASES = [
-    (case, PLACEMENTS[name], combine)
+    (case, PLACEMENTS[name], combine, "whole")
     for case in EVERYWHERE
     for name in ON_ALL_DEVICES
     for combine in ("scatter", "reduce")
 ]
 CASES += [
-    (case, mesh, combine)
+    (case, mesh, combine, "auto")
     for case, meshes in ELSEWHERE.items()
     for mesh, combine in zip(meshes, ("scatter", "reduce"), strict=True)
+]
+CASES += [
+    (EVERYWHERE[0], PLACEMENTS["dp8_ep8"], "all-to-all", "whole"),
+    (EVERYWHERE[0], PLACEMENTS["dp2_ep4"], "all-to-all", "whole"),
+    (EVERYWHERE[0], PLACEMENTS["dp4_ep4_tp2"], "scatter", "split"),
+    (EVERYWHERE[0], PLACEMENTS["tp8_ep4"], "reduce", "split"),
+    (EVERYWHERE[1], PLACEMENTS["dp2_ep4"], "ragged", "split"),
+    (EVERYWHERE[2], PLACEMENTS["dp4_ep4_tp2"], "all-to-all", "split"),
 ]
 
 
@@ -43,12 +51,12 @@ def test_every_golden_is_tested() -> None:
     assert {case for case, *_ in CASES} == {path.parent.name for path in GOLDENS.glob("*/reference.npz")}
 
 
-@pytest.mark.parametrize(("case", "mesh", "combine"), CASES)
-def test_parity_with_transformers(case: str, mesh: str, combine: str) -> None:
+@pytest.mark.parametrize(("case", "mesh", "combine", "residual"), CASES)
+def test_parity_with_transformers(case: str, mesh: str, combine: str, residual: str) -> None:
     reference = np.load(GOLDENS / case / "reference.npz")
     prompts = [prompt[prompt >= 0].tolist() for prompt in reference["prompts"]]
     steps = reference["tokens"].shape[1]
-    llm = LLM(GOLDENS / case, mesh=mesh, dtype="float32", combine=combine)
+    llm = LLM(GOLDENS / case, mesh=mesh, dtype="float32", combine=combine, residual=residual)
 
     for got, padded in zip(llm.logits(prompts), reference["prompt_logits"], strict=True):
         np.testing.assert_allclose(got, padded[: len(got)], rtol=0, atol=TOLERANCE * np.abs(padded).max())

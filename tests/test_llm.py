@@ -201,7 +201,7 @@ def test_a_step_of_nothing_cannot_be_explained(golden: LLM) -> None:
         (
             {"combine": "both"},
             PlacementError,
-            "combine must be auto, scatter, reduce, ragged or a strategy class, got 'both'",
+            "combine must be auto, scatter, reduce, ragged, all-to-all or a class derived from Combine, got 'both'",
         ),
         ({"dtype": "float8"}, ConfigError, "dtype must be bfloat16, float16 or float32, got 'float8'"),
         ({"dtype": object()}, ConfigError, "dtype must be bfloat16, float16 or float32, got '<object"),

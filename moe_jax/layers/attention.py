@@ -57,7 +57,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], step: Step, cache: C, layer: Int32[Array, ""]) -> tuple[PartialSum, C]:
         """This device's heads' part of the output, and the cache with the rows' keys and values written."""
-        packing, only = step.packing, self._only_kv_head(step.combine.placement)
+        packing, only = step.packing, self._only_kv_head(step.residual.placement)
         query, key, value = self.query(x), self.key(x, only), self.value(x, only)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -67,7 +67,7 @@ class Attention(nnx.Module):
         with jax.named_scope("attend"):
             seen = self._seen(packing.to_grid(packing.positions), keys.shape[2])
             out = packing.to_rows(attend(packing.to_grid(query), keys, values, seen))
-        return step.combine.heads_partial_sum(jnp.einsum("thk,hkd->td", out, self.output[...])), cache
+        return step.residual.heads_partial_sum(jnp.einsum("thk,hkd->td", out, self.output[...])), cache
 
     def _seen(self, positions: Int32[Array, "S C"], cached: int) -> Bool[Array, "S C P"]:
         """Which cached positions each query sees: up to its own, within the window."""

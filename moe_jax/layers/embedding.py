@@ -1,6 +1,6 @@
 """Token embedding and LM head, with the vocabulary split over the heads axes.
 
-V  vocabulary rows held here     D  hidden     T  rows
+V  vocabulary rows held here     D  hidden     T  rows     B  those of them that this device keeps
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import ModelConfig
 from moe_jax.layers import parameter
-from moe_jax.sharding import Combine, Role
+from moe_jax.sharding import Residual, Role
 
 
 class Vocabulary(nnx.Module):
@@ -24,14 +24,15 @@ class Vocabulary(nnx.Module):
             rngs, (config.vocab_rows, config.hidden), (Role.HEADS, None), fan_in=config.hidden, dtype=dtype
         )
 
-    def embed(self, tokens: Int32[Array, "T"], combine: Combine) -> Float[Array, "T D"]:
+    def embed(self, tokens: Int32[Array, "T"], residual: Residual) -> Float[Array, "B D"]:
+        """The vectors of the rows that this device keeps."""
         table = self.table[...]
-        local = tokens - combine.placement.index(Role.HEADS) * table.shape[0]
+        local = tokens - residual.placement.index(Role.HEADS) * table.shape[0]
         here = (local >= 0) & (local < table.shape[0])
         found = table.at[local].get(mode="clip")
-        return combine.sum_heads(combine.heads_partial_sum(jnp.where(here[:, None], found, 0)))
+        return residual.sum_heads(residual.heads_partial_sum(jnp.where(here[:, None], found, 0)))
 
-    def logits(self, x: Float[Array, "T D"], combine: Combine) -> Float[Array, "T vocab"]:
+    def logits(self, x: Float[Array, "T D"], residual: Residual) -> Float[Array, "T vocab"]:
         """Scores of the whole vocabulary, in float32, the same on all heads devices."""
         local = jnp.einsum("td,vd->tv", x, self.table[...], preferred_element_type=jnp.float32)
-        return combine.gather_heads(local)[:, : self.size]
+        return residual.gather_columns(local)[:, : self.size]

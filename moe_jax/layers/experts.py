@@ -32,6 +32,11 @@ class Experts(nnx.Module):
             rngs, (experts, width, hidden), (Role.EXPERTS, Role.FFN, None), fan_in=width, dtype=dtype
         )
 
+    @property
+    def held(self) -> int:
+        """How many of the experts this device holds."""
+        return self.gate_up.shape[0]
+
     def __call__(
         self,
         x: Float[Array, "N D"],
@@ -40,8 +45,7 @@ class Experts(nnx.Module):
         placement: Placement,
     ) -> Float[Array, "N D"]:
         """The weighted outputs of the experts held here, summed per row: this device's part of the output."""
-        gate_up, down = self.gate_up[...], self.down[...]
-        held = gate_up.shape[0]
+        gate_up, down, held = self.gate_up[...], self.down[...], self.held
         local = experts - placement.index(Role.EXPERTS) * held
         here = (local >= 0) & (local < held)
         # Assignments sorted by expert, those of other devices last.

@@ -38,9 +38,9 @@ class DenseMLP(nnx.Module):
         self.swiglu = SwiGLU(hidden, config.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "T D"], rows: Rows, combine: Combine) -> tuple[Float[Array, "T D"], None]:
-        gathered = combine.gather(rows, (x,))
+        gathered = combine.gather(rows, x)
         (everyone,) = gathered.values
-        return combine.combine(rows, gathered.partial_sum(self.swiglu(everyone))), None
+        return combine.combine(gathered, gathered.partial_sum(self.swiglu(everyone))), None
 
 
 class SharedExpert(nnx.Module):

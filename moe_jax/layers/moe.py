@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from moe_jax.config import MoEConfig
 from moe_jax.layers.experts import Experts
 from moe_jax.layers.mlp import SharedExpert
-from moe_jax.layers.router import Load, Router
-from moe_jax.sharding import Combine, Rows
+from moe_jax.layers.router import Load, Router, Routing
+from moe_jax.sharding import Combine, Gathered, Rows
 
 
 class MoE(nnx.Module):
@@ -29,7 +29,7 @@ class MoE(nnx.Module):
         with jax.named_scope("route"):
             routing = self.router(x, rows.valid(combine.placement))
         with jax.named_scope("gather"):
-            gathered = combine.gather(rows, (x, routing.experts, routing.weights))
+            gathered = self._gather(x, routing, rows, combine)
         everyone, experts, weights = gathered.values
         with jax.named_scope("experts"):
             partial = gathered.partial_sum(self.experts(everyone, experts, weights, combine.placement))
@@ -37,4 +37,10 @@ class MoE(nnx.Module):
             with jax.named_scope("shared_expert"):
                 partial += gathered.partial_sum(self.shared(everyone))
         with jax.named_scope("combine"):
-            return combine.combine(rows, partial), routing.load
+            return combine.combine(gathered, partial), routing.load
+
+    def _gather(self, x: Float[Array, "T D"], routing: Routing, rows: Rows, combine: Combine) -> Gathered:
+        """The rows that experts held here are for; with a shared expert, all rows."""
+        if self.shared is None:
+            return combine.dispatch(rows, x, routing.experts, routing.weights, self.experts.held)
+        return combine.gather(rows, x, routing.experts, routing.weights)

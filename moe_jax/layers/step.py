@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Shaped
 
-from moe_jax.sharding import Combine, Rows
+from moe_jax.sharding import Combine, Residual, Route, Rows
 
 
 @jax.tree_util.register_dataclass
@@ -50,8 +50,20 @@ class Packing:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: its rows, their places in sequences, and how feed-forward blocks combine."""
+    """One forward pass: its rows, their places in sequences, and how they go through a layer."""
 
-    rows: Rows
     packing: Packing
+    rows: Rows
+    """Those that this device keeps between blocks."""
+    residual: Residual
     combine: Combine
+
+    @classmethod
+    def of(cls, rows: Rows, packing: Packing, route: Route) -> Step:
+        """Of the rows of a token shard."""
+        return cls(packing, route.residual.rows(rows), route.residual, route.combine)
+
+    @property
+    def capacity(self) -> int:
+        """T."""
+        return self.packing.slots.shape[0]

@@ -1,6 +1,6 @@
 """The decoder, assembled from its config, written for one device of a placement.
 
-T  own rows     D  hidden     Q  rows whose logits are wanted
+T  own rows     B  those of them that this device keeps     D  hidden     Q  rows whose logits are wanted
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "T D"], step: Step, cache: Cache, repeat: Int32[Array, ""]
-    ) -> tuple[Float[Array, "T D"], Cache, Load | None]:
+        self, x: Float[Array, "B D"], step: Step, cache: Cache, repeat: Int32[Array, ""]
+    ) -> tuple[Float[Array, "B D"], Cache, Load | None]:
         with jax.named_scope("attention"):
-            attended, cache = self.attention(self.attention_norm(x), step, cache, repeat)
-            x = x + step.combine.sum_heads(attended)
+            rows = step.residual.all_rows(self.attention_norm(x), step.capacity)
+            attended, cache = self.attention(rows, step, cache, repeat)
+            x = x + step.residual.sum_heads(attended)
         with jax.named_scope("ffn"):
             y, load = self.ffn(self.ffn_norm(x), step.rows, step.combine)
         return x + y, cache, load
@@ -60,8 +61,8 @@ class Stack(nnx.Module):
         self.unit = stacked(rngs)
 
     def __call__(
-        self, x: Float[Array, "T D"], step: Step, caches: list[Cache]
-    ) -> tuple[Float[Array, "T D"], list[Cache], list[Load]]:
+        self, x: Float[Array, "B D"], step: Step, caches: list[Cache]
+    ) -> tuple[Float[Array, "B D"], list[Cache], list[Load]]:
         """The loads' arrays are stacked over the repeats."""
         blocks, parameters = nnx.split(self.unit)
 
@@ -89,7 +90,7 @@ class Decoder(nnx.Module):
         self, tokens: Int32[Array, "T"], wanted: Int32[Array, "Q"], step: Step, caches: Caches
     ) -> tuple[Float[Array, "Q vocab"], Caches, list[Load]]:
         """Logits, in float32, of the rows `wanted`; the caches with the rows written; the load of each MoE layer."""
-        x = self.embedding.embed(tokens, step.combine)
+        x = self.embedding.embed(tokens, step.residual)
         written, loads = [], []
         for stack, unit_caches in zip(self.stacks, caches, strict=True):
             x, unit_caches, unit_loads = stack(x, step, unit_caches)
@@ -97,4 +98,5 @@ class Decoder(nnx.Module):
             loads += unit_loads
         head = self.embedding if self.head is None else self.head
         with jax.named_scope("head"):
-            return head.logits(self.norm(x[wanted]), step.combine), written, loads
+            rows = step.residual.all_rows(x, step.capacity)
+            return head.logits(self.norm(rows[wanted]), step.residual), written, loads

@@ -19,7 +19,22 @@ from moe_jax.layers import Cache, KVCache, Step, parameter
 from moe_jax.models.batch import Batch
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import group_layers
-from moe_jax.sharding import Combine, Placement, Role, RowBytes, check_fit
+from moe_jax.sharding import (
+    EXACT,
+    Encoding,
+    Hardware,
+    Placement,
+    Policy,
+    Residual,
+    Role,
+    Route,
+    RowBytes,
+    Strategy,
+    as_encoding,
+    asked_residual,
+    asked_strategy,
+    check_fit,
+)
 
 Parameters = nnx.State
 
@@ -48,14 +63,33 @@ class ShardedDecoder:
     def _abstract(self) -> tuple[nnx.GraphDef, Parameters]:
         return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, dtype=self.dtype, rngs=nnx.Rngs(0))))
 
-    @property
-    def row_bytes(self) -> RowBytes:
-        """Of a hidden vector, and on the way in of the ids and weights of its experts, in the layer with most."""
-        hidden = self.config.hidden * jnp.dtype(self.dtype).itemsize
-        routing = (jnp.dtype(jnp.int32).itemsize + jnp.dtype(jnp.float32).itemsize) * max(
-            (layer.ffn.top_k for layer in self.config.layers if isinstance(layer.ffn, MoEConfig)), default=0
+    def row_bytes(self, encoding: Encoding = EXACT) -> RowBytes:
+        """Of a hidden vector, and of the ids and weights of its experts, in the layer with most."""
+        routed = [layer.ffn for layer in self.config.layers if isinstance(layer.ffn, MoEConfig)]
+        most = max((ffn.top_k for ffn in routed), default=0)
+        sent, scales = encoding.row_bytes(self.config.hidden, self.dtype)
+        return RowBytes(
+            gather=sent,
+            combine=self.config.hidden * jnp.dtype(self.dtype).itemsize,
+            beside=scales + 2 * most * jnp.dtype(jnp.float32).itemsize,
+            top_k=0 if any(ffn.shared for ffn in routed) else most,
         )
-        return RowBytes(gather=hidden + routing, combine=hidden)
+
+    def policy(
+        self,
+        hardware: Hardware,
+        combine: str | Strategy = "auto",
+        residual: str | type[Residual] = "auto",
+        gather_dtype: str = "exact",
+    ) -> Policy:
+        """How rows go through the layers, as users ask for it.
+
+        Raises:
+          PlacementError, ConfigError: no such strategy, residual or dtype.
+        """
+        encoding = as_encoding(gather_dtype)
+        strategy, kept = asked_strategy(combine), asked_residual(residual)
+        return Policy(self.placement, self.row_bytes(encoding), hardware, strategy, kept, encoding)
 
     @property
     def graph(self) -> nnx.GraphDef:
@@ -118,22 +152,22 @@ class ShardedDecoder:
         return self.placement.spec((Role.TOKENS,), (0,))
 
     def next_logits(
-        self, parameters: Parameters, caches: Caches, batch: Batch, combine: Combine
+        self, parameters: Parameters, caches: Caches, batch: Batch, route: Route
     ) -> tuple[Float[Array, "shards*S vocab"], Caches]:
         """Logits after the last row of every slot, and the caches with the batch written."""
-        return self._logits(parameters, caches, batch, combine, lambda batch: batch.packing.last)
+        return self._logits(parameters, caches, batch, route, lambda batch: batch.packing.last)
 
     def all_logits(
-        self, parameters: Parameters, caches: Caches, batch: Batch, combine: Combine
+        self, parameters: Parameters, caches: Caches, batch: Batch, route: Route
     ) -> tuple[Float[Array, "shards*T vocab"], Caches]:
         """Logits after every row, and the caches with the batch written."""
-        return self._logits(parameters, caches, batch, combine, lambda batch: jnp.arange(batch.rows.capacity))
+        return self._logits(parameters, caches, batch, route, lambda batch: jnp.arange(batch.rows.capacity))
 
     def _logits(
-        self, parameters: Parameters, caches: Caches, batch: Batch, combine: Combine, wanted: Callable[[Batch], Array]
+        self, parameters: Parameters, caches: Caches, batch: Batch, route: Route, wanted: Callable[[Batch], Array]
     ) -> tuple[Array, Caches]:
         def run(decoder: Decoder, caches: Caches, batch: Batch) -> tuple[Array, Caches]:
-            step = Step(batch.rows, batch.packing, combine)
+            step = Step.of(batch.rows, batch.packing, route)
             logits, caches, _ = decoder(batch.tokens, wanted(batch), step, caches)
             return logits, caches
 

@@ -4,20 +4,27 @@ Everything in moe_jax that says the name of a mesh axis lives here.
 """
 
 from moe_jax.errors import PlacementError, ReductionError
+from moe_jax.sharding.all_to_all import AllToAllCombine
 from moe_jax.sharding.collectives import PartialSum
 from moe_jax.sharding.combine import Combine, Gathered
+from moe_jax.sharding.encoding import EXACT, Encoding, as_encoding
 from moe_jax.sharding.fit import check_fit
 from moe_jax.sharding.hardware import Hardware, as_hardware
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.placement import Placement, Role, as_placement
-from moe_jax.sharding.policy import Decision, Policy, RowBytes, Strategy, asked_strategy, choose_combine
+from moe_jax.sharding.policy import Decision, Policy, Route, Strategy, asked_residual, asked_strategy
+from moe_jax.sharding.residual import Residual, SplitResidual, WholeResidual
 from moe_jax.sharding.rows import FINE, Rows, bucket
 from moe_jax.sharding.strategies import RaggedCombine, ReduceCombine, ScatterCombine
+from moe_jax.sharding.traffic import RowBytes
 
 __all__ = [
+    "EXACT",
     "FINE",
+    "AllToAllCombine",
     "Combine",
     "Decision",
+    "Encoding",
     "Gathered",
     "Hardware",
     "PartialSum",
@@ -27,16 +34,21 @@ __all__ = [
     "RaggedCombine",
     "ReduceCombine",
     "ReductionError",
+    "Residual",
     "Role",
+    "Route",
     "RowBytes",
     "Rows",
     "ScatterCombine",
+    "SplitResidual",
     "Strategy",
+    "WholeResidual",
+    "as_encoding",
     "as_hardware",
     "as_placement",
+    "asked_residual",
     "asked_strategy",
     "bucket",
     "check_fit",
-    "choose_combine",
     "make_mesh",
 ]

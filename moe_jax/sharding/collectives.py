@@ -12,6 +12,7 @@ Layouts are written as JAX prints them: `[T, D] {V:expert}` varies over `expert`
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -26,11 +27,13 @@ Tree = TypeVar("Tree")
 
 
 class PartialSum:
-    """This device's part of a sum over `axes`. Made by `partial_sum`, ended by `reduce`."""
+    """This device's part of a sum over `axes`. Made by `partial_sum`, ended by `reduce`, or by `reduce_exchanged` where
+    along some of the axes (`exchanged`) the devices hold parts of the rows that each was sent, not of the same rows."""
 
-    def __init__(self, value: Array, axes: Axes) -> None:
+    def __init__(self, value: Array, axes: Axes, exchanged: Axes = ()) -> None:
         self._value = value
         self.axes = axes
+        self.exchanged = exchanged
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,7 +50,9 @@ class PartialSum:
             raise ReductionError(
                 f"these partial sums are over different axes, {self.axes} and {other.axes}: reduce each"
             )
-        return PartialSum(self._value + other._value, self.axes)
+        if self.exchanged != other.exchanged:
+            raise ReductionError("these are partial sums of different rows, gathered and dispatched: combine each")
+        return PartialSum(self._value + other._value, self.axes, self.exchanged)
 
     __radd__ = __add__
 
@@ -72,8 +77,10 @@ class PartialSum:
 jax.tree_util.register_pytree_node(PartialSum, PartialSum._refuse, lambda _, parts: PartialSum(*parts))
 
 
-def partial_sum(value: Shaped[Array, "..."], axes: Axes) -> PartialSum:
+def partial_sum(value: Shaped[Array, "..."], axes: Axes, *, exchanged: Axes = ()) -> PartialSum:
     """Declare that the sum of `value` over the devices of `axes` is what is meant: `{V:axes} -> {U:axes}`.
+
+    Where the rows were exchanged, JAX cannot know that value as unreduced, and only its wrapper tells.
 
     Raises:
       ReductionError: `value` is the same on all devices of one of the axes, so that summing it would multiply it.
@@ -85,7 +92,8 @@ def partial_sum(value: Shaped[Array, "..."], axes: Axes) -> PartialSum:
             f"a value that is the same on every device of {sorted(same)} is no partial sum over them: "
             "it was summed already, or computed from replicated inputs only"
         )
-    return PartialSum(lax.pcast(value, axes, to="unreduced") if axes else value, axes)
+    known_to_jax = axes and not exchanged
+    return PartialSum(lax.pcast(value, axes, to="unreduced") if known_to_jax else value, axes, exchanged)
 
 
 def reduce(partial: PartialSum, *, scatter_over: Axes = (), sum_over: Axes = ()) -> Array:
@@ -107,12 +115,64 @@ def reduce(partial: PartialSum, *, scatter_over: Axes = (), sum_over: Axes = ())
         raise ReductionError(
             f"a partial sum over {partial.axes} must be reduced over exactly these axes, not {scatter_over + sum_over}"
         )
+    if partial.exchanged:
+        raise ReductionError("a partial sum of dispatched rows goes back to their owners: combine it as it came")
     value = partial._value
     if scatter_over:
         value = lax.psum_scatter(value, scatter_over, tiled=True)
     if sum_over:
         value = lax.psum(value, sum_over)
     return value
+
+
+def exchange(
+    blocks: Shaped[Array, "n C ..."],
+    sending: Int32[Array, "n"],
+    receiving: Int32[Array, "n"],
+    axes: Axes,
+    *,
+    ragged: bool,
+) -> Array:
+    """Block i goes to device i along `axes`, and arrives at the place of its sender: `[n, C, ...] -> [n, C, ...]`.
+
+    Args:
+      sending: how many rows of each block, from its first on, matter.
+      receiving: the same of the blocks that arrive.
+      ragged: whether the devices can send only those rows; then the others arrive as zero, else all are sent.
+    """
+    if not axes:
+        return blocks
+    if not ragged:
+        return lax.all_to_all(blocks, axes, 0, 0, tiled=True)
+    devices, rows, *_ = blocks.shape
+    flat = blocks.reshape(devices * rows, -1)
+    firsts = jnp.arange(devices, dtype=jnp.int32) * rows
+    places = jnp.full(devices, rows, jnp.int32) * axis_index(axes)
+    firsts, places, sending, receiving = vary_alike(firsts, places, sending, receiving)
+    sent = lax.ragged_all_to_all(flat, jnp.zeros_like(flat), firsts, sending, places, receiving, axis_name=axes)
+    return sent.reshape(blocks.shape)
+
+
+def reduce_exchanged(
+    partial: PartialSum, send_back: Callable[[Array], Array], *, exchanged: Axes, sum_over: Axes
+) -> Array:
+    """Add up a partial sum of dispatched rows, once: `[n*C, D] -> [T, D] {V:exchanged}`.
+
+    Args:
+      send_back: exchanges the rows back to their owners, and adds up each owner's own.
+      exchanged: the axes along which it does so.
+      sum_over: every device keeps the whole.
+
+    Raises:
+      ReductionError: not a partial sum of rows exchanged along these axes.
+    """
+    if not isinstance(partial, PartialSum) or partial.exchanged != exchanged:
+        raise ReductionError(
+            f"only a partial sum of rows that were dispatched along {exchanged} can be sent back: make it with "
+            "partial_sum of what combine.dispatch returned"
+        )
+    assert set(partial.axes) == set(exchanged) | set(sum_over), "made for these axes by the same strategy"
+    return reduce(partial_sum(send_back(partial._value), sum_over), sum_over=sum_over)
 
 
 def sum_devices(tree: Tree, axes: Axes) -> Tree:

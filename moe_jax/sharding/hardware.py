@@ -51,13 +51,13 @@ class Hardware:
     """Dense bfloat16 operations per second of a device."""
     source: str
 
-    def seconds(self, moves: Iterable[Move], row_bytes: float, placement: Placement) -> float:
+    def seconds(self, moves: Iterable[Move], placement: Placement) -> float:
         """The time of collectives one after the other."""
-        return sum(self._seconds(move, row_bytes, placement) for move in moves)
+        return sum(self._seconds(move, placement) for move in moves)
 
-    def _seconds(self, move: Move, row_bytes: float, placement: Placement) -> float:
+    def _seconds(self, move: Move, placement: Placement) -> float:
         link = self.remote if self.crosses_hosts(move.axes, placement) else self.local
-        return self.launch + move.hops * link.latency + move.sent_rows * row_bytes / link.bandwidth
+        return self.launch + move.hops * link.latency + move.sent_bytes / link.bandwidth
 
     def crosses_hosts(self, axes: tuple[str, ...], placement: Placement) -> bool:
         """Whether devices along these axes lie on different hosts, devices numbered host after host."""

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import PlacementError
@@ -149,6 +150,22 @@ class Placement:
     def index(self, role: Role) -> jax.Array | int:
         """Which of those parts this device holds. Only inside `shard_map`."""
         return collectives.axis_index(self.axes(role))
+
+    def expert_shards(self, along: tuple[str, ...]) -> np.ndarray | jax.Array:
+        """Which part of the experts each device along some axes holds, the others as here. Only inside `shard_map`."""
+        sizes = [self.mesh.shape[axis] for axis in along]
+        places = dict(zip(along, np.indices(sizes, np.int32).reshape(len(along), self.devices(along)), strict=True))
+        shard = np.zeros(self.devices(along), np.int32)
+        for axis in self.axes(Role.EXPERTS):
+            shard = shard * self.mesh.shape[axis] + (
+                places[axis] if axis in places else collectives.axis_index((axis,))
+            )
+        return shard
+
+    @property
+    def sends_ragged(self) -> bool:
+        """Whether the devices can exchange rows whose number is known at run time only: XLA's CPU backend cannot."""
+        return self.mesh.devices.flat[0].platform != "cpu"
 
     @property
     def scatter_axes(self) -> tuple[str, ...]:

@@ -1,70 +1,102 @@
-"""The one place that decides how a feed-forward combines."""
+"""The one place that decides how rows go through a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from moe_jax.errors import PlacementError
+from moe_jax.sharding.all_to_all import AllToAllCombine
 from moe_jax.sharding.combine import Combine
+from moe_jax.sharding.encoding import EXACT, Encoding
 from moe_jax.sharding.hardware import Hardware
-from moe_jax.sharding.placement import Placement
+from moe_jax.sharding.placement import Placement, Role
+from moe_jax.sharding.residual import RESIDUALS, Residual, WholeResidual
 from moe_jax.sharding.strategies import RaggedCombine, ReduceCombine, ScatterCombine
-from moe_jax.sharding.traffic import sent_rows
+from moe_jax.sharding.traffic import RowBytes, sent_bytes
 
 Strategy = type[Combine]
-STRATEGIES: dict[str, Strategy] = {"scatter": ScatterCombine, "reduce": ReduceCombine, "ragged": RaggedCombine}
+STRATEGIES: dict[str, Strategy] = {
+    "scatter": ScatterCombine,
+    "reduce": ReduceCombine,
+    "ragged": RaggedCombine,
+    "all-to-all": AllToAllCombine,
+}
 """By the name that users ask for."""
+T = TypeVar("T", bound=type)
 
 
 @dataclass(frozen=True)
-class RowBytes:
-    """Bytes of one row on its way into a feed-forward block and out of it."""
+class Route:
+    """How rows go through every layer of a step."""
 
-    gather: int
-    combine: int
+    residual: Residual
+    combine: Combine
+    """On the placement that the residual's `blocks` see."""
+
+    @classmethod
+    def whole(cls, combine: Combine) -> Route:
+        """With all rows of a token shard on each of its devices."""
+        return cls(WholeResidual(combine.placement), combine)
+
+    def holds(self, counts: Sequence[int], capacity: int) -> bool:
+        """Whether the buffers are large enough for these counts."""
+        return self.combine.holds(self.residual.counts(counts, capacity))
+
+    @property
+    def name(self) -> str:
+        """As in `ScatterCombine`, or `ScatterCombine, SplitResidual`."""
+        residual = () if isinstance(self.residual, WholeResidual) else (self.residual,)
+        return ", ".join(type(part).__name__ for part in (self.combine, *residual))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one feed-forward block moves under a strategy."""
+    """What one layer moves on a route."""
 
-    strategy: Combine
+    route: Route
+    heads_bytes: float
+    """Sent by each device for attention."""
     gather_bytes: float
-    """Sent by each device."""
     combine_bytes: float
     seconds: float
-    """Predicted, both ways."""
+    """Predicted, for all of it."""
 
     @property
     def name(self) -> str:
-        return type(self.strategy).__name__
+        return self.route.name
+
+    @property
+    def sent_bytes(self) -> float:
+        return self.heads_bytes + self.gather_bytes + self.combine_bytes
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "strategy": self.name,
+            "route": self.name,
+            "heads_bytes": self.heads_bytes,
             "gather_bytes": self.gather_bytes,
             "combine_bytes": self.combine_bytes,
             "seconds": self.seconds,
         }
 
     def __str__(self) -> str:
-        sent = f"{self.gather_bytes / 1024:.1f} + {self.combine_bytes / 1024:.1f} KiB"
-        return f"{self.name} sends {sent} in {self.seconds * 1e6:.1f} us"
+        parts = (self.heads_bytes,) * bool(self.heads_bytes) + (self.gather_bytes, self.combine_bytes)
+        sent = " + ".join(f"{part / 1024:.1f}" for part in parts)
+        return f"{self.name} sends {sent} KiB in {self.seconds * 1e6:.1f} us"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A chosen strategy, why, and what each candidate would cost."""
+    """A chosen route, why, and what each candidate would cost."""
 
     chosen: Cost
     reason: str
     candidates: tuple[Cost, ...]
 
     @property
-    def strategy(self) -> Combine:
-        return self.chosen.strategy
+    def route(self) -> Route:
+        return self.chosen.route
 
     @property
     def name(self) -> str:
@@ -74,49 +106,105 @@ class Decision:
         return f"{self.name}: {self.reason}"
 
 
-def choose_combine(
-    placement: Placement, counts: Sequence[int], *, capacity: int, row_bytes: RowBytes, hardware: Hardware
-) -> Decision:
-    """Choose by the mesh first, then by predicted time.
+@dataclass(frozen=True)
+class Policy:
+    """Chooses the route for any counts. What a user insists on, it takes, and still says what it would choose."""
 
-    | tokens split over a PARTIAL axis | rows per shard                      | usually chosen |
-    | -------------------------------- | ----------------------------------- | -------------- |
-    | no                               | any                                 | ReduceCombine  |
-    | yes                              | about equal, or few                 | ScatterCombine |
-    | yes                              | many, some shards with a bit more   | RaggedCombine  |
-    | yes                              | many, nearly all on one of many     | ReduceCombine  |
+    placement: Placement
+    row_bytes: RowBytes
+    hardware: Hardware
+    strategy: Strategy | None = None
+    """Insisted on."""
+    residual: type[Residual] | None = None
+    """Insisted on."""
+    encoding: Encoding = EXACT
 
-    Args:
-      counts: real rows of each token shard; the strategy will hold them and fewer.
-      capacity: rows of each token shard's buffer.
-    """
-    candidates = tuple(
-        cost_of(strategy.sized(placement, counts, capacity), capacity, row_bytes, hardware)
-        for strategy in STRATEGIES.values()
-    )
-    if not placement.scatter_axes:
-        axes = ", ".join(placement.sum_axes) or "no axis"
-        (chosen,) = (cost for cost in candidates if isinstance(cost.strategy, ReduceCombine))
-        return Decision(
-            chosen, f"no token axis holds experts or widths, the sum over {axes} is all there is", (chosen,)
+    def decide(self, counts: Sequence[int], capacity: int) -> Decision:
+        """Choose by the mesh first, then by predicted time.
+
+        | tokens split over a PARTIAL axis | rows per shard                      | usually chosen  |
+        | -------------------------------- | ----------------------------------- | --------------- |
+        | no                               | any                                 | ReduceCombine   |
+        | yes                              | about equal, or few                 | ScatterCombine  |
+        | yes                              | many, some shards with a bit more   | RaggedCombine   |
+        | yes                              | many, nearly all on one of many     | ReduceCombine   |
+        | yes, over more than `top_k`      | many, no shared expert              | AllToAllCombine |
+
+        Where heads are split too, each is weighed with `WholeResidual` and with `SplitResidual`. They send as many
+        bytes; the second sums over more devices at once, in fewer steps.
+
+        Args:
+          counts: real rows of each token shard; the route will hold them and fewer.
+          capacity: rows of each token shard's buffer.
+        """
+        candidates = tuple(self._cost(route, capacity) for route in self._routes(counts, capacity))
+        best, *others = sorted(candidates, key=lambda cost: cost.seconds)
+        auto = Decision(best, _reason(best, others), candidates)
+        if self.strategy is None and self.residual is None:
+            return auto
+        return self._insist(auto, counts, capacity)
+
+    def _insist(self, auto: Decision, counts: Sequence[int], capacity: int) -> Decision:
+        residuals = [self.residual] if self.residual else list(RESIDUALS.values())
+        asked = [
+            self._cost(route, capacity)
+            for residual in residuals
+            for route in self._with(residual, [self.strategy] if self.strategy else None, counts, capacity)
+        ]
+        best = min(asked, key=lambda cost: cost.seconds)
+        others = tuple(cost for cost in auto.candidates if cost.name != best.name)
+        return Decision(best, f"asked for; the policy says {auto}", (best, *others))
+
+    def _routes(self, counts: Sequence[int], capacity: int) -> Iterator[Route]:
+        residuals = RESIDUALS.values() if self.placement.axes(Role.HEADS) else (WholeResidual,)
+        return (route for residual in residuals for route in self._with(residual, None, counts, capacity))
+
+    def _with(
+        self, kind: type[Residual], strategies: Sequence[Strategy] | None, counts: Sequence[int], capacity: int
+    ) -> Iterator[Route]:
+        """The routes with a residual, by these strategies, or by those that make sense on its placement."""
+        residual = kind(self.placement)
+        kept, counts = residual.capacity(capacity), residual.counts(counts, capacity)
+        if strategies is None:
+            strategies = self._sensible(residual.blocks)
+        for strategy in strategies:
+            combine = strategy.sized(residual.blocks, counts, kept)
+            yield Route(residual, replace(combine, encoding=self.encoding))
+
+    def _sensible(self, blocks: Placement) -> Sequence[Strategy]:
+        if not blocks.scatter_axes:
+            return [ReduceCombine]
+        routed = self.row_bytes.top_k > 0
+        return [strategy for strategy in STRATEGIES.values() if routed or strategy is not AllToAllCombine]
+
+    def _cost(self, route: Route, capacity: int) -> Cost:
+        kept, row = route.residual.capacity(capacity), self.row_bytes
+        heads = route.residual.moves(capacity, row)
+        gather, combine = route.combine.gather_moves(kept, row), route.combine.combine_moves(kept, row)
+        return Cost(
+            route,
+            heads_bytes=sent_bytes(heads),
+            gather_bytes=sent_bytes(gather),
+            combine_bytes=sent_bytes(combine),
+            seconds=self.hardware.seconds((*heads, *gather, *combine), self.placement),
         )
-    best, *others = sorted(candidates, key=lambda cost: cost.seconds)
-    over = ", ".join(placement.scatter_axes)
-    losers = ", ".join(f"{other.name} {other.seconds * 1e6:.1f}" for other in others)
-    reason = f"tokens and partial sums share {over}; predicted {best.seconds * 1e6:.1f} us a block ({losers})"
-    return Decision(best, reason, candidates)
 
 
-def cost_of(strategy: Combine, capacity: int, row_bytes: RowBytes, hardware: Hardware) -> Cost:
-    gather, combine = strategy.gather_moves(capacity), strategy.combine_moves(capacity)
-    placement = strategy.placement
-    return Cost(
-        strategy,
-        gather_bytes=sent_rows(gather) * row_bytes.gather,
-        combine_bytes=sent_rows(combine) * row_bytes.combine,
-        seconds=hardware.seconds(gather, row_bytes.gather, placement)
-        + hardware.seconds(combine, row_bytes.combine, placement),
+def _reason(best: Cost, others: Sequence[Cost]) -> str:
+    blocks = best.route.combine.placement
+    if not others:
+        return f"no token axis holds experts or widths, the sum over {_written(blocks.sum_axes)} is all there is"
+    what = (
+        f"tokens and partial sums share {_written(blocks.scatter_axes)}"
+        if blocks.scatter_axes
+        else f"sums over {_written(blocks.sum_axes)}, which split no tokens"
     )
+    losers = ", ".join(f"{other.name} {other.seconds * 1e6:.1f}" for other in others)
+    return f"{what}; predicted {best.seconds * 1e6:.1f} us a layer ({losers})"
+
+
+def _written(axes: tuple[str, ...]) -> str:
+    return ", ".join(axes) or "no axis"
 
 
 def asked_strategy(wanted: str | Strategy) -> Strategy | None:
@@ -125,31 +213,25 @@ def asked_strategy(wanted: str | Strategy) -> Strategy | None:
     Raises:
       PlacementError: no such strategy.
     """
-    if isinstance(wanted, type) and issubclass(wanted, Combine):
+    return _asked("combine", wanted, STRATEGIES, Combine)
+
+
+def asked_residual(wanted: str | type[Residual]) -> type[Residual] | None:
+    """The residual that a user insists on; `None` for `auto`.
+
+    Raises:
+      PlacementError: no such residual.
+    """
+    return _asked("residual", wanted, RESIDUALS, Residual)
+
+
+def _asked(option: str, wanted: str | T, known: Mapping[str, T], base: T) -> T | None:
+    if isinstance(wanted, type) and issubclass(wanted, base):
         return wanted
     if wanted == "auto":
         return None
-    if isinstance(wanted, str) and wanted in STRATEGIES:
-        return STRATEGIES[wanted]
-    raise PlacementError(f"combine must be auto, {', '.join(STRATEGIES)} or a strategy class, got {wanted!r}")
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How blocks combine, for any counts: what `choose_combine` chooses, or what was asked for."""
-
-    placement: Placement
-    row_bytes: RowBytes
-    hardware: Hardware
-    asked: Strategy | None = None
-
-    def decide(self, counts: Sequence[int], capacity: int) -> Decision:
-        auto = choose_combine(
-            self.placement, counts, capacity=capacity, row_bytes=self.row_bytes, hardware=self.hardware
-        )
-        if self.asked is None:
-            return auto
-        strategy = self.asked.sized(self.placement, counts, capacity)
-        asked = cost_of(strategy, capacity, self.row_bytes, self.hardware)
-        others = tuple(cost for cost in auto.candidates if cost.name != asked.name)
-        return Decision(asked, f"asked for; the policy says {auto}", (asked, *others))
+    if isinstance(wanted, str) and wanted in known:
+        return known[wanted]
+    raise PlacementError(
+        f"{option} must be auto, {', '.join(known)} or a class derived from {base.__name__}, got {wanted!r}"
+    )

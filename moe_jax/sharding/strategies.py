@@ -3,16 +3,17 @@
 T  own rows of a token shard     s  token shards that gather together     S  the axes they gather over
 N  rows of the buffer            R  the axes of the partial sum           U  those of R that are not in S
 
-                 buffer                              combine                               rows sent, per device
-ScatterCombine   each shard's rows, padded           psum_scatter over S, psum over U      (s-1) T
-ReduceCombine    all rows, packed                    psum over R                           2 (s-1)/s sum
-RaggedCombine    B of each shard, the rest packed    the one for B, the other for the rest
+                  buffer                              combine                               rows sent, per device
+ScatterCombine    each shard's rows, padded           psum_scatter over S, psum over U      (s-1) T
+ReduceCombine     all rows, packed                    psum over R                           2 (s-1)/s sum
+RaggedCombine     B of each shard, the rest packed    the one for B, the other for the rest
+AllToAllCombine   `sharding.all_to_all`
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ from moe_jax.sharding.collectives import PartialSum, all_gather, axis_index, par
 from moe_jax.sharding.combine import Combine, Gathered
 from moe_jax.sharding.placement import Placement, Role
 from moe_jax.sharding.rows import FINE, Rows, bucket, grouped, masked
-from moe_jax.sharding.traffic import Kind, Move, moves, sent_rows
+from moe_jax.sharding.traffic import Kind, Move, RowBytes, moves, sent_bytes
 
 
 @dataclass(frozen=True)
@@ -39,28 +40,27 @@ class ScatterCombine(Combine):
     def holds(self, counts: Sequence[int]) -> bool:
         return True
 
-    def gather(self, rows: Rows, values: tuple[Array, ...]) -> Gathered:
+    def move_in(self, rows: Rows, values: tuple[Array, ...]) -> Gathered:
         # [T, ...] {V:S} -> [s*T, ...]
         placement = self.placement
-        gathered = tuple(all_gather(value, placement.scatter_axes) for value in values)
+        everyone = tuple(all_gather(value, placement.scatter_axes) for value in values)
         valid = None
         if rows.counts is not None:
             valid = (jnp.arange(rows.capacity) < rows.group_counts(placement)[:, None]).reshape(-1)
-        return Gathered(gathered, valid, rows.capacity * placement.gather_shards, placement.axes(Role.PARTIAL))
+        return Gathered(everyone, valid, rows, placement.axes(Role.PARTIAL))
 
-    def combine(self, rows: Rows, partial: PartialSum) -> Float[Array, "T D"]:
+    def combine(self, gathered: Gathered, partial: PartialSum) -> Float[Array, "T D"]:
         # [s*T, D] {U:R} -> [T, D] {V:S}, then the sum over the axes that hold no tokens
         return reduce(partial, scatter_over=self.placement.scatter_axes, sum_over=self.placement.sum_axes)
 
-    def gather_moves(self, capacity: int) -> tuple[Move, ...]:
-        return moves(
-            Kind.ALL_GATHER, self.placement.scatter_axes, capacity * self.placement.gather_shards, self.placement
-        )
-
-    def combine_moves(self, capacity: int) -> tuple[Move, ...]:
+    def gather_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
         here = self.placement
-        scatter = moves(Kind.REDUCE_SCATTER, here.scatter_axes, capacity * here.gather_shards, here)
-        return scatter + moves(Kind.ALL_REDUCE, here.sum_axes, capacity, here)
+        return moves(Kind.ALL_GATHER, here.scatter_axes, capacity * here.gather_shards, row.all, here)
+
+    def combine_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
+        here = self.placement
+        scatter = moves(Kind.REDUCE_SCATTER, here.scatter_axes, capacity * here.gather_shards, row.combine, here)
+        return scatter + moves(Kind.ALL_REDUCE, here.sum_axes, capacity, row.combine, here)
 
 
 @dataclass(frozen=True)
@@ -78,27 +78,29 @@ class ReduceCombine(Combine):
     def holds(self, counts: Sequence[int]) -> bool:
         return _largest(counts, self.placement) <= self.total
 
-    def gather(self, rows: Rows, values: tuple[Array, ...]) -> Gathered:
+    def move_in(self, rows: Rows, values: tuple[Array, ...]) -> Gathered:
         ends = jnp.cumsum(rows.group_counts(self.placement))
         pack = self._sum_packed if self._packs_before_moving(rows.capacity) else self._gather_and_pack
         valid = jnp.arange(self.total) < ends[-1]
         packed = tuple(pack(rows, value) for value in values)
-        return Gathered(packed, valid, self.total, self.placement.axes(Role.PARTIAL))
+        return Gathered(packed, valid, rows, self.placement.axes(Role.PARTIAL))
 
-    def combine(self, rows: Rows, partial: PartialSum) -> Float[Array, "T D"]:
+    def combine(self, gathered: Gathered, partial: PartialSum) -> Float[Array, "T D"]:
         # [total, D] {U:R} -> [total, D] -> [T, D] {V:S}
+        rows = gathered.own
         summed = reduce(partial, sum_over=self.placement.axes(Role.PARTIAL))
         own = self._first(rows) + jnp.arange(rows.capacity)
         return masked(summed.at[own].get(mode="clip"), rows.valid(self.placement))
 
-    def gather_moves(self, capacity: int) -> tuple[Move, ...]:
-        axes, shards = self.placement.scatter_axes, self.placement.gather_shards
+    def gather_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
+        axes, here = self.placement.scatter_axes, self.placement
         if self._packs_before_moving(capacity):
-            return moves(Kind.ALL_REDUCE, axes, self.total, self.placement)
-        return moves(Kind.ALL_GATHER, axes, shards * capacity, self.placement)
+            hidden = moves(Kind.ALL_REDUCE, axes, self.total, row.gather, here)
+            return hidden + moves(Kind.ALL_REDUCE, axes, self.total, row.beside, here)
+        return moves(Kind.ALL_GATHER, axes, capacity * here.gather_shards, row.all, here)
 
-    def combine_moves(self, capacity: int) -> tuple[Move, ...]:
-        return moves(Kind.ALL_REDUCE, self.placement.axes(Role.PARTIAL), self.total, self.placement)
+    def combine_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
+        return moves(Kind.ALL_REDUCE, self.placement.axes(Role.PARTIAL), self.total, row.combine, self.placement)
 
     def _packs_before_moving(self, capacity: int) -> bool:
         """Whether a sum of packed rows, which sends each twice, sends less than a gather of padded ones."""
@@ -143,38 +145,40 @@ class RaggedCombine(Combine):
         """With the base that sends least."""
         bases = sorted({0} | {size for size in range(1, capacity) if size == bucket(size, FINE)})
         sizes = [cls(placement, base, bucket(_largest(_above(base, counts), placement), FINE)) for base in bases]
-        return min(sizes, key=lambda size: sent_rows(size.gather_moves(capacity) + size.combine_moves(capacity)))
+        rows = RowBytes(gather=1, combine=1)
+        return min(
+            sizes, key=lambda size: sent_bytes(size.gather_moves(capacity, rows) + size.combine_moves(capacity, rows))
+        )
 
     def holds(self, counts: Sequence[int]) -> bool:
         return _largest(_above(self.base, counts), self.placement) <= self.overflow
 
-    def gather(self, rows: Rows, values: tuple[Array, ...]) -> Gathered:
+    def move_in(self, rows: Rows, values: tuple[Array, ...]) -> Gathered:
         # [B + rest, ...] {V:S} -> [s*B + overflow, ...]
         if not self.base:
-            return self._reduce.gather(rows, values)
-        base = self._scatter.gather(rows.head(self.base), tuple(value[: self.base] for value in values))
-        rest = self._reduce.gather(rows.tail(self.base), tuple(value[self.base :] for value in values))
+            return self._reduce.move_in(rows, values)
+        base = self._scatter.move_in(rows.head(self.base), tuple(value[: self.base] for value in values))
+        rest = self._reduce.move_in(rows.tail(self.base), tuple(value[self.base :] for value in values))
         both = tuple(jnp.concatenate(parts) for parts in zip(base.values, rest.values, strict=True))
-        valid = jnp.concatenate(
-            [jnp.ones(part.rows, bool) if part.valid is None else part.valid for part in (base, rest)]
-        )
-        return Gathered(both, valid, base.rows + rest.rows, base.axes)
+        valid = jnp.concatenate([_all_if_none(part) for part in (base, rest)])
+        return Gathered(both, valid, rows, base.axes)
 
-    def combine(self, rows: Rows, partial: PartialSum) -> Float[Array, "T D"]:
+    def combine(self, gathered: Gathered, partial: PartialSum) -> Float[Array, "T D"]:
         if not self.base:
-            return self._reduce.combine(rows, partial)
+            return self._reduce.combine(gathered, partial)
         base, rest = partial.split(self.base * self.placement.gather_shards)
+        rows = gathered.own
         parts = (
-            self._scatter.combine(rows.head(self.base), base),
-            self._reduce.combine(rows.tail(self.base), rest),
+            self._scatter.combine(replace(gathered, own=rows.head(self.base)), base),
+            self._reduce.combine(replace(gathered, own=rows.tail(self.base)), rest),
         )
         return jnp.concatenate(parts)
 
-    def gather_moves(self, capacity: int) -> tuple[Move, ...]:
-        return self._scatter.gather_moves(self.base) + self._reduce.gather_moves(capacity - self.base)
+    def gather_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
+        return self._scatter.gather_moves(self.base, row) + self._reduce.gather_moves(capacity - self.base, row)
 
-    def combine_moves(self, capacity: int) -> tuple[Move, ...]:
-        return self._scatter.combine_moves(self.base) + self._reduce.combine_moves(capacity - self.base)
+    def combine_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
+        return self._scatter.combine_moves(self.base, row) + self._reduce.combine_moves(capacity - self.base, row)
 
     @property
     def _scatter(self) -> ScatterCombine:
@@ -183,6 +187,11 @@ class RaggedCombine(Combine):
     @property
     def _reduce(self) -> ReduceCombine:
         return ReduceCombine(self.placement, self.overflow)
+
+
+def _all_if_none(gathered: Gathered) -> Array:
+    rows = gathered.values[0].shape[0]
+    return jnp.ones(rows, bool) if gathered.valid is None else gathered.valid
 
 
 def _largest(counts: Sequence[int], placement: Placement) -> int:

@@ -15,6 +15,26 @@ class Kind(StrEnum):
     ALL_GATHER = "all-gather"
     REDUCE_SCATTER = "reduce-scatter"
     ALL_REDUCE = "all-reduce"
+    ALL_TO_ALL = "all-to-all"
+    RAGGED_ALL_TO_ALL = "ragged-all-to-all"
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """Bytes of one row on its way into a feed-forward block and out of it."""
+
+    gather: int
+    """Of the hidden vector, as it is sent."""
+    combine: int
+    """Of the hidden vector."""
+    beside: int = 0
+    """Of what is sent with the hidden vector: ids and weights of its experts, and scales."""
+    top_k: int = 0
+    """How many experts a row visits; 0 where it visits every device, for a shared expert or a dense block."""
+
+    @property
+    def all(self) -> int:
+        return self.gather + self.beside
 
 
 @dataclass(frozen=True)
@@ -27,15 +47,25 @@ class Move:
     """How many take part together."""
     rows: int
     """Of the whole buffer: what a gather gives to each device, and what a reduction takes from each."""
+    row_bytes: int
+    share: float = 1.0
+    """The part of the rows that is expected to be sent, where not all are."""
 
     @property
-    def sent_rows(self) -> float:
+    def sent_bytes(self) -> float:
         """What each device sends, by a ring: an all-reduce is a reduce-scatter and an all-gather."""
-        return self.passes * self.rows * (self.devices - 1) / self.devices
+        return self.share * self.most_bytes
+
+    @property
+    def most_bytes(self) -> float:
+        """What each device sends if all rows are sent."""
+        return self.passes * self.rows * self.row_bytes * (self.devices - 1) / self.devices
 
     @property
     def hops(self) -> int:
-        """Steps of the ring, one after the other."""
+        """Steps of the ring, one after the other; all devices exchange with all others at once."""
+        if self.kind in (Kind.ALL_TO_ALL, Kind.RAGGED_ALL_TO_ALL):
+            return 1
         return self.passes * (self.devices - 1)
 
     @property
@@ -43,10 +73,12 @@ class Move:
         return 2 if self.kind is Kind.ALL_REDUCE else 1
 
 
-def moves(kind: Kind, axes: tuple[str, ...], rows: int, placement: Placement) -> tuple[Move, ...]:
-    """One move, or none where there are no devices or no rows to move between."""
-    return (Move(kind, axes, placement.devices(axes), rows),) if axes and rows else ()
+def moves(
+    kind: Kind, axes: tuple[str, ...], rows: int, row_bytes: int, placement: Placement, share: float = 1.0
+) -> tuple[Move, ...]:
+    """One move, or none where there are no devices or nothing to move between."""
+    return (Move(kind, axes, placement.devices(axes), rows, row_bytes, share),) if axes and rows * row_bytes else ()
 
 
-def sent_rows(of: Iterable[Move]) -> float:
-    return sum(move.sent_rows for move in of)
+def sent_bytes(of: Iterable[Move]) -> float:
+    return sum(move.sent_bytes for move in of)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from moe_jax.layers import Load, Step, Uncached
 from moe_jax.models import Batch, Caches, Decoder, Parameters, ShardedDecoder
 from moe_jax.models.grouping import group_layers
-from moe_jax.sharding import Combine, Role
+from moe_jax.sharding import Role, Route
 from moe_jax.sharding.collectives import sum_devices
 from moe_jax.training.examples import NOT_A_TARGET, Examples
 
@@ -29,7 +29,7 @@ class Losses(NamedTuple):
     when one expert takes all (Fedus et al., arXiv:2101.03961, equation 4)."""
 
 
-def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, combine: Combine) -> Losses:
+def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, route: Route) -> Losses:
     """The losses of the examples, the same on every device."""
     batch = examples.batch
     groups = group_layers(decoder.config.layers)
@@ -37,7 +37,7 @@ def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, 
     axes = decoder.placement.axes(Role.TOKENS)
 
     def run(model: Decoder, batch: Batch, targets: Array) -> Losses:
-        step = Step(batch.rows, batch.packing, combine)
+        step = Step.of(batch.rows, batch.packing, route)
         logits, _, loads = model(batch.tokens, jnp.arange(batch.rows.capacity), step, caches)
         wanted = targets != NOT_A_TARGET
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(wanted, targets, 0))

@@ -15,7 +15,7 @@ from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
-from moe_jax.sharding import Combine, Placement
+from moe_jax.sharding import Placement, Route
 from moe_jax.training.addition import END, problems, tokenizer
 from moe_jax.training.examples import Examples, examples
 from moe_jax.training.trainer import Trainer, TrainingState
@@ -59,7 +59,7 @@ class Recipe:
     balance_weight: float = 0.01
     seed: int = 0
 
-    def trainer(self, placement: Placement, combine: Combine) -> Trainer:
+    def trainer(self, placement: Placement, route: Route) -> Trainer:
         encode = tokenizer().encode
 
         def drawn(step: int) -> Examples:
@@ -71,7 +71,7 @@ class Recipe:
             ShardedDecoder(Fields(MODEL).read(FAMILIES[MODEL["model_type"]].read), placement, "float32"),
             self._optimizer(),
             drawn,
-            combine,
+            route,
             self.balance_weight,
             self.seed,
         )
@@ -83,7 +83,7 @@ class Recipe:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=self.weight_decay))
 
 
-def train(recipe: Recipe, output: Path, placement: Placement, combine: Combine, *, progress: bool) -> TrainingState:
+def train(recipe: Recipe, output: Path, placement: Placement, route: Route, *, progress: bool) -> TrainingState:
     """Follow the recipe and write the model, in Hugging Face layout, to the new directory `output`.
 
     Training states are kept beside it, in `output` with `.training` added, until it is written: a run that was killed
@@ -93,7 +93,7 @@ def train(recipe: Recipe, output: Path, placement: Placement, combine: Combine, 
       CheckpointError: `output` exists, or the states beside it are those of another recipe.
     """
     check_new(output)
-    trainer = recipe.trainer(placement, combine)
+    trainer = recipe.trainer(placement, route)
     unfinished = output.with_name(output.name + ".training")
     _check_same(recipe, unfinished)
     state = trainer.run(unfinished / "states", recipe.steps, progress=progress)

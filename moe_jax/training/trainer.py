@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from moe_jax.checkpoints.orbax_store import Steps
 from moe_jax.models import Parameters, ShardedDecoder
-from moe_jax.sharding import Combine
+from moe_jax.sharding import Route
 from moe_jax.training.examples import Examples
 from moe_jax.training.loss import Losses, losses
 
@@ -41,7 +41,7 @@ class Trainer:
     optimizer: optax.GradientTransformation
     examples: Callable[[int], Examples]
     """The examples of a step, by its number."""
-    combine: Combine
+    route: Route
     balance_weight: float = 0.01
     seed: int = 0
 
@@ -85,7 +85,7 @@ class Trainer:
         """One optimizer step, to be compiled."""
 
         def objective(parameters: Parameters) -> tuple[Array, Losses]:
-            found = losses(self.decoder, parameters, examples, self.combine)
+            found = losses(self.decoder, parameters, examples, self.route)
             return found.next_token + self.balance_weight * found.balance, found
 
         gradients, found = jax.grad(objective, has_aux=True)(state.parameters)

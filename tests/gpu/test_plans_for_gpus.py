@@ -45,7 +45,7 @@ def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 def combine_bytes(plan: dict[str, Any], strategy: str) -> float:
-    (found,) = (cost["combine_bytes"] for cost in plan["candidates"] if cost["strategy"] == strategy)
+    (found,) = (cost["combine_bytes"] for cost in plan["candidates"] if cost["route"] == strategy)
     return found
 
 
@@ -55,7 +55,7 @@ def assert_sends_what_the_policy_counts(plan: dict[str, Any]) -> None:
 
 def test_dp8_ep8_scatters_half_the_bytes_of_a_sum(plan: Callable[..., dict[str, Any]]) -> None:
     found = plan("--mesh", "expert=8")
-    assert found["combine"] == "ScatterCombine"
+    assert found["route"] == "ScatterCombine"
     assert found["collectives_per_step"] == {"all-gather": LAYERS, "reduce-scatter": LAYERS}
     assert found["asynchronous_collectives_per_step"] == found["collectives_per_step"]
     assert_sends_what_the_policy_counts(found)
@@ -81,8 +81,8 @@ def test_ragged_sends_little_more_than_the_rows(plan: Callable[..., dict[str, An
 
 def test_rows_on_one_shard_are_packed(plan: Callable[..., dict[str, Any]]) -> None:
     found = plan("--mesh", "expert=8", "--counts", "1024,1,1,1,1,1,1,1", "--max-length", "128")
-    assert found["combine"] == "ReduceCombine"
-    assert set(found["collectives_per_step"]) == {"all-reduce"}
+    assert found["route"] == "ReduceCombine"
+    assert found["collectives_per_step"] == {"all-reduce": 3 * LAYERS}
     assert_sends_what_the_policy_counts(found)
 
 
@@ -95,9 +95,39 @@ def test_with_attention_tp_heads_and_columns_are_summed_and_gathered_besides(
         "reduce-scatter": LAYERS,
         "all-reduce": 2 * LAYERS + 1,
     }
-    sums = (LAYERS + 1) * 64 * HIDDEN_BYTES  # attention's outputs and the embedding, over two devices
+    embedding = 64 * HIDDEN_BYTES  # summed over two devices
     columns = 64 * 151936 // 2 * 4  # of the float32 logits
-    assert found["collective_bytes_per_step"] == found["sent_bytes_per_step"] + sums + columns
+    assert found["collective_bytes_per_step"] == found["sent_bytes_per_step"] + embedding + columns
+
+
+def test_split_residuals_leave_no_all_reduce(plan: Callable[..., dict[str, Any]]) -> None:
+    found = plan("--mesh", "expert=4,tensor=2", "--combine", "scatter", "--residual", "split")
+    assert found["route"] == "ScatterCombine, SplitResidual"
+    assert found["collectives_per_step"] == {"all-gather": 2 * LAYERS + 2, "reduce-scatter": 2 * LAYERS + 1}
+    embedding_and_last_rows = 2 * 32 * HIDDEN_BYTES
+    columns = 64 * 151936 // 2 * 4
+    assert found["collective_bytes_per_step"] == found["sent_bytes_per_step"] + embedding_and_last_rows + columns
+
+
+def test_all_to_all_sends_rows_to_their_experts_only(plan: Callable[..., dict[str, Any]]) -> None:
+    found = plan("--mesh", "expert=16", "--combine", "all-to-all")
+    assert found["collectives_per_step"] == {"all-gather": LAYERS, "ragged-all-to-all": 2 * LAYERS}
+    visited = 1 - (1 - 1 / 16) ** 8
+    beside = 15 * 64 * 8 * 8 * LAYERS
+    rows = 2 * 15 * 64 * HIDDEN_BYTES * LAYERS
+    assert found["sent_bytes_per_step"] == pytest.approx(beside + visited * rows)
+    assert found["collective_bytes_per_step"] == beside + rows, "the buffers hold all rows"
+    assert (
+        found["sent_bytes_per_step"] < 0.45 * plan("--mesh", "expert=16", "--combine", "scatter")["sent_bytes_per_step"]
+    )
+
+
+def test_rows_are_gathered_in_a_byte_per_number(plan: Callable[..., dict[str, Any]]) -> None:
+    found = plan("--mesh", "expert=8", "--combine", "scatter", "--gather-dtype", "float8_e4m3fn")
+    assert found["collectives_per_step"] == {"all-gather": LAYERS, "reduce-scatter": LAYERS}
+    assert_sends_what_the_policy_counts(found)
+    gathered = 7 * 64 * (2048 + 16 * 4 + 8 * 8)
+    assert found["sent_bytes_per_step"] == LAYERS * (gathered + 7 * 64 * HIDDEN_BYTES)
 
 
 def test_an_axis_between_hosts_costs_more_and_replicas_cost_nothing(plan: Callable[..., dict[str, Any]]) -> None:

@@ -18,7 +18,16 @@ from reference import dense, moe
 
 from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
 from moe_jax.layers import DenseMLP, MoE
-from moe_jax.sharding import Combine, Placement, RaggedCombine, ReduceCombine, Role, Rows, ScatterCombine
+from moe_jax.sharding import (
+    AllToAllCombine,
+    Combine,
+    Placement,
+    RaggedCombine,
+    ReduceCombine,
+    Role,
+    Rows,
+    ScatterCombine,
+)
 
 HIDDEN, CAPACITY = 16, 4
 # 24 experts and widths divide over every placement's sizes, six devices included.
@@ -32,7 +41,7 @@ KINDS: dict[str, tuple[Callable[[nnx.Rngs], nnx.Module], Callable[..., jax.Array
     "shared": (lambda rngs: MoE(SHARED, HIDDEN, **F32, rngs=rngs), lambda x, w: moe(x, w, SHARED)),
     "dense": (lambda rngs: DenseMLP(DENSE, HIDDEN, **F32, rngs=rngs), dense),
 }
-COMBINES = (ScatterCombine, ReduceCombine, RaggedCombine)
+COMBINES = (ScatterCombine, ReduceCombine, RaggedCombine, AllToAllCombine)
 
 
 @cache

@@ -3,7 +3,8 @@ device."""
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -16,40 +17,44 @@ from reference import Weights, dense, moe
 
 from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
 from moe_jax.layers import DenseMLP, MoE
-from moe_jax.sharding import Combine, Placement, Role, Rows
+from moe_jax.sharding import AllToAllCombine, Combine, Placement, Role, Rows
 from moe_jax.sharding.policy import STRATEGIES
 
 HIDDEN, CAPACITY = 8, 3
 # 24 experts and widths divide over 4, 6 and 8 devices.
-CONFIG = MoEConfig(experts=24, top_k=2, width=24, renormalise=True, shared=SharedExpertConfig(24, gated=True))
+SHARED = MoEConfig(experts=24, top_k=2, width=24, renormalise=True, shared=SharedExpertConfig(24, gated=True))
+ROUTED = replace(SHARED, shared=None)
 EVERY = [placement for devices in (8, 6, 4) for placement in legal(devices)]
 
 
 class Layers(nnx.Module):
-    """An MoE with a shared expert, and a dense block."""
+    """An MoE with a shared expert or without, and a dense block."""
 
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.moe = MoE(CONFIG, HIDDEN, dtype=jnp.float32, rngs=rngs)
+    def __init__(self, config: MoEConfig, rngs: nnx.Rngs) -> None:
+        self.moe = MoE(config, HIDDEN, dtype=jnp.float32, rngs=rngs)
         self.dense = DenseMLP(DenseConfig(24), HIDDEN, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: jax.Array, rows: Rows, combine: Combine) -> tuple[jax.Array, None]:
         return self.moe(x, rows, combine)[0] + self.dense(x, rows, combine)[0], None
 
 
-def plain(weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+MAKE = {config: partial(Layers, config) for config in (SHARED, ROUTED)}
+
+
+def plain(config: MoEConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     parts = (
         {name[len(part) :]: w for name, w in weights.items() if name.startswith(part)} for part in ("moe.", "dense.")
     )
     of_moe, of_dense = parts
-    y = moe(x, of_moe, CONFIG) + dense(x, of_dense)
+    y = moe(x, of_moe, config) + dense(x, of_dense)
     return jnp.sum(y**2), y
 
 
 @cache
-def expected(rows: int) -> dict[str, np.ndarray]:
+def expected(config: MoEConfig, rows: int) -> dict[str, np.ndarray]:
     """The output and the gradients of `rows` rows."""
-    weights = Block(Layers, Placement.parse("data=1")).weights
-    run = jax.jit(jax.value_and_grad(plain, argnums=(0, 1), has_aux=True))
+    weights = Block(MAKE[config], Placement.parse("data=1")).weights
+    run = jax.jit(jax.value_and_grad(partial(plain, config), argnums=(0, 1), has_aux=True))
     (_, y), (of_weights, of_x) = run(weights, drawn(rows))
     return {"output": np.asarray(y), "rows": np.asarray(of_x)} | jax.tree.map(np.asarray, of_weights)
 
@@ -69,7 +74,8 @@ def test_blocks_and_gradients_equal_those_of_one_device(number: int) -> None:
     shards = placement.size(Role.TOKENS)
     counts = [CAPACITY] + [(shard * 2) % (CAPACITY + 1) for shard in range(1, shards)]
     strategy = list(STRATEGIES.values())[number % len(STRATEGIES)].sized(placement, counts, CAPACITY)
-    made, rows = Block(Layers, placement), Rows.of(counts, placement, CAPACITY)
+    config = ROUTED if isinstance(strategy, AllToAllCombine) else SHARED
+    made, rows = Block(MAKE[config], placement), Rows.of(counts, placement, CAPACITY)
     program = made.program(strategy)
 
     def objective(parameters: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -80,6 +86,6 @@ def test_blocks_and_gradients_equal_those_of_one_device(number: int) -> None:
     x = spread(drawn(sum(counts)), counts, CAPACITY)
     (_, y), (of_parameters, of_x) = run(made.parameters, x)
     got = by_name(of_parameters) | {"output": collect(y, counts, CAPACITY), "rows": collect(of_x, counts, CAPACITY)}
-    for name, value in expected(sum(counts)).items():
+    for name, value in expected(config, sum(counts)).items():
         message = f"{name} on {placement} by {strategy}"
         np.testing.assert_allclose(got[name], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=message)

@@ -12,7 +12,7 @@ from placements import placement
 from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig, SharedExpertConfig
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
-from moe_jax.sharding import Combine, ReduceCombine, Role, ScatterCombine
+from moe_jax.sharding import Combine, ReduceCombine, Role, Route, ScatterCombine
 from moe_jax.sharding.census import Collective, collectives, count
 
 ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=8, rope_theta=1e4, qk_norm=True)
@@ -31,7 +31,9 @@ def decode_step(
 ) -> jax.stages.Compiled:
     here = placement(where)
     sized = combine.sized(here, [slots] * here.size(Role.TOKENS), slots)
-    return Programs(ShardedDecoder(model(layers), here, "float32")).decode_step(slots, positions, slots, sized)
+    return Programs(ShardedDecoder(model(layers), here, "float32")).decode_step(
+        slots, positions, slots, Route.whole(sized)
+    )
 
 
 def found(compiled: jax.stages.Compiled) -> list[Collective]:

@@ -17,8 +17,17 @@ from placements import placement
 from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
 from moe_jax.errors import ReductionError
 from moe_jax.layers import DenseMLP, MoE, parameter
-from moe_jax.sharding import Combine, PartialSum, ReduceCombine, Rows, ScatterCombine
-from moe_jax.sharding.collectives import all_gather, argsort, partial_sum, reduce, sum_devices
+from moe_jax.sharding import (
+    AllToAllCombine,
+    Combine,
+    Gathered,
+    PartialSum,
+    ReduceCombine,
+    Rows,
+    ScatterCombine,
+    WholeResidual,
+)
+from moe_jax.sharding.collectives import all_gather, argsort, partial_sum, reduce, reduce_exchanged, sum_devices
 
 HIDDEN, CAPACITY = 8, 2
 SHARED = SharedExpertConfig(16, gated=True)
@@ -35,8 +44,8 @@ Body = Callable[[jax.Array, Rows, Combine, PartialSum, jax.Array], Any]
 class Spy(ScatterCombine):
     """Lets a test see the partial sum that a real block hands to its strategy."""
 
-    def combine(self, rows: Rows, partial: PartialSum) -> Any:
-        return partial, super().combine(rows, partial)
+    def combine(self, gathered: Gathered, partial: PartialSum) -> Any:
+        return partial, super().combine(gathered, partial)
 
 
 def trace(kind: str, body: Body) -> None:
@@ -67,7 +76,7 @@ MISTAKES: dict[str, tuple[Body, str]] = {
         "would multiply it by 8.*reduced already",
     ),
     "combine_twice": (
-        lambda x, rows, combine, partial, y: ReduceCombine(WHERE, 4 * CAPACITY).combine(rows, y),  # type: ignore[arg-type]
+        lambda x, rows, combine, partial, y: ReduceCombine(WHERE, 4 * CAPACITY).combine(combine.gather(rows, x), y),  # type: ignore[arg-type]
         "would multiply it by 8.*reduced already",
     ),
     "scatter_a_sum": (
@@ -75,7 +84,7 @@ MISTAKES: dict[str, tuple[Body, str]] = {
         "would multiply it by 8.*reduced already",
     ),
     "declare_own_rows_partial_again": (
-        lambda x, rows, combine, partial, y: combine.gather(rows, (x,)).partial_sum(y),
+        lambda x, rows, combine, partial, y: combine.gather(rows, x).partial_sum(y),
         "has 8 rows, this has 2.*own rows that were combined need no further sum",
     ),
     "declare_a_partial_sum_partial": (
@@ -101,7 +110,7 @@ MISTAKES: dict[str, tuple[Body, str]] = {
         "must be reduced over exactly these axes",
     ),
     "sum_heads_of_a_feed_forward": (
-        lambda x, rows, combine, partial, y: combine.sum_heads(partial),
+        lambda x, rows, combine, partial, y: WholeResidual(WHERE).sum_heads(partial),
         "must be reduced over exactly these axes",
     ),
     "add_sums_over_different_axes": (
@@ -122,13 +131,50 @@ def test_mistakes_are_errors_while_tracing(kind: str, mistake: str) -> None:
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_the_right_way_traces(kind: str) -> None:
     trace(kind, lambda x, rows, combine, partial, y: x + y)
-    trace(kind, lambda x, rows, combine, partial, y: x + ScatterCombine(WHERE).combine(rows, partial + partial))
+    trace(
+        kind,
+        lambda x, rows, combine, partial, y: (
+            x + ScatterCombine(WHERE).combine(combine.gather(rows, x), partial + partial)
+        ),
+    )
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_jax_itself_refuses_what_is_unwrapped(kind: str) -> None:
     with pytest.raises(Exception, match="unreduced"):
         trace(kind, lambda x, rows, combine, partial, y: x + partial._value[:CAPACITY])
+
+
+DISPATCHED_MISTAKES: dict[str, tuple[Callable[[Combine, Gathered, PartialSum, PartialSum], Any], str]] = {
+    "add_sums_of_other_rows": (lambda combine, every, one, other: one + other, "gathered and dispatched"),
+    "scatter": (
+        lambda combine, every, one, other: ScatterCombine(WHERE).combine(every, one),
+        "go.* back to their owners",
+    ),
+    "send_gathered_rows_back": (
+        lambda combine, every, one, other: reduce_exchanged(other, jnp.sum, exchanged=("expert",), sum_over=()),
+        "dispatched along.*can be sent back",
+    ),
+    "forget": (lambda combine, every, one, other: one, "reduce it first"),
+}
+
+
+@pytest.mark.parametrize("mistake", DISPATCHED_MISTAKES)
+def test_sums_of_dispatched_rows_go_back_to_their_owners_only(mistake: str) -> None:
+    body, message = DISPATCHED_MISTAKES[mistake]
+
+    def run(x: jax.Array, rows: Rows) -> Any:
+        combine = AllToAllCombine(WHERE)
+        experts, weights = jnp.zeros((CAPACITY, 1), jnp.int32), x[:, :1]
+        some, every = combine.dispatch(rows, x, experts, weights, held=2), combine.gather(rows, x)
+        one, other = (
+            gathered.partial_sum(lax.pcast(gathered.values[0], "tensor", to="varying")) for gathered in (some, every)
+        )
+        return body(combine, every, one, other)
+
+    x, rows = jax.ShapeDtypeStruct((4 * CAPACITY, HIDDEN), jnp.float32), Rows.of([CAPACITY] * 4, WHERE)
+    with pytest.raises(ReductionError, match=f"(?s){message}"):
+        jax.eval_shape(jax.shard_map(run, mesh=WHERE.mesh, in_specs=(P("expert"), P()), out_specs=P("expert")), x, rows)
 
 
 def test_a_partial_sum_keeps_its_rules_on_one_device() -> None:

@@ -8,22 +8,25 @@ from placements import PLACEMENTS, placement
 
 from moe_jax.errors import ConfigError, PlacementError
 from moe_jax.sharding import (
+    Hardware,
     Placement,
     Policy,
     RaggedCombine,
     ReduceCombine,
     Role,
+    Route,
     RowBytes,
     ScatterCombine,
+    SplitResidual,
+    WholeResidual,
     as_hardware,
+    asked_residual,
     asked_strategy,
-    choose_combine,
 )
 from moe_jax.sharding.hardware import KNOWN, of_kind, save
-from moe_jax.sharding.policy import Decision
-from moe_jax.sharding.traffic import sent_rows
+from moe_jax.sharding.policy import STRATEGIES, Decision
 
-ROW = RowBytes(gather=4096 + 64, combine=4096)
+ROW = RowBytes(gather=4096, combine=4096, beside=64, top_k=8)
 H100 = KNOWN["h100"]
 NO_LATENCY = replace(H100, launch=0.0, local=replace(H100.local, latency=0.0))
 MILD = [40, 30, 28, 30, 30, 30, 30, 30]
@@ -31,9 +34,8 @@ ONE_HEAVY = [1024] + [1] * 7
 HALF_IDLE = [64, 0] * 4
 
 
-def choose(where: str, counts: list[int], hardware: str = "h100") -> Decision:
-    here = placement(where)
-    return choose_combine(here, counts, capacity=max(counts), row_bytes=ROW, hardware=as_hardware(hardware))
+def choose(where: str, counts: list[int], hardware: Hardware = H100, row: RowBytes = ROW) -> Decision:
+    return Policy(placement(where), row, hardware).decide(counts, max(counts))
 
 
 @pytest.mark.parametrize(
@@ -46,13 +48,13 @@ def choose(where: str, counts: list[int], hardware: str = "h100") -> Decision:
         ("dp4_ep4_tp2", [256] * 4, ScatterCombine, "share expert"),
         ("dp2_ep4", [2048] * 2, ScatterCombine, "share data"),
         ("two_replicas_dp4_ep4", [16] * 8, ScatterCombine, "share expert"),
-        ("tp8_ep4", [16], ReduceCombine, "the sum over expert, tensor is all there is"),
+        ("tp8_ep4", [16], ReduceCombine, "sums over expert, tensor, which split no tokens"),
         ("single", [16], ReduceCombine, "the sum over no axis is all there is"),
     ],
 )
 def test_truth_table(where: str, counts: list[int], chosen: type, reason: str) -> None:
     decision = choose(where, counts)
-    assert type(decision.strategy) is chosen
+    assert type(decision.route.combine) is chosen
     assert reason in decision.reason
     assert decision.chosen in decision.candidates
     assert decision.chosen.seconds == min(cost.seconds for cost in decision.candidates)
@@ -61,7 +63,7 @@ def test_truth_table(where: str, counts: list[int], chosen: type, reason: str) -
 def test_bytes_are_those_of_rings() -> None:
     cost = {cost.name: cost for cost in choose("dp8_ep8", [16] * 8).candidates}
     assert cost["ScatterCombine"].combine_bytes == 7 * 16 * ROW.combine
-    assert cost["ScatterCombine"].gather_bytes == 7 * 16 * ROW.gather
+    assert cost["ScatterCombine"].gather_bytes == 7 * 16 * (ROW.gather + ROW.beside)
     assert cost["ReduceCombine"].combine_bytes == 2 * 7 / 8 * 128 * ROW.combine
     # Scatter over two token shards, then the sum over the four devices of each.
     scatter, *_ = choose("dp2_ep4", [16] * 2).candidates
@@ -72,23 +74,22 @@ def test_bytes_are_those_of_rings() -> None:
 def test_where_bytes_decide_few_are_sent(counts: list[int], most: float) -> None:
     """Beside an exact ragged reduce-scatter, of which each device sends the rows of the others, and never more than a
     packed sum."""
-    here = placement("dp8_ep8")
-    decision = choose_combine(here, counts, capacity=max(counts), row_bytes=ROW, hardware=NO_LATENCY)
-    exact, packed = 7 / 8 * sum(counts), 2 * 7 / 8 * sum(counts)
-    sent = sent_rows(decision.strategy.combine_moves(max(counts)))
+    decision = choose("dp8_ep8", counts, NO_LATENCY)
+    exact, packed = (passes * 7 / 8 * sum(counts) * ROW.combine for passes in (1, 2))
+    sent = decision.chosen.combine_bytes
     assert sent <= most * exact
     assert sent <= packed
 
 
 @pytest.mark.parametrize("counts", [MILD, ONE_HEAVY, HALF_IDLE, [0] * 8, [7] * 8])
-@pytest.mark.parametrize("strategy", [ScatterCombine, ReduceCombine, RaggedCombine])
+@pytest.mark.parametrize("strategy", STRATEGIES.values())
 def test_a_sized_strategy_holds_its_counts(strategy: type, counts: list[int]) -> None:
     here = placement("dp8_ep8")
     made = strategy.sized(here, counts, max(counts))
     assert made.holds(counts)
     assert made.holds([count // 2 for count in counts])
     more = [2000] * 8
-    assert made.holds(more) is (strategy is ScatterCombine)
+    assert made.holds(more) is issubclass(strategy, ScatterCombine)
 
 
 @pytest.mark.parametrize("where", PLACEMENTS)
@@ -96,20 +97,37 @@ def test_what_is_asked_for_is_taken_and_the_policy_still_heard(where: str) -> No
     here = placement(where)
     counts = [4] * here.size(Role.TOKENS)
     policy = Policy(here, ROW, H100)
-    auto = choose_combine(here, counts, capacity=4, row_bytes=ROW, hardware=H100)
-    assert policy.decide(counts, 4) == auto
-    for name, strategy in (("scatter", ScatterCombine), ("reduce", ReduceCombine), ("ragged", RaggedCombine)):
-        decision = replace(policy, asked=asked_strategy(name)).decide(counts, 4)
-        assert decision.strategy == strategy.sized(here, counts, 4)
-        assert "asked for; the policy says" in decision.reason
+    auto = policy.decide(counts, 4)
+    for name, strategy in STRATEGIES.items():
+        asked = replace(policy, strategy=asked_strategy(name), residual=asked_residual("whole"))
+        decision = asked.decide(counts, 4)
+        assert decision.route == Route.whole(strategy.sized(here, counts, 4))
+        assert f"asked for; the policy says {auto}" == decision.reason
+    split = replace(policy, residual=asked_residual("split")).decide(counts, 4)
+    assert type(split.route.residual) is SplitResidual
     assert asked_strategy("auto") is None
     assert asked_strategy(ScatterCombine) is ScatterCombine
 
 
 @pytest.mark.parametrize("wish", ["fast", 3, int])
 def test_strange_wishes(wish: object) -> None:
-    with pytest.raises(PlacementError, match="auto, scatter, reduce, ragged or a strategy class, got"):
-        asked_strategy(wish)  # type: ignore[arg-type]
+    for asked, known in ((asked_strategy, "scatter, reduce, ragged, all-to-all"), (asked_residual, "whole, split")):
+        with pytest.raises(PlacementError, match=f"must be auto, {known} or a class derived from .*, got"):
+            asked(wish)  # type: ignore[arg-type]
+
+
+def test_both_residuals_are_weighed_where_heads_are_split() -> None:
+    names = {cost.name for cost in choose("dp4_ep4_tp2", [256] * 4).candidates}
+    assert {"ScatterCombine", "ScatterCombine, SplitResidual"} <= names
+    assert len(choose("dp8_ep8", [256] * 8).candidates) == len(STRATEGIES)
+    # Where each hop costs much, few large rings are slower than many small ones.
+    far = replace(H100, launch=0.0, local=replace(H100.local, latency=1.0))
+    assert type(choose("dp4_ep4_tp2", [4] * 4, far).route.residual) is WholeResidual
+
+
+def test_all_to_all_is_no_candidate_where_every_row_visits_every_device() -> None:
+    names = [cost.name for cost in choose("dp8_ep8", [4] * 8, row=replace(ROW, top_k=0)).candidates]
+    assert "AllToAllCombine" not in names
 
 
 def test_an_axis_between_hosts_pays_the_slower_link() -> None:
@@ -117,8 +135,8 @@ def test_an_axis_between_hosts_pays_the_slower_link() -> None:
     pairs = replace(H100, devices_per_host=2)
     assert [pairs.crosses_hosts((axis,), here) for axis in ("data", "expert", "tensor")] == [True, True, False]
     assert not any(H100.crosses_hosts((axis,), here) for axis in ("data", "expert", "tensor"))
-    moves = ScatterCombine(placement("dp8_ep8")).combine_moves(64)
-    near, far = (h.seconds(moves, 4096, placement("dp8_ep8")) for h in (H100, pairs))
+    moves = ScatterCombine(placement("dp8_ep8")).combine_moves(64, ROW)
+    near, far = (h.seconds(moves, placement("dp8_ep8")) for h in (H100, pairs))
     assert far > 3 * near
 
 

@@ -15,7 +15,7 @@ from moe_jax.checkpoints.orbax_store import Steps
 from moe_jax.errors import CheckpointError
 from moe_jax.layers import Load
 from moe_jax.models import ShardedDecoder
-from moe_jax.sharding import Combine, Placement, ReduceCombine, Role, ScatterCombine
+from moe_jax.sharding import Combine, Placement, ReduceCombine, Role, Route, ScatterCombine
 from moe_jax.training.addition import CHARACTERS, END, Problem, problems, tokenizer
 from moe_jax.training.examples import Examples, examples
 from moe_jax.training.loss import _balance, losses
@@ -25,12 +25,13 @@ from moe_jax.training.trainer import TrainingState
 TINY = Recipe(digits=2, batch_size=16, steps=4, warmup_steps=1)
 HERE = Placement.parse("data=2,expert=2,tensor=2")
 ELSEWHERE = Placement.parse("expert=4")
+SCATTER = Route.whole(ScatterCombine(HERE))
 
 
-def for_training(combine: type[Combine], placement: Placement) -> Combine:
+def for_training(combine: type[Combine], placement: Placement) -> Route:
     """Large enough for every row of a batch on one shard."""
     rows = TINY.batch_size * LONGEST
-    return combine.sized(placement, [rows] * placement.size(Role.TOKENS), rows)
+    return Route.whole(combine.sized(placement, [rows] * placement.size(Role.TOKENS), rows))
 
 
 def assert_close(one: TrainingState, other: TrainingState, atol: float) -> None:
@@ -42,7 +43,7 @@ def test_the_loss_is_that_of_the_answers_on_every_placement_and_strategy() -> No
     found = []
     for placement, combine in ((HERE, ScatterCombine), (HERE, ReduceCombine), (ELSEWHERE, ScatterCombine)):
         trainer = TINY.trainer(placement, for_training(combine, placement))
-        run = jax.jit(lambda p, e, trainer=trainer: losses(trainer.decoder, p, e, trainer.combine))
+        run = jax.jit(lambda p, e, trainer=trainer: losses(trainer.decoder, p, e, trainer.route))
         found.append(run(trainer.decoder.init(0), trainer.examples(0)))
     batch = problems(TINY.batch_size, (TINY.seed, 0), digits=TINY.digits, held_out=False)
     single = Placement.parse("data=1")
@@ -54,7 +55,8 @@ def test_the_loss_is_that_of_the_answers_on_every_placement_and_strategy() -> No
 
 def _answer_nats(decoder: ShardedDecoder, batch: list[Problem]) -> float:
     """The mean loss, each problem alone in its batch."""
-    encode, alone, parameters = tokenizer().encode, ScatterCombine(decoder.placement), decoder.init(0)
+    encode, parameters = tokenizer().encode, decoder.init(0)
+    alone = Route.whole(ScatterCombine(decoder.placement))
     run = jax.jit(lambda examples: losses(decoder, parameters, examples, alone).next_token)
     total = tokens = 0.0
     for problem in batch:
@@ -85,7 +87,7 @@ class Killed:
 
 
 def test_a_killed_run_goes_on_where_it_stopped_on_another_mesh_too(tmp_path: Path) -> None:
-    trainer = TINY.trainer(HERE, ScatterCombine(HERE))
+    trainer = TINY.trainer(HERE, SCATTER)
     killed = Killed(trainer.examples)
     trainer = replace(trainer, examples=killed)
     whole = trainer.run(tmp_path / "whole", 4)
@@ -100,7 +102,7 @@ def test_a_killed_run_goes_on_where_it_stopped_on_another_mesh_too(tmp_path: Pat
 
 
 def test_optimizer_moments_lie_where_their_parameters_lie() -> None:
-    trainer = TINY.trainer(HERE, ScatterCombine(HERE))
+    trainer = TINY.trainer(HERE, SCATTER)
     state = trainer.initial_state()
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     shardings = [leaf.sharding for leaf in jax.tree.leaves(trainer.decoder.parameters)]
@@ -108,7 +110,7 @@ def test_optimizer_moments_lie_where_their_parameters_lie() -> None:
 
 
 def test_states_of_another_model_are_refused(tmp_path: Path) -> None:
-    trainer = TINY.trainer(HERE, ScatterCombine(HERE))
+    trainer = TINY.trainer(HERE, SCATTER)
     with Steps(tmp_path) as saved:
         saved.save(2, trainer.initial_state())
     other = replace(trainer.decoder, config=replace(trainer.decoder.config, hidden=64))
@@ -120,11 +122,11 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "model.training").mkdir()
     (tmp_path / "model.training" / "recipe.json").write_text('{"seed": 5}')
     with pytest.raises(CheckpointError, match="the states of a run with other settings"):
-        train(TINY, tmp_path / "model", HERE, ScatterCombine(HERE), progress=False)
+        train(TINY, tmp_path / "model", HERE, SCATTER, progress=False)
 
 
 def test_damaged_states_are_told(tmp_path: Path) -> None:
-    trainer = TINY.trainer(HERE, ScatterCombine(HERE))
+    trainer = TINY.trainer(HERE, SCATTER)
     with Steps(tmp_path) as saved:
         saved.save(2, trainer.initial_state())
     for path in (tmp_path / "2").rglob("d/*"):
