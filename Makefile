@@ -1,6 +1,7 @@
 # make demo           decode with the bundled model
 # make test           the tests; on another Python: make test PYTHON=python3.13
 # make check          formatting, lint and types
+# make bench          the benchmarks with tiny sizes: that they run, not how fast
 PYTHON ?= python3
 
 ifeq ($(PYTHON),python3)
@@ -10,7 +11,7 @@ VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/moe-jax generate
@@ -25,6 +26,9 @@ lint: $(VENV)/installed-dev
 
 check: lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/installed-bench
+	for script in combine moe decode compile_time; do $(BIN)/python -m bench.$$script --quick || exit; done
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, as in: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -1,1 +1,1 @@
-"""One claim per script. Each prints a table and one JSON line, and says what it ran on."""
+"""One claim per script: each prints a table and one JSON line, draws a plot, and says what it ran on."""

@@ -1,78 +1,89 @@
-"""Scatter against reduce-and-slice: the combine alone, on all devices (eight virtual ones where there is no
-accelerator).
+"""Scatter against reduce-and-slice: the combine alone, of bfloat16 rows that are all real.
 
-python -m bench.combine [--repeats N]
+    rows  of all token shards (--rows: of each)     width  of a row
+
+python -m bench.combine [--mesh expert=8] [--rows 1,8] [--widths 1024] [--quick]; --help lists the rest.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
-from bench.timing import interleaved, machine
-from moe_jax.sharding import Combine, Placement, ReduceCombine, Rows, ScatterCombine
+from bench import script
+from bench.timing import Program, compared, written
+from moe_jax.sharding import Combine, Placement, ReduceCombine, Role, Rows, ScatterCombine
 
-ROWS = (8, 64, 256, 1024)
-WIDTHS = (1024, 4096)
-
-
-def program(combine: Combine, rows: Rows, width: int) -> Callable[[], jax.Array]:
-    """The combine of bfloat16 partial sums of all the rows, compiled for its own arguments."""
-    spec = PartitionSpec("expert")
-
-    def run(value: jax.Array, rows: Rows) -> jax.Array:
-        gathered = combine.gather(rows, value[: rows.capacity, :1])  # for its form: what it moves is not used
-        return combine.combine(gathered, gathered.partial_sum(value))
-
-    placement = combine.placement
-    total = int(np.sum(np.asarray(rows.counts)))
-    mapped = jax.shard_map(run, mesh=placement.mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
-    devices = placement.mesh.devices.size
-    value = jax.random.normal(jax.random.key(0), (devices * total, width), jnp.bfloat16)
-    value = jax.device_put(value, jax.NamedSharding(placement.mesh, spec))
-    return partial(jax.jit(mapped), value, jax.device_put(rows, jax.NamedSharding(placement.mesh, PartitionSpec())))
+QUICK = {"repeats": 3, "rows": [2, 8], "widths": [64]}
 
 
-def measure(repeats: int) -> Iterator[dict[str, Any]]:
-    placement = Placement.parse(f"expert={jax.device_count()}")
-    for width in WIDTHS:
-        for total in ROWS:
-            counts = [total // jax.device_count()] * jax.device_count()
-            rows = Rows.of(counts, placement)
-            strategies = {"scatter": ScatterCombine(placement), "reduce": ReduceCombine(placement, total)}
-            times = interleaved({name: program(s, rows, width) for name, s in strategies.items()}, repeats)
-            yield {
-                "rows": total,
-                "width": width,
-                **{f"{name}_ms": time.median * 1e3 for name, time in times.items()},
-                **{f"{name}_spread": time.spread for name, time in times.items()},
-                "speedup": times["reduce"].median / times["scatter"].median,
-            }
+def exchange(
+    combine: Combine, rows: Rows, x: Array, *beside: Array, part: Callable[..., Float[Array, "N D"]]
+) -> Float[Array, "T D"]:
+    """What a feed-forward block does on each device: gather, compute a `part` of the sum, combine."""
+    gathered = combine.gather(rows, x, *beside)
+    return combine.combine(gathered, gathered.partial_sum(part(*gathered.values)))
+
+
+def program(combine: Combine, rows: Rows, gathered: int, width: int) -> Program:
+    """The combine of a buffer of `gathered` rows, with its arguments."""
+    here = combine.placement
+    parts, tokens = (here.spec((role,), (0,)) for role in (Role.PARTIAL, Role.TOKENS))
+
+    def run(value: Float[Array, "N D"], rows: Rows) -> Float[Array, "T D"]:
+        return exchange(combine, rows, value[: rows.capacity, :0], part=lambda _: value)
+
+    mapped = jax.shard_map(run, mesh=here.mesh, in_specs=(parts, PartitionSpec()), out_specs=tokens)
+    value = jax.random.normal(jax.random.key(0), (here.size(Role.PARTIAL) * gathered, width), jnp.bfloat16)
+    placed = (jax.device_put(value, NamedSharding(here.mesh, parts)), jax.device_put(rows, here.sharding((), ())))
+    return Program.of(mapped, *placed)
+
+
+def measure(placement: Placement, each: int, width: int, repeats: int) -> dict[str, Any]:
+    """With `each` rows on every token shard."""
+    rows = Rows.of([each] * placement.size(Role.TOKENS), placement, capacity=each)
+    gathered = each * placement.gather_shards
+    strategies = {"scatter": ScatterCombine(placement), "reduce": ReduceCombine(placement, gathered)}
+    programs = {name: program(strategy, rows, gathered, width) for name, strategy in strategies.items()}
+    variants = compared(programs, repeats)
+    speedup = variants["reduce"]["ms"] / variants["scatter"]["ms"]
+    total = each * placement.size(Role.TOKENS)
+    return {"rows": total, "width": width, "variants": variants, "speedup": speedup}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=30)
-    repeats = parser.parse_args().repeats
-    jax.config.update("jax_num_cpu_devices", 8)
+    parser = script.parser("combine", "Times the combine alone: scatter against reduce-and-slice.", repeats=30)
+    parser.add_argument(
+        "--rows", type=script.several(script.positive), default=[1, 8, 32, 128], help="of a token shard"
+    )
+    parser.add_argument("--widths", type=script.several(script.positive), default=[1024, 4096])
+    options, placement = script.begin(parser, QUICK)
 
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"{'rows':>5} {'width':>6} {'scatter ms':>16} {'reduce ms':>16} {'speedup':>8}")
+    table = script.Table({"rows": ">6", "width": ">6", "scatter ms": ">16", "reduce ms": ">16", "speedup": ">8"})
     results = []
-    for r in measure(repeats):
-        results.append(r)
-        scatter, reduce = (f"{r[f'{name}_ms']:9.3f} ±{r[f'{name}_spread']:4.0%}" for name in ("scatter", "reduce"))
-        print(f"{r['rows']:5} {r['width']:6} {scatter:>16} {reduce:>16} {r['speedup']:8.2f}")
-    print(json.dumps({"bench": "combine", **machine(), "results": results}))
+    for width in options.widths:
+        for each in options.rows:
+            results.append(result := measure(placement, each, width, options.repeats))
+            cells = (written(result["variants"][name]) for name in ("scatter", "reduce"))
+            table.row(result["rows"], width, *cells, f"{result['speedup']:.2f}")
+    script.finish("combine", options, placement, {"results": results}, lambda axes: draw(axes, results))
+
+
+def draw(axes: script.Axes, results: list[dict[str, Any]]) -> None:
+    """Milliseconds against rows: a line for each variant and width."""
+    for width in dict.fromkeys(result["width"] for result in results):
+        for name, style in (("scatter", "o-"), ("reduce", "s--")):
+            points = {r["rows"]: r["variants"][name] for r in results if r["width"] == width}
+            medians, errors = zip(*((p["ms"], p["ms"] * p["spread"]) for p in points.values()), strict=True)
+            axes.errorbar(list(points), medians, errors, fmt=style, capsize=3, label=f"{name}, width {width}")
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="rows", ylabel="ms")
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

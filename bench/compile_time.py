@@ -1,58 +1,52 @@
-"""Compile time of a decode step against depth: Qwen3-30B-A3B's layers, 4 or 48 of them, on eight devices; no weights.
+"""Compile time of a decode step against depth: Qwen3-30B-A3B's layers, few or many of them; no weights.
 
-python -m bench.compile_time [--repeats N]
+python -m bench.compile_time [--mesh expert=8] [--depths 4,48] [--quick]; --help lists the rest.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
+from functools import partial
+from typing import Any
 
-import jax
-
-from bench.timing import machine
+from bench import script
+from bench.timing import interleaved, written
 from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.sharding import Placement, Route, ScatterCombine
 
+QUICK = {"repeats": 1, "depths": [1, 2]}
 LAYER = LayerConfig(
     AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, qk_norm=True),
     MoEConfig(experts=128, top_k=8, width=768, renormalise=True),
 )
-SHALLOW, DEEP = 4, 48
 SLOTS, POSITIONS = 64, 2048
 
 
-def seconds(layers: int) -> float:
-    placement = Placement.parse("expert=8")
-    config = ModelConfig(151936, 2048, (LAYER,) * layers, 1e-6, 40960)
-    began = time.perf_counter()
-    Programs(ShardedDecoder(config, placement, "bfloat16")).decode_step(
-        SLOTS, POSITIONS, SLOTS, Route.whole(ScatterCombine(placement))
-    )
-    return time.perf_counter() - began
+def compile_step(depth: int, placement: Placement) -> None:
+    config = ModelConfig(151936, 2048, (LAYER,) * depth, 1e-6, 40960)
+    programs = Programs(ShardedDecoder(config, placement, "bfloat16"))
+    programs.decode_step(SLOTS, POSITIONS, SLOTS, Route.whole(ScatterCombine(placement)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    jax.config.update("jax_num_cpu_devices", 8)
+    parser = script.parser("compile_time", "Times the compilation of decode steps of several depths.", repeats=5)
+    parser.add_argument("--depths", type=script.several(script.positive), default=[4, 48], help="numbers of layers")
+    options, placement = script.begin(parser, QUICK)
 
-    seconds(SHALLOW)  # imports and caches that any first program pays for
-    pairs = [(seconds(SHALLOW), seconds(DEEP)) for _ in range(repeats)]
-    shallow, deep = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"{SHALLOW} layers {shallow:.2f} s, {DEEP} layers {deep:.2f} s: ratio {deep / shallow:.2f}")
-    print(
-        json.dumps(
-            {"bench": "compile_time", **machine(), "shallow_s": shallow, "deep_s": deep, "ratio": deep / shallow}
-        )
-    )
+    times = interleaved({str(d): partial(compile_step, d, placement) for d in options.depths}, options.repeats)
+    table = script.Table({"layers": ">6", "compile ms": ">16", "ratio": ">6"})
+    results = []
+    for depth, found in zip(options.depths, times.values(), strict=True):
+        ratio = found.median / times[str(options.depths[0])].median
+        results.append({"layers": depth, **found.as_dict(), "ratio": ratio})
+        table.row(depth, written(results[-1]), f"{ratio:.2f}")
+    script.finish("compile_time", options, placement, {"results": results}, lambda axes: draw(axes, results))
+
+
+def draw(axes: script.Axes, results: list[dict[str, Any]]) -> None:
+    script.bars(axes, [f"{result['layers']} layers" for result in results], {"compile": results})
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -65,8 +65,12 @@ class Programs:
         key = (function, route, jax.tree.structure(args), shapes)
         if key not in self.compiled:
             began = time.perf_counter()
-            program = jax.jit(lambda *args: function(self.decoder, *args, route), donate_argnums=1)
-            self.compiled[key] = program.lower(*args).compile(self._options)
+
+            def program(*args: Any) -> Any:
+                return function(self.decoder, *args, route)
+
+            program.__name__ = function.__name__.strip("_")  # what profiles call it
+            self.compiled[key] = jax.jit(program, donate_argnums=1).lower(*args).compile(self._options)
             self.compile_seconds += time.perf_counter() - began
         return self.compiled[key]
 

@@ -66,14 +66,8 @@ class ShardedDecoder:
     def row_bytes(self, encoding: Encoding = EXACT) -> RowBytes:
         """Of a hidden vector, and of the ids and weights of its experts, in the layer with most."""
         routed = [layer.ffn for layer in self.config.layers if isinstance(layer.ffn, MoEConfig)]
-        most = max((ffn.top_k for ffn in routed), default=0)
-        sent, scales = encoding.row_bytes(self.config.hidden, self.dtype)
-        return RowBytes(
-            gather=sent,
-            combine=self.config.hidden * jnp.dtype(self.dtype).itemsize,
-            beside=scales + 2 * most * jnp.dtype(jnp.float32).itemsize,
-            top_k=0 if any(ffn.shared for ffn in routed) else most,
-        )
+        most, shared = max((ffn.top_k for ffn in routed), default=0), any(ffn.shared for ffn in routed)
+        return RowBytes.of(self.config.hidden, self.dtype, top_k=most, shared=shared, encoding=encoding)
 
     def policy(
         self,

@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from moe_jax.sharding.encoding import EXACT, Encoding
 from moe_jax.sharding.placement import Placement
 
 
@@ -31,6 +35,15 @@ class RowBytes:
     """Of what is sent with the hidden vector: ids and weights of its experts, and scales."""
     top_k: int = 0
     """How many experts a row visits; 0 where it visits every device, for a shared expert or a dense block."""
+
+    @classmethod
+    def of(
+        cls, hidden: int, dtype: DTypeLike, *, top_k: int, shared: bool = False, encoding: Encoding = EXACT
+    ) -> RowBytes:
+        """Of rows that visit `top_k` routed experts and, if there is a shared expert, every device."""
+        sent, scales = encoding.row_bytes(hidden, dtype)
+        ids_and_weights = 2 * top_k * jnp.dtype(jnp.float32).itemsize
+        return cls(sent, hidden * jnp.dtype(dtype).itemsize, scales + ids_and_weights, 0 if shared else top_k)
 
     @property
     def all(self) -> int:

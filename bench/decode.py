@@ -1,0 +1,129 @@
+"""A profile of the whole decode step of a model with random weights: reduce-and-slice beside scatter.
+
+    sent        bytes that each device sends, by a ring, to run the collectives found in the compiled program
+    collective  time of the gathers and combines alone: a program of hardly more than the collectives of the step's
+                feed-forward blocks, as many and with the same bytes (else it is not timed), in turn with the step
+    compute     the step's time less that, as if nothing overlapped
+    step        the compiled program, its inputs on the devices already; tokens/s follow from it
+
+python -m bench.decode [--mesh expert=8] [--model DIR] [--sequences 8] [--trace DIR] [--quick]; --help lists the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench import script
+from bench.step import SCOPES, Decode, prepared
+from bench.timing import interleaved, written
+from moe_jax.checkpoints import Checkpoint
+from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from moe_jax.models import ShardedDecoder
+from moe_jax.models.sharded import DTYPES
+from moe_jax.sharding import ReduceCombine, Role, ScatterCombine
+
+QUICK = {"repeats": 3, "sequences": 2, "positions": 8, "layers": 2, "hidden": 32, "experts": 8, "width": 16}
+STRATEGIES = {"reduce": ReduceCombine, "scatter": ScatterCombine}
+KINDS = ("all-reduce", "reduce-scatter", "all-gather")
+TRACED_STEPS = 3
+
+
+def measure(decoder: ShardedDecoder, options: Namespace) -> dict[str, Any]:
+    here, parameters = decoder.placement, decoder.init(seed=0)
+    steps = 1 + options.repeats + (TRACED_STEPS if options.trace else 0)
+    batches = prepared(decoder, options.sequences, steps)
+    positions = max(steps, options.positions)
+    counts = [options.sequences] * here.size(Role.TOKENS)
+    sized = {name: strategy.sized(here, counts, options.sequences) for name, strategy in STRATEGIES.items()}
+    decodes = {name: Decode(decoder, parameters, batches, positions, combine) for name, combine in sized.items()}
+    alone = {f"{name} alone": decode.alone for name, decode in decodes.items() if decode.is_alike}
+    times = interleaved({**decodes, **alone}, options.repeats)
+    if options.trace:
+        trace(decodes, options.trace)
+    reduced, scattered = (np.array(decode.tokens) for decode in decodes.values())
+    return {
+        "sequences": len(batches[0].tokens),
+        "steps": steps,
+        "variants": {name: decode.profile(times[name], times.get(f"{name} alone")) for name, decode in decodes.items()},
+        "different_tokens": int(np.sum(reduced != scattered)),
+        "scopes": [scope for scope in SCOPES if all(scope in decode.scopes for decode in decodes.values())],
+    }
+
+
+def trace(decodes: Mapping[str, Decode], directory: Path) -> None:
+    """Write a trace of some steps of each, one after the other."""
+    with jax.profiler.trace(str(directory)):
+        for number in range(TRACED_STEPS):
+            for name, decode in decodes.items():
+                with jax.profiler.StepTraceAnnotation(name, step_num=number):
+                    jax.block_until_ready(decode())
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """A column for each variant."""
+    variants = result["variants"].values()
+    table = script.Table({"in one step": "<32", **dict.fromkeys(result["variants"], ">16")})
+    for kind in KINDS:
+        table.row(kind, *(variant["collectives"].get(kind, 0) for variant in variants))
+    table.row("of these outside feed-forwards", *(variant["outside"] for variant in variants))
+    table.row("KiB sent by each device", *(f"{variant['sent_bytes'] / 1024:.1f}" for variant in variants))
+    alone = (variant["collective"] for variant in variants)
+    table.row("gather and combine alone, ms", *(written(times) if times else "-" for times in alone))
+    ratios = (variant["collective_to_compute"] for variant in variants)
+    table.row("collective/compute ratio", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
+    table.row("step, ms", *(written(variant["step"]) for variant in variants))
+    table.row("tokens/s", *(f"{variant['tokens_per_second']:.0f}" for variant in variants))
+
+
+def main() -> None:
+    options, placement = script.begin(arguments(), QUICK)
+    decoder = ShardedDecoder(described(options), placement, options.dtype)
+    result = {"model": str(options.model or "synthetic"), "dtype": options.dtype, **measure(decoder, options)}
+    show(result)
+    differ = result["different_tokens"]
+    generated = f"{result['steps']} steps of {result['sequences']} sequences, {options.dtype}"
+    print(f"tokens  {differ} differ between the two" if differ else "tokens  the same from both", f"({generated})")
+    if options.trace:
+        print(f"trace   in {options.trace}, whose programs name {', '.join(result['scopes'])}")
+    script.finish("decode", options, placement, result, lambda axes: draw(axes, result["variants"]))
+    if differ and options.dtype == "float32":
+        sys.exit("error: in float32 both must give the same tokens")
+
+
+def arguments() -> ArgumentParser:
+    parser = script.parser("decode", "Profiles the decode step: reduce-and-slice beside scatter.", repeats=30)
+    parser.add_argument("--sequences", type=script.positive, default=8, help="on each token shard")
+    parser.add_argument("--positions", type=script.positive, default=128, help="of the caches, at least")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="write a jax.profiler trace of some more steps")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="its config.json instead of the sizes below")
+    for name, default in {"layers": 4, "hidden": 256, "experts": 32, "width": 128}.items():
+        parser.add_argument(f"--{name}", type=script.positive, default=default, help="of the synthetic model")
+    return parser
+
+
+def described(options: Namespace) -> ModelConfig:
+    if options.model:
+        return Checkpoint(options.model).config
+    attention = AttentionConfig(heads=8, kv_heads=8, head_dim=32, rope_theta=1e4, qk_norm=True)
+    experts = MoEConfig(options.experts, min(4, options.experts), options.width, renormalise=True)
+    layers = (LayerConfig(attention, experts),) * options.layers
+    return ModelConfig(1024, options.hidden, layers, 1e-6, 2**20)
+
+
+def draw(axes: script.Axes, variants: Mapping[str, Any]) -> None:
+    """The step of each variant, beside its gather and combine alone where that was timed."""
+    shown = {"step": [variant["step"] for variant in variants.values()]}
+    alone = [variant["collective"] for variant in variants.values()]
+    script.bars(axes, list(variants), shown | ({"gather and combine alone": alone} if all(alone) else {}))
+
+
+if __name__ == "__main__":
+    script.run(main)

@@ -1,0 +1,137 @@
+"""What every script does besides its claim: arguments, devices, the table, the JSON line and the plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import flax
+import jax
+
+from moe_jax.errors import MoEJaxError
+from moe_jax.sharding import Placement, as_placement
+
+Axes: TypeAlias = Any
+"""Matplotlib's, which need not be installed."""
+
+
+def parser(name: str, description: str, *, repeats: int) -> ArgumentParser:
+    """The arguments that all scripts take."""
+    made = ArgumentParser(f"python -m bench.{name}", None, description, formatter_class=ArgumentDefaultsHelpFormatter)
+    made.add_argument("--mesh", help="as in 'data=2,expert=4', roles after semicolons; by default expert=<all devices>")
+    made.add_argument("--cpu-devices", type=positive, default=8, help="virtual ones where there is no accelerator")
+    made.add_argument("--repeats", type=positive, default=repeats, help="timed calls of each variant")
+    made.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, not how fast")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line there too")
+    made.add_argument("--plot", type=Path, metavar="FILE", default=f"bench_{name}.png", help="a PNG")
+    return made
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return number
+
+
+def several(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Reads values separated by commas."""
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+def begin(parser: ArgumentParser, quick: Mapping[str, Any]) -> tuple[Namespace, Placement]:
+    """Read the command line, where `quick` are other defaults for --quick; set up the devices and say what they are."""
+    options = parser.parse_args()
+    if options.quick:
+        parser.set_defaults(**quick)
+        options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+    placement = as_placement(options.mesh)
+    print(", ".join(f"{name} {value}" for name, value in machine(placement).items()))
+    if placement.mesh.devices.size == 1:
+        print("one device: nothing moves between devices, the variants differ in local copies only")
+    return options, placement
+
+
+def machine(placement: Placement) -> dict[str, Any]:
+    """What this process measures on."""
+    device, devices = placement.mesh.devices.flat[0], placement.mesh.devices.size
+    virtual = " (virtual)" if device.platform == "cpu" and devices > 1 else ""
+    return {
+        "devices": f"{devices} x {device.device_kind}{virtual}",
+        "host": f"{platform.machine()} with {os.cpu_count()} cores",
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "placement": str(placement),
+    }
+
+
+class Table:
+    """Prints rows as they come, under a heading. `columns` gives each heading its format, as in `>8`."""
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self._formats = tuple(columns.values())
+        self.row(*columns)
+
+    def row(self, *cells: Any) -> None:
+        print(" ".join(f"{cell!s:{form}}" for cell, form in zip(cells, self._formats, strict=True)), flush=True)
+
+
+def finish(
+    name: str, options: Namespace, placement: Placement, results: Mapping[str, Any], draw: Callable[[Axes], None]
+) -> None:
+    """Print the JSON line, on standard output the last, and draw the plot."""
+    line = json.dumps({"bench": name, "quick": options.quick, **machine(placement), **results})
+    print(line, flush=True)
+    if options.json:
+        options.json.write_text(line + "\n")
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        print("plot not drawn: it needs matplotlib, which pip install '.[bench]' brings", file=sys.stderr)
+        return
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    draw(axes)
+    here = machine(placement)
+    axes.set_title(f"bench.{name}: {here['devices']}, jax {here['jax']}, {options.repeats} repeats", fontsize=10)
+    axes.legend()
+    figure.savefig(options.plot, format="png", dpi=120)
+    print(f"plot written to {options.plot}", file=sys.stderr)
+
+
+def bars(axes: Axes, labels: Sequence[str], variants: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Milliseconds and their spread: under each label a bar of each variant."""
+    width = 0.8 / len(variants)
+    for place, (name, found) in enumerate(variants.items()):
+        at = [label + (place - (len(variants) - 1) / 2) * width for label in range(len(labels))]
+        errors = [one["ms"] * one["spread"] for one in found]
+        axes.bar(at, [one["ms"] for one in found], width, yerr=errors, capsize=3, label=name)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel("ms")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Users' mistakes, and files that cannot be read or written, are one line on standard error and exit status 2."""
+    try:
+        main()
+    except (MoEJaxError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,89 @@
+"""The benchmark scripts, each run once with tiny sizes: what they print is complete, however long it took."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+
+
+def bench(name: str, where: Path, *arguments: str) -> tuple[dict[str, Any], str, str]:
+    """The JSON line that a script prints, all that it prints, and its messages; its files come to lie in `where`."""
+    command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", "line.json", *arguments]
+    done = subprocess.run(command, cwd=where, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.splitlines()[-1]
+    assert (where / "line.json").read_text().strip() == line
+    printed = json.loads(line)
+    assert printed["bench"] == name
+    assert printed["devices"] == "8 x cpu (virtual)"
+    assert {"host", "jax", "flax", "placement"} <= printed.keys()
+    return printed, done.stdout, done.stderr
+
+
+def check_plot(where: Path, name: str, messages: str) -> None:
+    """There is one, unless matplotlib is not installed, which the script then says."""
+    plot = where / f"bench_{name}.png"
+    assert plot.exists() == ("plot written" in messages) == ("pip install '.[bench]'" not in messages)
+    assert not plot.exists() or plot.read_bytes().startswith(b"\x89PNG")
+
+
+def check_time(time: dict[str, float]) -> None:
+    assert time["ms"] > 0
+    assert time["spread"] >= 0
+
+
+def test_combine_without_matplotlib(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    printed, _, messages = bench("combine", tmp_path)
+    assert "plot not drawn" in messages
+    check_plot(tmp_path, "combine", messages)
+    for result in printed["results"]:
+        scatter, reduce = result["variants"]["scatter"], result["variants"]["reduce"]
+        assert (scatter["collectives"], reduce["collectives"]) == ({"reduce-scatter": 1}, {"all-reduce": 1})
+        assert reduce["sent_bytes"] == 2 * scatter["sent_bytes"]
+        assert result["speedup"] == pytest.approx(reduce["ms"] / scatter["ms"])
+        check_time(scatter)
+        check_time(reduce)
+
+
+def test_moe(tmp_path: Path) -> None:
+    printed, shown, messages = bench("moe", tmp_path)
+    check_plot(tmp_path, "moe", messages)
+    assert "ragged ms" in shown
+    (result,) = printed["results"]
+    assert sum(result["counts"]) == result["rows"]
+    assert max(result["counts"]) > result["rows"] * result["skew"]
+    assert result["policy"] in result["variants"]
+    found = {name: variant["collectives"] for name, variant in result["variants"].items()}
+    assert found["scatter"] == {"all-gather": 2, "reduce-scatter": 1}
+    assert found["reduce"] == {"all-gather": 2, "all-reduce": 1}
+    assert found["ragged"].keys() == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert found["all-to-all"] == {"all-gather": 1, "all-to-all": 2}
+    for variant in result["variants"].values():
+        check_time(variant)
+
+
+def test_decode(tmp_path: Path) -> None:
+    printed, shown, messages = bench("decode", tmp_path, "--trace", "trace")
+    check_plot(tmp_path, "decode", messages)
+    assert "tokens  the same from both" in shown
+    assert printed["different_tokens"] == 0
+    assert printed["scopes"] == ["attention", "ffn", "route", "gather", "experts", "combine", "head", "sample"]
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    reduce, scatter = printed["variants"]["reduce"], printed["variants"]["scatter"]
+    assert reduce["collectives"] == {"all-gather": 4, "all-reduce": 2}
+    assert scatter["collectives"] == {"all-gather": 4, "reduce-scatter": 2}
+    assert scatter["sent_bytes"] < reduce["sent_bytes"]
+    for variant in (reduce, scatter):
+        check_time(variant["step"])
+        check_time(variant["collective"])
+        assert variant["tokens_per_second"] == pytest.approx(printed["sequences"] / variant["step"]["ms"] * 1e3)
