@@ -56,6 +56,17 @@ def by_name(state: nnx.State) -> dict[str, np.ndarray]:
     return {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(state)}
 
 
+def altered(state: nnx.State, name: str, change: Callable[[jax.Array], jax.Array]) -> nnx.State:
+    """The same parameters but for one."""
+    flat = nnx.to_flat_state(state)
+    assert name in {".".join(map(str, path)) for path, _ in flat}
+    changed = [
+        (path, leaf.replace(change(leaf.get_value())) if ".".join(map(str, path)) == name else leaf)
+        for path, leaf in flat
+    ]
+    return nnx.from_flat_state(changed)
+
+
 def spread(real: np.ndarray, counts: list[int], capacity: int, fill: float = 0.0) -> jnp.ndarray:
     """Rows laid out for shards of `counts` real rows, pad rows filled with `fill`."""
     out = np.full((len(counts), capacity, real.shape[1]), fill, np.float32)
