@@ -48,7 +48,7 @@ class Block:
         self.graph, abstract = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, parameter.placed(abstract, placement))
         self.parameters = jax.jit(lambda: nnx.state(make(rngs=nnx.Rngs(0))), out_shardings=self.shardings)()
-        self.policy = Policy(placement, RowBytes.of(hidden, dtype, top_k=config.top_k), as_hardware(None))
+        self.policy = Policy(placement, (RowBytes.of(hidden, dtype, top_k=config.top_k),), as_hardware(None))
 
     def program(self, combine: Combine, rows: Rows) -> Program:
         here = self.placement

@@ -1,4 +1,4 @@
-"""What collectives take on this machine, measured, and the two terms that the policy reckons with, fitted to it."""
+"""What collectives take on this machine, measured, and the terms that the policy reckons with, fitted to it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
+from scipy.optimize import nnls
 
 from moe_jax.errors import PlacementError
 from moe_jax.sharding import Hardware, Placement
@@ -20,7 +21,7 @@ from moe_jax.sharding.hardware import Link, of_kind
 from moe_jax.sharding.traffic import Kind, Move
 
 KINDS = (Kind.ALL_GATHER, Kind.REDUCE_SCATTER, Kind.ALL_REDUCE)
-ROWS, WIDTH = (64, 512, 4096), 1024
+ROWS, WIDTH, COPIED, WARM_UP = (8, 64, 512, 4096), 1024, 2**23, 3
 ROW_BYTES = WIDTH * jnp.dtype(jnp.bfloat16).itemsize
 
 
@@ -31,9 +32,35 @@ class Sample:
     """Median of the repeats."""
 
 
-def measure(placement: Placement, repeats: int) -> list[Sample]:
-    """Each kind of collective over the placement's token shards, with few rows and many; all of them in turn, so that
-    what disturbs one disturbs the others.
+@dataclass(frozen=True)
+class Measured:
+    """What collectives over a placement's token shards take, and what its devices' memory gives."""
+
+    samples: Sequence[Sample]
+    """Each kind of collective, with few rows and many."""
+    copied_per_second: float
+    """Bytes that each device reads, and as many that it writes, while all do."""
+
+    def fit(self) -> Hardware:
+        """The known record of this kind of device, its launch and local bandwidth those that err least, relatively."""
+        kind = jax.devices()[0].device_kind
+        known = of_kind(kind)
+        devices = self.samples[0].move.devices if known.shared else 1
+        seconds = np.array([sample.seconds for sample in self.samples])
+        copied = np.array([sample.move.buffer_bytes for sample in self.samples]) / self.copied_per_second
+        terms = np.array([[1.0, sample.move.sent_bytes * devices] for sample in self.samples]) / seconds[:, None]
+        (launch, per_byte), _ = nnls(terms, np.clip(1 - copied / seconds, 0, None))
+        return replace(
+            known,
+            local=Link(bandwidth=float(1 / max(per_byte, 1e-15)), latency=0.0),
+            launch=float(launch),
+            memory_bandwidth=2 * self.copied_per_second * devices,
+            source=f"measured on {kind}",
+        )
+
+
+def measure(placement: Placement, repeats: int) -> Measured:
+    """Time everything in turn, in an order that changes, so that what disturbs one disturbs the others.
 
     Raises:
       PlacementError: there is but one token shard.
@@ -42,25 +69,24 @@ def measure(placement: Placement, repeats: int) -> list[Sample]:
     if not axes:
         raise PlacementError(f"nothing is scattered on {placement}: give a mesh such as 'expert=8'")
     moves = [Move(kind, axes, placement.gather_shards, rows, ROW_BYTES) for kind in KINDS for rows in ROWS]
-    programs = [_program(placement, move) for move in moves]
-    seconds = [[] for _ in moves]
-    for repeat in range(repeats + 1):
-        for program, found in zip(programs, seconds, strict=True):
+    programs = [_copy(placement), *(_program(placement, move) for move in moves)]
+    seconds = [[] for _ in programs]
+    random = np.random.default_rng(0)
+    for repeat in range(WARM_UP + repeats):
+        for number in random.permutation(len(programs)):
             began = time.perf_counter()
-            jax.block_until_ready(program())
-            if repeat:  # the first compiles
-                found.append(time.perf_counter() - began)
-    return [Sample(move, float(np.median(found))) for move, found in zip(moves, seconds, strict=True)]
+            jax.block_until_ready(programs[number]())
+            if repeat >= WARM_UP:
+                seconds[number].append(time.perf_counter() - began)
+    copy, *medians = (float(np.median(found)) for found in seconds)
+    return Measured([Sample(move, found) for move, found in zip(moves, medians, strict=True)], COPIED / copy)
 
 
-def fit(samples: Sequence[Sample]) -> Hardware:
-    """The known record of this kind of device, with the launch and local bandwidth that err least, relatively."""
-    seconds = np.array([sample.seconds for sample in samples])
-    terms = np.array([[1.0, sample.move.sent_bytes] for sample in samples]) / seconds[:, None]
-    (launch, per_byte), *_ = np.linalg.lstsq(terms, np.ones(len(samples)), rcond=None)
-    kind = jax.devices()[0].device_kind
-    link = Link(bandwidth=float(1 / max(per_byte, 1e-15)), latency=0.0)
-    return replace(of_kind(kind), local=link, launch=float(max(launch, 0.0)), source=f"measured on {kind}")
+def _copy(placement: Placement) -> Callable[[], Array]:
+    """Every device writes what it reads."""
+    devices = NamedSharding(placement.mesh, PartitionSpec(placement.mesh.axis_names))
+    value = jnp.ones((placement.mesh.devices.size, COPIED), jnp.int8, device=devices)
+    return partial(jax.jit(jnp.negative), value)
 
 
 def _program(placement: Placement, move: Move) -> Callable[[], Array]:

@@ -14,7 +14,7 @@ import jax
 import typer
 
 from moe_jax.bundled import ADDER
-from moe_jax.calibration import fit, measure
+from moe_jax.calibration import measure
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.checkpoint import check_new
 from moe_jax.errors import MoEJaxError, RequestError
@@ -138,6 +138,7 @@ def generate(
 def evaluate_both(
     model: Model = ADDER,
     mesh: Mesh = None,
+    gather_dtype: GatherDtypeOption = GatherDtype.EXACT,
     dtype: Dtype = None,
     problems: Annotated[int, typer.Option(help="How many held-out additions.", min=1)] = 256,
     as_json: Json = False,
@@ -146,7 +147,7 @@ def evaluate_both(
     asked = held_out(problems)
     results = {}
     for name in (CombineName.SCATTER, CombineName.REDUCE):
-        llm = LLM(model, mesh=mesh, dtype=dtype, combine=name.value)
+        llm = LLM(model, mesh=mesh, dtype=dtype, combine=name.value, gather_dtype=gather_dtype.value)
         results[name.value] = evaluate(llm, asked, progress=sys.stderr.isatty())
     agree = results["scatter"].answers == results["reduce"].answers
     scores = {name: result.exact_match for name, result in results.items()}
@@ -243,10 +244,10 @@ def bench(
 ) -> None:
     """Time collectives on these devices, beside what the policy reckons."""
     placement = as_placement(mesh)
-    samples = measure(placement, repeats)
+    measured = measure(placement, repeats)
     record = as_hardware(hardware)
     if calibrate is not None:
-        record = fit(samples)
+        record = measured.fit()
         save(record, calibrate)
     rows = [
         {
@@ -256,7 +257,7 @@ def bench(
             "seconds": sample.seconds,
             "reckoned_seconds": record.seconds([sample.move], placement),
         }
-        for sample in samples
+        for sample in measured.samples
     ]
     if as_json:
         _print_json({"hardware": asdict(record), "collectives": rows})
@@ -264,7 +265,8 @@ def bench(
     for row in rows:
         micro = f"{row['seconds'] * 1e6:10.0f} us measured {row['reckoned_seconds'] * 1e6:10.0f} us reckoned"
         typer.echo(f"{row['collective']:15} {row['rows']:5} rows {row['sent_bytes'] / 1024:9.0f} KiB sent {micro}")
-    typer.echo(f"launch {record.launch * 1e6:.0f} us, {record.local.bandwidth / 1e9:.3f} GB/s ({record.source})")
+    speeds = f"{record.local.bandwidth / 1e9:.2f} GB/s sent, {record.memory_bandwidth / 1e9:.2f} GB/s in memory"
+    typer.echo(f"launch {record.launch * 1e6:.0f} us, {speeds} ({record.source})")
 
 
 def _whole_numbers(text: str, wanted: int) -> list[int]:

@@ -33,7 +33,7 @@ class Explanation:
     @property
     def sent_bytes_per_step(self) -> float:
         """Bytes that each device is expected to send in all layers of a step."""
-        return self.decision.chosen.sent_bytes * self.layers
+        return self.decision.chosen.sent_bytes
 
     @property
     def memory_bytes(self) -> int:
@@ -124,7 +124,7 @@ def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions
             rows=sum(counts),
             slots=slots,
             positions=bucket(positions),
-            layer_seconds=decision.chosen.seconds,
+            collective_seconds=decision.chosen.seconds,
         ),
     )
 

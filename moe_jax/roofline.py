@@ -38,12 +38,12 @@ class Roofline:
 
 
 def roofline(
-    decoder: ShardedDecoder, hardware: Hardware, *, rows: int, slots: int, positions: int, layer_seconds: float
+    decoder: ShardedDecoder, hardware: Hardware, *, rows: int, slots: int, positions: int, collective_seconds: float
 ) -> Roofline:
     """For `rows` sequences in all, with caches of `slots` sequences of `positions` on each token shard.
 
     Args:
-      layer_seconds: predicted for the collectives of one layer.
+      collective_seconds: predicted for those of all layers.
     """
     weights = sum(map(_held_bytes, jax.tree.leaves(decoder.parameters)))
     caches = sum(map(_held_bytes, jax.tree.leaves(decoder.abstract_caches(slots, positions))))
@@ -51,9 +51,9 @@ def roofline(
     return Roofline(
         weight_bytes=weights,
         cache_bytes=caches,
-        memory_seconds=(weights + caches) / hardware.memory_bandwidth,
-        compute_seconds=flops / hardware.flops,
-        collective_seconds=layer_seconds * len(decoder.config.layers),
+        memory_seconds=(weights + caches) / hardware.memory_bandwidth * hardware.sharers(decoder.placement),
+        compute_seconds=flops / hardware.flops * hardware.sharers(decoder.placement),
+        collective_seconds=collective_seconds,
     )
 
 

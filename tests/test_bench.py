@@ -87,3 +87,13 @@ def test_decode(tmp_path: Path) -> None:
         check_time(variant["step"])
         check_time(variant["collective"])
         assert variant["tokens_per_second"] == pytest.approx(printed["sequences"] / variant["step"]["ms"] * 1e3)
+
+
+def test_policy(tmp_path: Path) -> None:
+    printed, shown, messages = bench("policy", tmp_path)
+    check_plot(tmp_path, "policy", messages)
+    assert "within 15% of the best: the policy in" in shown
+    assert {(cell["shards"], cell["rows"], cell["hidden"]) for cell in printed["results"]} == {(2, 8, 64)}
+    for cell in printed["results"]:
+        assert cell["times_best"] == pytest.approx(cell["ms"][cell["chosen"]] / min(cell["ms"].values()))
+        assert cell["ms"][cell["best"]] == min(cell["ms"].values())

@@ -81,7 +81,7 @@ def test_plan_needs_no_weights(run: Run, tmp_path: Path) -> None:
     printed = run("plan", "--model", str(tmp_path), "--mesh", "data=2,expert=4", "--rows", "4", "--json").json
     assert printed["placement"].startswith("data=2,expert=4,tensor=1")
     (scatter,) = (cost for cost in printed["candidates"] if cost["route"] == "ScatterCombine")
-    assert scatter["combine_bytes"] == 3 * 4 * 32 * 4
+    assert scatter["combine_bytes"] == 2 * 3 * 4 * 32 * 4
     assert "ScatterCombine" in run("plan", "--model", str(tmp_path)).out
 
 
@@ -89,9 +89,9 @@ def test_bench_measures_and_calibrates(run: Run, tmp_path: Path) -> None:
     record = tmp_path / "mine.json"
     printed = run("bench", "--repeats", "2", "--calibrate", str(record), "--json").json
     assert Counter(row["collective"] for row in printed["collectives"]) == {
-        "all-gather": 3,
-        "reduce-scatter": 3,
-        "all-reduce": 3,
+        "all-gather": 4,
+        "reduce-scatter": 4,
+        "all-reduce": 4,
     }
     assert as_hardware(str(record)).launch == printed["hardware"]["launch"]
     assert all(row["seconds"] > 0 and row["reckoned_seconds"] > 0 for row in printed["collectives"])

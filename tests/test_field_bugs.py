@@ -304,7 +304,7 @@ def test_pad_rows_of_idle_shards_are_not_computed() -> None:
 
     def flops(counts: Sequence[int]) -> float:
         capacity = max(counts)
-        policy = Policy(made.placement, replace(ROW, top_k=0), as_hardware("h100"))
+        policy = Policy(made.placement, (replace(ROW, top_k=0),), as_hardware("h100"))
         chosen = policy.decide(counts, capacity).route.combine
         x = jax.ShapeDtypeStruct((8 * capacity, HIDDEN), jnp.float32)
         run = jax.jit(made.program(chosen))
@@ -333,7 +333,7 @@ class Recorder(Programs):
 def test_decode_steps_are_not_padded_to_a_prefill() -> None:
     """Decode steps that shared their buffers with a peer's prefill took as long as it did."""
     decoder = decoders.decoder("dp8_ep8")
-    engine = Engine(decoder, nnx.State({}), Policy(decoder.placement, ROW, as_hardware("h100")))
+    engine = Engine(decoder, nnx.State({}), Policy(decoder.placement, (ROW,), as_hardware("h100")))
     engine.programs = recorder = Recorder(decoder)
     greedy = SamplingParams(temperature=0)
     prompts = [[1] * 12, *[[1]] * 7]

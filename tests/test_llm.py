@@ -129,6 +129,15 @@ def test_explain(golden: LLM) -> None:
         assert words in str(said)
 
 
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("case", ["qwen2_moe_gqa2_e8_top4_sparse_step", "mixtral_gqa8_e16_top4_sharded"])
+@pytest.mark.parametrize("combine", ["scatter", "reduce", "all-to-all"])
+def test_what_is_reckoned_to_be_sent_is_sent(case: str, combine: str) -> None:
+    """By dense layers, shared experts and routed ones, each in its own way."""
+    said = LLM(GOLDEN.parent / case, mesh="expert=4", dtype="float32", combine=combine).explain(16).as_dict()
+    assert said["collective_bytes_per_step"] == pytest.approx(said["sent_bytes_per_step"])
+
+
 @pytest.mark.parametrize(
     "mesh", [None, {"expert": 8}, make_mesh("expert=8"), Placement.parse("expert=8"), "data=1,expert=8,tensor=1"]
 )

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoEConfig
 from moe_jax.errors import ConfigError
 from moe_jax.layers import Cache, KVCache, Step, parameter
 from moe_jax.models.batch import Batch
@@ -63,11 +63,11 @@ class ShardedDecoder:
     def _abstract(self) -> tuple[nnx.GraphDef, Parameters]:
         return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, dtype=self.dtype, rngs=nnx.Rngs(0))))
 
-    def row_bytes(self, encoding: Encoding = EXACT) -> RowBytes:
-        """Of a hidden vector, and of the ids and weights of its experts, in the layer with most."""
-        routed = [layer.ffn for layer in self.config.layers if isinstance(layer.ffn, MoEConfig)]
-        most, shared = max((ffn.top_k for ffn in routed), default=0), any(ffn.shared for ffn in routed)
-        return RowBytes.of(self.config.hidden, self.dtype, top_k=most, shared=shared, encoding=encoding)
+    def rows_of(self, layer: LayerConfig, encoding: Encoding = EXACT) -> RowBytes:
+        """What a layer's feed-forward block moves of each row."""
+        ffn = layer.ffn
+        top_k, shared = (ffn.top_k, ffn.shared is not None) if isinstance(ffn, MoEConfig) else (0, False)
+        return RowBytes.of(self.config.hidden, self.dtype, top_k=top_k, shared=shared, encoding=encoding)
 
     def policy(
         self,
@@ -83,7 +83,8 @@ class ShardedDecoder:
         """
         encoding = as_encoding(gather_dtype)
         strategy, kept = asked_strategy(combine), asked_residual(residual)
-        return Policy(self.placement, self.row_bytes(encoding), hardware, strategy, kept, encoding)
+        layers = tuple(self.rows_of(layer, encoding) for layer in self.config.layers)
+        return Policy(self.placement, layers, hardware, strategy, kept, encoding)
 
     @property
     def graph(self) -> nnx.GraphDef:

@@ -19,7 +19,6 @@ from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from moe_jax.errors import ReductionError
@@ -130,8 +129,4 @@ def apart(joined: Sequence[Float[Array, "N c"]], *like: Shaped[Array, "T _"]) ->
         return list(like)
     (values,) = joined
     ends = np.cumsum([value.shape[1] for value in like])[:-1].tolist()
-    return [part.astype(_dtype(value)) for part, value in zip(jnp.split(values, ends, axis=1), like, strict=True)]
-
-
-def _dtype(value: Array) -> DTypeLike:
-    return value.dtype
+    return [part.astype(value.dtype) for part, value in zip(jnp.split(values, ends, axis=1), like, strict=True)]

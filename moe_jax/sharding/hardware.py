@@ -1,6 +1,8 @@
 """What moving rows costs on a machine: a few public figures for each, or those that `moe_jax.calibration` measured.
 
-Seconds of a collective = launch + hops * latency of the slowest link + bytes sent * seconds per byte of that link.
+Seconds of a collective = launches * launch
+                        + hops * latency of the slowest link + bytes sent / bandwidth of that link
+                        + bytes of the buffer, written and read / memory bandwidth
 """
 
 from __future__ import annotations
@@ -46,10 +48,12 @@ class Hardware:
     memory: float
     """Bytes of a device."""
     memory_bandwidth: float
-    """Bytes per second that a device reads."""
+    """Bytes per second that a device reads and writes."""
     flops: float
     """Dense bfloat16 operations per second of a device."""
     source: str
+    shared: bool = False
+    """Whether the bandwidths are those of all devices of a host together, as for virtual devices."""
 
     def seconds(self, moves: Iterable[Move], placement: Placement) -> float:
         """The time of collectives one after the other."""
@@ -57,7 +61,12 @@ class Hardware:
 
     def _seconds(self, move: Move, placement: Placement) -> float:
         link = self.remote if self.crosses_hosts(move.axes, placement) else self.local
-        return self.launch + move.hops * link.latency + move.sent_bytes / link.bandwidth
+        each = move.sent_bytes / link.bandwidth + 2 * move.buffer_bytes / self.memory_bandwidth
+        return move.launches * self.launch + move.hops * link.latency + each * self.sharers(placement)
+
+    def sharers(self, placement: Placement) -> int:
+        """How many devices share a bandwidth."""
+        return min(placement.mesh.devices.size, self.devices_per_host) if self.shared else 1
 
     def crosses_hosts(self, axes: tuple[str, ...], placement: Placement) -> bool:
         """Whether devices along these axes lie on different hosts, devices numbered host after host."""
@@ -102,12 +111,13 @@ KNOWN: Mapping[str, Hardware] = {
         Hardware(
             name="cpu",
             devices_per_host=2**20,
-            local=Link(0.24 * GB, 0),
-            remote=Link(0.24 * GB, 0),
-            launch=900 * US,
+            local=Link(3.0 * GB, 0),
+            remote=Link(3.0 * GB, 0),
+            launch=430 * US,
             memory=24 * GB,
-            memory_bandwidth=24 * GB,
+            memory_bandwidth=11 * GB,
             flops=0.25e12,
+            shared=True,
             source="moe-jax bench --calibrate: eight virtual devices of two x86-64 cores, jax 0.10.2, 2026-11-22",
         ),
     )

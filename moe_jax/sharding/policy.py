@@ -46,14 +46,14 @@ class Route:
 
     @property
     def name(self) -> str:
-        """As in `ScatterCombine`, or `ScatterCombine, SplitResidual`."""
+        """As in `ScatterCombine`, or `ScatterCombine + SplitResidual`."""
         residual = () if isinstance(self.residual, WholeResidual) else (self.residual,)
-        return ", ".join(type(part).__name__ for part in (self.combine, *residual))
+        return " + ".join(type(part).__name__ for part in (self.combine, *residual))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one layer moves on a route."""
+    """What all layers move on a route."""
 
     route: Route
     heads_bytes: float
@@ -61,7 +61,7 @@ class Cost:
     gather_bytes: float
     combine_bytes: float
     seconds: float
-    """Predicted, for all of it."""
+    """Predicted, if nothing overlaps."""
 
     @property
     def name(self) -> str:
@@ -111,7 +111,8 @@ class Policy:
     """Chooses the route for any counts. What a user insists on, it takes, and still says what it would choose."""
 
     placement: Placement
-    row_bytes: RowBytes
+    layers: tuple[RowBytes, ...]
+    """Of the rows of each layer of the model, or of one alone."""
     hardware: Hardware
     strategy: Strategy | None = None
     """Insisted on."""
@@ -130,57 +131,55 @@ class Policy:
         | yes                              | many, nearly all on one of many     | ReduceCombine   |
         | yes, over more than `top_k`      | many, no shared expert              | AllToAllCombine |
 
-        Where heads are split too, each is weighed with `WholeResidual` and with `SplitResidual`. They send as many
-        bytes; the second sums over more devices at once, in fewer steps.
+        Where heads are split too, each is weighed with `WholeResidual` and with `SplitResidual`.
 
         Args:
           counts: real rows of each token shard; the route will hold them and fewer.
           capacity: rows of each token shard's buffer.
         """
-        candidates = tuple(self._cost(route, capacity) for route in self._routes(counts, capacity))
-        best, *others = sorted(candidates, key=lambda cost: cost.seconds)
-        auto = Decision(best, _reason(best, others), candidates)
+        auto = self._choose(counts, capacity, None, None)
         if self.strategy is None and self.residual is None:
             return auto
-        return self._insist(auto, counts, capacity)
+        asked = self._choose(counts, capacity, self.strategy, self.residual).chosen
+        others = tuple(cost for cost in auto.candidates if cost.name != asked.name)
+        return Decision(asked, f"asked for; the policy says {auto}", (asked, *others))
 
-    def _insist(self, auto: Decision, counts: Sequence[int], capacity: int) -> Decision:
-        residuals = [self.residual] if self.residual else list(RESIDUALS.values())
-        asked = [
+    def _choose(
+        self, counts: Sequence[int], capacity: int, strategy: Strategy | None, residual: type[Residual] | None
+    ) -> Decision:
+        split = self.placement.axes(Role.HEADS)
+        residuals = [residual] if residual else list(RESIDUALS.values()) if split else [WholeResidual]
+        candidates = tuple(
             self._cost(route, capacity)
-            for residual in residuals
-            for route in self._with(residual, [self.strategy] if self.strategy else None, counts, capacity)
-        ]
-        best = min(asked, key=lambda cost: cost.seconds)
-        others = tuple(cost for cost in auto.candidates if cost.name != best.name)
-        return Decision(best, f"asked for; the policy says {auto}", (best, *others))
+            for kind in residuals
+            for route in self._routes(kind(self.placement), strategy, counts, capacity)
+        )
+        best, *others = sorted(candidates, key=lambda cost: cost.seconds)
+        return Decision(best, _reason(best, others), candidates)
 
-    def _routes(self, counts: Sequence[int], capacity: int) -> Iterator[Route]:
-        residuals = RESIDUALS.values() if self.placement.axes(Role.HEADS) else (WholeResidual,)
-        return (route for residual in residuals for route in self._with(residual, None, counts, capacity))
-
-    def _with(
-        self, kind: type[Residual], strategies: Sequence[Strategy] | None, counts: Sequence[int], capacity: int
+    def _routes(
+        self, residual: Residual, strategy: Strategy | None, counts: Sequence[int], capacity: int
     ) -> Iterator[Route]:
-        """The routes with a residual, by these strategies, or by those that make sense on its placement."""
-        residual = kind(self.placement)
         kept, counts = residual.capacity(capacity), residual.counts(counts, capacity)
-        if strategies is None:
-            strategies = self._sensible(residual.blocks)
-        for strategy in strategies:
-            combine = strategy.sized(residual.blocks, counts, kept)
-            yield Route(residual, replace(combine, encoding=self.encoding))
+        for each in [strategy] if strategy else self._sensible(residual.blocks):
+            yield Route(residual, replace(each.sized(residual.blocks, counts, kept), encoding=self.encoding))
 
     def _sensible(self, blocks: Placement) -> Sequence[Strategy]:
         if not blocks.scatter_axes:
             return [ReduceCombine]
-        routed = self.row_bytes.top_k > 0
+        routed = any(row.top_k for row in self.layers)
         return [strategy for strategy in STRATEGIES.values() if routed or strategy is not AllToAllCombine]
 
     def _cost(self, route: Route, capacity: int) -> Cost:
-        kept, row = route.residual.capacity(capacity), self.row_bytes
-        heads = route.residual.moves(capacity, row)
-        gather, combine = route.combine.gather_moves(kept, row), route.combine.combine_moves(kept, row)
+        kept = route.residual.capacity(capacity)
+        heads, gather, combine = (
+            [move for row in self.layers for move in moves(rows, row)]
+            for moves, rows in (
+                (route.residual.moves, capacity),
+                (route.combine.gather_moves, kept),
+                (route.combine.combine_moves, kept),
+            )
+        )
         return Cost(
             route,
             heads_bytes=sent_bytes(heads),
@@ -200,7 +199,7 @@ def _reason(best: Cost, others: Sequence[Cost]) -> str:
         else f"sums over {_written(blocks.sum_axes)}, which split no tokens"
     )
     losers = ", ".join(f"{other.name} {other.seconds * 1e6:.1f}" for other in others)
-    return f"{what}; predicted {best.seconds * 1e6:.1f} us a layer ({losers})"
+    return f"{what}; predicted {best.seconds * 1e6:.1f} us ({losers})"
 
 
 def _written(axes: tuple[str, ...]) -> str:

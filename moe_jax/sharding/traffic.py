@@ -67,23 +67,27 @@ class Move:
     @property
     def sent_bytes(self) -> float:
         """What each device sends, by a ring: an all-reduce is a reduce-scatter and an all-gather."""
-        return self.share * self.most_bytes
+        passes = 2 if self.kind is Kind.ALL_REDUCE else 1
+        return passes * self.share * self.rows * self.row_bytes * (self.devices - 1) / self.devices
 
     @property
-    def most_bytes(self) -> float:
-        """What each device sends if all rows are sent."""
-        return self.passes * self.rows * self.row_bytes * (self.devices - 1) / self.devices
+    def buffer_bytes(self) -> int:
+        """Of the buffers that each device holds whole: an exchange has one to send from and one to receive in."""
+        return self.rows * self.row_bytes * (2 if self._is_exchange else 1)
+
+    @property
+    def launches(self) -> int:
+        """How often the device is kept waiting: XLA:GPU reads the sizes of a ragged exchange on the host first."""
+        return 2 if self.kind is Kind.RAGGED_ALL_TO_ALL else 1
 
     @property
     def hops(self) -> int:
-        """Steps of the ring, one after the other; all devices exchange with all others at once."""
-        if self.kind in (Kind.ALL_TO_ALL, Kind.RAGGED_ALL_TO_ALL):
-            return 1
-        return self.passes * (self.devices - 1)
+        """Steps of the ring, one after the other; in an exchange all devices send to all others at once."""
+        return 1 if self._is_exchange else (self.devices - 1) * (2 if self.kind is Kind.ALL_REDUCE else 1)
 
     @property
-    def passes(self) -> int:
-        return 2 if self.kind is Kind.ALL_REDUCE else 1
+    def _is_exchange(self) -> bool:
+        return self.kind in (Kind.ALL_TO_ALL, Kind.RAGGED_ALL_TO_ALL)
 
 
 def moves(

@@ -102,7 +102,7 @@ def test_with_attention_tp_heads_and_columns_are_summed_and_gathered_besides(
 
 def test_split_residuals_leave_no_all_reduce(plan: Callable[..., dict[str, Any]]) -> None:
     found = plan("--mesh", "expert=4,tensor=2", "--combine", "scatter", "--residual", "split")
-    assert found["route"] == "ScatterCombine, SplitResidual"
+    assert found["route"] == "ScatterCombine + SplitResidual"
     assert found["collectives_per_step"] == {"all-gather": 2 * LAYERS + 2, "reduce-scatter": 2 * LAYERS + 1}
     embedding_and_last_rows = 2 * 32 * HIDDEN_BYTES
     columns = 64 * 151936 // 2 * 4
@@ -120,6 +120,14 @@ def test_all_to_all_sends_rows_to_their_experts_only(plan: Callable[..., dict[st
     assert (
         found["sent_bytes_per_step"] < 0.45 * plan("--mesh", "expert=16", "--combine", "scatter")["sent_bytes_per_step"]
     )
+
+
+def test_all_to_all_is_chosen_for_many_rows_on_more_devices_than_a_row_visits(
+    plan: Callable[..., dict[str, Any]],
+) -> None:
+    found = plan("--mesh", "expert=64", "--rows", "256")
+    assert found["route"] == "AllToAllCombine"
+    assert found["collectives_per_step"] == {"all-gather": LAYERS, "ragged-all-to-all": 2 * LAYERS}
 
 
 def test_rows_are_gathered_in_a_byte_per_number(plan: Callable[..., dict[str, Any]]) -> None:

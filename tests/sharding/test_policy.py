@@ -35,7 +35,7 @@ HALF_IDLE = [64, 0] * 4
 
 
 def choose(where: str, counts: list[int], hardware: Hardware = H100, row: RowBytes = ROW) -> Decision:
-    return Policy(placement(where), row, hardware).decide(counts, max(counts))
+    return Policy(placement(where), (row,), hardware).decide(counts, max(counts))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_sized_strategy_holds_its_counts(strategy: type, counts: list[int]) ->
 def test_what_is_asked_for_is_taken_and_the_policy_still_heard(where: str) -> None:
     here = placement(where)
     counts = [4] * here.size(Role.TOKENS)
-    policy = Policy(here, ROW, H100)
+    policy = Policy(here, (ROW,), H100)
     auto = policy.decide(counts, 4)
     for name, strategy in STRATEGIES.items():
         asked = replace(policy, strategy=asked_strategy(name), residual=asked_residual("whole"))
@@ -118,7 +118,7 @@ def test_strange_wishes(wish: object) -> None:
 
 def test_both_residuals_are_weighed_where_heads_are_split() -> None:
     names = {cost.name for cost in choose("dp4_ep4_tp2", [256] * 4).candidates}
-    assert {"ScatterCombine", "ScatterCombine, SplitResidual"} <= names
+    assert {"ScatterCombine", "ScatterCombine + SplitResidual"} <= names
     assert len(choose("dp8_ep8", [256] * 8).candidates) == len(STRATEGIES)
     # Where each hop costs much, few large rings are slower than many small ones.
     far = replace(H100, launch=0.0, local=replace(H100.local, latency=1.0))
