@@ -11,6 +11,7 @@ python -m bench.policy [--hardware FILE] [--shards 2,4,8] [--rows 8,64] [--quick
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,6 +41,10 @@ from moe_jax.sharding.policy import STRATEGIES
 
 QUICK = {"repeats": 2, "shards": [2], "rows": [8], "hidden": [64]}
 TOP_K, HELD, DTYPE = 8, 4, "bfloat16"
+COPIES = 8
+"""Of the gathered rows that a program holds at once, about."""
+FEW, OFTENER = 64, 4
+"""So few rows are timed so many times as often, for noise is most of what they take."""
 NEAR = 1.15
 """A choice is right if it takes at most so many times what the best strategy takes."""
 
@@ -87,7 +92,10 @@ def measure(placement: Placement, counts: list[int], hidden: int, hardware: Hard
     policy = Policy(placement, (RowBytes.of(hidden, DTYPE, top_k=TOP_K),), hardware)
     sized = {name: strategy.sized(placement, counts, rows.capacity) for name, strategy in STRATEGIES.items()}
     chosen = policy.decide(counts, rows.capacity).route.combine
-    times = interleaved({name: program(combine, rows, hidden) for name, combine in sized.items()}, repeats)
+    programs = {name: program(combine, rows, hidden) for name, combine in sized.items()}
+    alike = {name: next(other for other in programs if same(programs[other], programs[name])) for name in programs}
+    timed = interleaved({name: programs[name] for name in set(alike.values())}, repeats)
+    times = {name: timed[alike[name]] for name in programs}
     (name,) = (name for name, combine in sized.items() if combine == chosen)
     best = min(times, key=lambda name: times[name].median)
     return {
@@ -98,12 +106,27 @@ def measure(placement: Placement, counts: list[int], hidden: int, hardware: Hard
     }
 
 
+def same(one: Program, other: Program) -> bool:
+    """Whether two strategies came to one program, as a ragged combine with no base is a reduction."""
+    return instructions(one) == instructions(other)
+
+
+def instructions(program: Program) -> list[str]:
+    lines = (program.compiled.as_text() or "").splitlines()
+    return [re.sub(r", metadata=\{[^}]*\}", "", line) for line in lines if " = " in line]
+
+
 def grid(options: Namespace, hardware: Hardware) -> Iterator[dict[str, Any]]:
     for shards, hidden, rows, skew in product(options.shards, options.hidden, options.rows, SKEWS):
         placement = Placement(make_mesh({"expert": shards}, jax.devices()[:shards]))
         counts = SKEWS[skew](rows, shards)
         cell = {"shards": shards, "hidden": hidden, "rows": rows, "skew": skew}
-        yield cell | measure(placement, counts, hidden, hardware, options.repeats)
+        buffer = Rows.of(counts, placement).capacity * shards * hidden * jnp.dtype(DTYPE).itemsize
+        if COPIES * buffer * hardware.sharers(placement) > hardware.memory:
+            print(f"left out, for its buffers would not fit in memory: {cell}")
+            continue
+        repeats = options.repeats * (1 if rows > FEW else OFTENER)
+        yield cell | measure(placement, counts, hidden, hardware, repeats)
 
 
 def main() -> None:

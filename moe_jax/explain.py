@@ -58,6 +58,7 @@ class Explanation:
             "collectives_per_step": dict(count(self.collectives)),
             "asynchronous_collectives_per_step": dict(count(c for c in self.collectives if c.asynchronous)),
             "collective_bytes_per_step": sent_bytes(self.collectives),
+            "collectives": [asdict(collective) for collective in self.collectives],
             "memory_bytes": self.memory_bytes,
             "temporary_bytes": self.temporary_bytes,
             "fits": self.fits,

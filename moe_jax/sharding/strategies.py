@@ -133,7 +133,11 @@ class ReduceCombine(Combine):
 @dataclass(frozen=True)
 class RaggedCombine(Combine):
     """A base of rows that most shards have is scattered, the overflow of the others is packed and summed: nearly no pad
-    rows, and nearly nothing sent twice."""
+    rows, and nearly nothing sent twice.
+
+    The two add up in different orders where the partial sum is over several axes: a row's last bits may then depend on
+    which of the two it is in, and so on its neighbours.
+    """
 
     base: int
     """Rows of each shard that are scattered, fewer than its capacity; may be 0."""

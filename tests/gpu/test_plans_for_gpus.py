@@ -60,6 +60,10 @@ def test_dp8_ep8_scatters_half_the_bytes_of_a_sum(plan: Callable[..., dict[str, 
     assert found["asynchronous_collectives_per_step"] == found["collectives_per_step"]
     assert_sends_what_the_policy_counts(found)
     assert combine_bytes(found, "ScatterCombine") <= 0.51 * combine_bytes(found, "ReduceCombine")
+    assert {(c["kind"], c["result"], c["devices"], c["times"]) for c in found["collectives"]} == {
+        ("all-gather", "bf16[512,2048], f32[512,16]", 8, LAYERS),
+        ("reduce-scatter", "bf16[64,2048]", 8, LAYERS),
+    }
     assert found["cache_bytes"] == LAYERS * 64 * 4 * 2048 * 128 * 2 * 2
     assert found["memory_bytes"] < 1.1 * (found["weight_bytes"] + found["cache_bytes"])
     assert found["fits"]
@@ -141,7 +145,8 @@ def test_rows_are_gathered_in_a_byte_per_number(plan: Callable[..., dict[str, An
 def test_an_axis_between_hosts_costs_more_and_replicas_cost_nothing(plan: Callable[..., dict[str, Any]]) -> None:
     two_hosts = plan("--mesh", "expert=16", "--combine", "scatter")
     replicas = plan("--mesh", "data=32,expert=8", "--combine", "scatter")
-    for found in (two_hosts, replicas):
+    for found, together in ((two_hosts, 16), (replicas, 8)):
+        assert {collective["devices"] for collective in found["collectives"]} == {together}
         assert found["collectives_per_step"] == {"all-gather": LAYERS, "reduce-scatter": LAYERS}
         assert_sends_what_the_policy_counts(found)
     assert two_hosts["collective_share"] > 2 * replicas["collective_share"]
