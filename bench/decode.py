@@ -84,6 +84,8 @@ def show(result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     options, placement = script.begin(arguments(), QUICK)
+    if options.trace:
+        options.trace.mkdir(parents=True, exist_ok=True)
     decoder = ShardedDecoder(described(options), placement, options.dtype)
     result = {"model": str(options.model or "synthetic"), "dtype": options.dtype, **measure(decoder, options)}
     show(result)

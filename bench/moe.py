@@ -93,7 +93,7 @@ def main() -> None:
         for skew in options.skews:
             results.append(result := measure(block, total, skew, options.repeats))
             table.row(total, skew, *map(written, result["variants"].values()), result["policy"])
-    print("policy: what moe_jax would choose, by what it knows of the hardware, not by these times")
+    print("policy: what moe_jax would choose with whole rows, by what it knows of the hardware, not by these times")
     sizes = {name: getattr(options, name) for name in ("experts", "top_k", "hidden", "width", "dtype")}
     script.finish("moe", options, placement, {**sizes, "results": results}, lambda axes: draw(axes, results))
 

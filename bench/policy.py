@@ -40,7 +40,7 @@ from moe_jax.sharding import (
 from moe_jax.sharding.policy import STRATEGIES
 
 QUICK = {"repeats": 2, "shards": [2], "rows": [8], "hidden": [64]}
-TOP_K, HELD, DTYPE = 8, 4, "bfloat16"
+TOP_K, HELD, DTYPE = 4, 4, "bfloat16"
 COPIES = 8
 """Of the gathered rows that a program holds at once, about."""
 FEW, OFTENER = 64, 4
@@ -59,7 +59,7 @@ def heavy(rows: int, shards: int) -> list[int]:
 
 
 def idle(rows: int, shards: int) -> list[int]:
-    return [count for some in evenly(rows, shards // 2) for count in (some, 0)]
+    return [count for some in evenly(rows, (shards + 1) // 2) for count in (some, 0)][:shards]
 
 
 SKEWS: dict[str, Callable[[int, int], list[int]]] = {"even": evenly, "mild": mild, "heavy": heavy, "idle": idle}
@@ -130,7 +130,10 @@ def grid(options: Namespace, hardware: Hardware) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    options, placement = script.begin(arguments(), QUICK)
+    parser = arguments()
+    options, placement = script.begin(parser, QUICK)
+    if options.mesh:
+        parser.error("every cell makes its own mesh: give --shards in place of --mesh")
     hardware = as_hardware(options.hardware)
     print(f"reckoned with {hardware.name}: {hardware.source}")
     columns = {"shards": ">6", "hidden": ">6", "rows": ">6", "skew": ">6"}
@@ -141,6 +144,8 @@ def main() -> None:
         results.append(cell)
         measured = (f"{ms:.2f}" for ms in cell["ms"].values())
         table.row(*(cell[name] for name in columns), *measured, cell["chosen"], f"{cell['times_best']:.2f}")
+    if not results:
+        parser.error("no cell fits in memory: give fewer --rows or a smaller --hidden")
     right = sum(cell["times_best"] <= NEAR for cell in results) / len(results)
     always = {
         name: sum(c["ms"][name] <= NEAR * min(c["ms"].values()) for c in results) / len(results) for name in STRATEGIES
@@ -156,7 +161,7 @@ def main() -> None:
 def arguments() -> ArgumentParser:
     parser = script.parser("policy", "Times every strategy over a grid, beside what the policy chooses.", repeats=9)
     parser.add_argument("--hardware", help="a name, or a file that moe-jax bench --calibrate wrote")
-    parser.add_argument("--shards", type=script.several(script.positive), default=[2, 4, 8])
+    parser.add_argument("--shards", type=script.several(script.above_one), default=[2, 4, 8])
     parser.add_argument("--rows", type=script.several(script.positive), default=[8, 64, 512, 4096])
     parser.add_argument("--hidden", type=script.several(script.positive), default=[1024, 8192])
     return parser

@@ -40,6 +40,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def above_one(text: str) -> int:
+    """A whole number above 1."""
+    if positive(text) < 2:
+        raise ArgumentTypeError(f"expected a whole number above 1, got {text!r}")
+    return int(text)
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     try:
@@ -62,6 +69,9 @@ def begin(parser: ArgumentParser, quick: Mapping[str, Any]) -> tuple[Namespace, 
     if options.quick:
         parser.set_defaults(**quick)
         options = parser.parse_args()
+    for path in filter(None, (options.json, options.plot)):
+        if not path.absolute().parent.is_dir():
+            parser.error(f"cannot write {path}: there is no directory {path.parent}")
     jax.config.update("jax_num_cpu_devices", options.cpu_devices)
     placement = as_placement(options.mesh)
     print(", ".join(f"{name} {value}" for name, value in machine(placement).items()))

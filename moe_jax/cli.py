@@ -17,7 +17,7 @@ from moe_jax.bundled import ADDER
 from moe_jax.calibration import measure
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.checkpoint import check_new
-from moe_jax.errors import MoEJaxError, RequestError
+from moe_jax.errors import ConfigError, MoEJaxError, RequestError
 from moe_jax.evaluation import evaluate, held_out
 from moe_jax.explain import explain
 from moe_jax.llm import LLM, checked_length
@@ -86,6 +86,7 @@ def devices(
     cpu_devices: Annotated[int, typer.Option(help="Virtual devices where there is no accelerator.", min=1)] = 8,
 ) -> None:
     """Decode Mixture-of-Experts language models in batches on a JAX mesh."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # or XLA says on every start that it finds no GPU
     jax.config.update("jax_num_cpu_devices", cpu_devices)
 
 
@@ -222,7 +223,6 @@ def plan(
     if target is None:
         placement, options = as_placement(mesh), None
     else:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # or XLA says on every start that it finds no GPU
         jax.config.update("jax_platforms", "cpu")
         placement, options = target_placement(target, mesh), COMPILER_OPTIONS
     decoder = ShardedDecoder(checkpoint.config, placement, dtype or checkpoint.dtype)
@@ -243,6 +243,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time collectives on these devices, beside what the policy reckons."""
+    if calibrate is not None and not calibrate.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {calibrate}: there is no directory {calibrate.parent}")
     placement = as_placement(mesh)
     measured = measure(placement, repeats)
     record = as_hardware(hardware)

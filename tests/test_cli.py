@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from moe_jax import cli
+from moe_jax.sharding.encoding import ENCODINGS
 from moe_jax.sharding.hardware import KNOWN, as_hardware, save
+from moe_jax.sharding.policy import STRATEGIES
+from moe_jax.sharding.residual import RESIDUALS
 
 GOLDEN = str(Path(__file__).parent / "goldens" / "qwen3_moe_gqa4_e8_top2")
 
@@ -97,6 +100,7 @@ def test_bench_measures_and_calibrates(run: Run, tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 and row["reckoned_seconds"] > 0 for row in printed["collectives"])
     assert "reckoned as cpu" in run("plan", "--hardware", str(record)).out
     assert "nothing is scattered" in run("bench", "--mesh", "data=8").err
+    assert "there is no directory" in run("bench", "--calibrate", str(tmp_path / "none" / "mine.json")).err
 
 
 def test_plan_says_what_does_not_fit(run: Run, tmp_path: Path) -> None:
@@ -166,3 +170,9 @@ def test_mistakes_are_one_line_and_status_2(run: Run, arguments: list[str], mess
 def test_unknown_words_are_refused_with_usage(run: Run, arguments: list[str]) -> None:
     assert run(*arguments).status == 2
     assert "Usage" in run.err
+
+
+def test_options_offer_what_there_is() -> None:
+    for option, known in ((cli.CombineName, STRATEGIES), (cli.ResidualName, RESIDUALS)):
+        assert {name.value for name in option} == {"auto", *known}
+    assert {name.value for name in cli.GatherDtype} == set(ENCODINGS)

@@ -58,7 +58,8 @@ class PartialSum:
 
     def split(self, rows: int) -> tuple[PartialSum, PartialSum]:
         """The first `rows` rows and the others, each to be reduced in its own way."""
-        return PartialSum(self._value[:rows], self.axes), PartialSum(self._value[rows:], self.axes)
+        first, others = self._value[:rows], self._value[rows:]
+        return PartialSum(first, self.axes, self.exchanged), PartialSum(others, self.axes, self.exchanged)
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise ReductionError(

@@ -66,7 +66,8 @@ class Scaled(Encoding):
     def encode(self, x: Float[Array, "T D"]) -> tuple[Array, Float[Array, "T b"]]:
         blocks = x.astype(jnp.float32).reshape(x.shape[0], _blocks(x.shape[1]), -1)
         scales = jnp.max(jnp.abs(blocks), axis=-1) / self.largest
-        scaled = blocks / jnp.where(scales > 0, scales, 1)[..., None]
+        # A scale that is no normal number is rounded too much to divide by.
+        scaled = blocks / jnp.where(scales >= jnp.finfo(jnp.float32).tiny, scales, jnp.inf)[..., None]
         small = (jnp.round(scaled) if jnp.issubdtype(self.dtype, jnp.integer) else scaled).astype(self.dtype)
         return lax.bitcast_convert_type(small, jnp.uint8).reshape(x.shape), scales
 
@@ -92,7 +93,7 @@ def as_encoding(name: str) -> Encoding:
     Raises:
       ConfigError: no such encoding.
     """
-    if name not in ENCODINGS:
+    if not isinstance(name, str) or name not in ENCODINGS:
         raise ConfigError(f"gather_dtype must be {', '.join(ENCODINGS)}, got {name!r}")
     return ENCODINGS[name]
 

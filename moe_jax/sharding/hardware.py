@@ -33,6 +33,9 @@ class Link:
     latency: float
     """Seconds of one hop."""
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -55,6 +58,9 @@ class Hardware:
     shared: bool = False
     """Whether the bandwidths are those of all devices of a host together, as for virtual devices."""
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
     def seconds(self, moves: Iterable[Move], placement: Placement) -> float:
         """The time of collectives one after the other."""
         return sum(self._seconds(move, placement) for move in moves)
@@ -74,6 +80,19 @@ class Hardware:
         host = np.arange(mesh.devices.size).reshape(mesh.devices.shape) // self.devices_per_host
         along = tuple(mesh.axis_names.index(axis) for axis in axes)
         return bool(np.any(host != host.min(axis=along, keepdims=True)))
+
+
+def _check_numbers(record: Link | Hardware) -> None:
+    """
+    Raises:
+      ValueError: a number that is none, or not above 0; times may be 0.
+    """
+    for part in dataclasses.fields(record):
+        value = getattr(record, part.name)
+        if part.type in ("float", "int"):
+            is_time = part.name in ("launch", "latency")
+            if not isinstance(value, int | float) or not (value > 0 or (is_time and value == 0)):
+                raise ValueError(f"{part.name} must be a number above 0, got {value!r}")
 
 
 NCCL = (
@@ -134,8 +153,8 @@ def as_hardware(name: str | Hardware | None) -> Hardware:
         return name
     if name is None:
         return of_kind(jax.devices()[0].device_kind)
-    if name.lower() in KNOWN:
-        return KNOWN[name.lower()]
+    if str(name).lower() in KNOWN:
+        return KNOWN[str(name).lower()]
     try:
         raw = json.loads(Path(name).read_text())
         return Hardware(**{**raw, "local": Link(**raw["local"]), "remote": Link(**raw["remote"])})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import isabstract
 from typing import Any, TypeVar
 
 from moe_jax.errors import PlacementError
@@ -225,7 +226,7 @@ def asked_residual(wanted: str | type[Residual]) -> type[Residual] | None:
 
 
 def _asked(option: str, wanted: str | T, known: Mapping[str, T], base: T) -> T | None:
-    if isinstance(wanted, type) and issubclass(wanted, base):
+    if isinstance(wanted, type) and issubclass(wanted, base) and not isabstract(wanted):
         return wanted
     if wanted == "auto":
         return None

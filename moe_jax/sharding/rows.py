@@ -6,7 +6,7 @@ s  token shards that gather together
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -100,6 +100,14 @@ def bucket(size: int, per_doubling: int = 1) -> int:
     last = max(size - 1, 0)
     step = max((1 << last.bit_length()) // (2 * per_doubling), 1)
     return (last // step + 1) * step
+
+
+def ladder(below: int, per_doubling: int) -> Iterator[int]:
+    """The sizes of the ladder that are smaller than `below`."""
+    size = 1
+    while size < below:
+        yield size
+        size = bucket(size + 1, per_doubling)
 
 
 def grouped(counts: Sequence[int], placement: Placement) -> Int[np.ndarray, "groups s"]:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int32
 from moe_jax.sharding.collectives import PartialSum, all_gather, axis_index, partial_sum, reduce
 from moe_jax.sharding.combine import Combine, Gathered
 from moe_jax.sharding.placement import Placement, Role
-from moe_jax.sharding.rows import FINE, Rows, bucket, grouped, masked
+from moe_jax.sharding.rows import FINE, Rows, bucket, grouped, ladder, masked
 from moe_jax.sharding.traffic import Kind, Move, RowBytes, moves, sent_bytes
 
 
@@ -147,8 +147,10 @@ class RaggedCombine(Combine):
     @classmethod
     def sized(cls, placement: Placement, counts: Sequence[int], capacity: int) -> RaggedCombine:
         """With the base that sends least."""
-        bases = sorted({0} | {size for size in range(1, capacity) if size == bucket(size, FINE)})
-        sizes = [cls(placement, base, bucket(_largest(_above(base, counts), placement), FINE)) for base in bases]
+        sizes = [
+            cls(placement, base, bucket(_largest(_above(base, counts), placement), FINE))
+            for base in (0, *ladder(capacity, FINE))
+        ]
         rows = RowBytes(gather=1, combine=1)
         return min(
             sizes, key=lambda size: sent_bytes(size.gather_moves(capacity, rows) + size.combine_moves(capacity, rows))

@@ -13,10 +13,11 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from moe_jax.errors import ConfigError
 from moe_jax.layers import Load, Step, Uncached
 from moe_jax.models import Batch, Caches, Decoder, Parameters, ShardedDecoder
 from moe_jax.models.grouping import group_layers
-from moe_jax.sharding import Role, Route
+from moe_jax.sharding import EXACT, Role, Route
 from moe_jax.sharding.collectives import sum_devices
 from moe_jax.training.examples import NOT_A_TARGET, Examples
 
@@ -30,11 +31,17 @@ class Losses(NamedTuple):
 
 
 def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, route: Route) -> Losses:
-    """The losses of the examples, the same on every device."""
+    """The losses of the examples, the same on every device.
+
+    Raises:
+      ConfigError: rows that are gathered in less precision, for rounding has no gradient.
+    """
+    if route.combine.encoding != EXACT:
+        raise ConfigError("losses need rows that are gathered exactly: rounding has no gradient")
     batch = examples.batch
     groups = group_layers(decoder.config.layers)
     caches: Caches = [[Uncached(batch.packing.chunk) for _ in group.unit] for group in groups]
-    axes = decoder.placement.axes(Role.TOKENS)
+    axes, kept = (here.axes(Role.TOKENS) for here in (decoder.placement, route.residual.blocks))
 
     def run(model: Decoder, batch: Batch, targets: Array) -> Losses:
         step = Step.of(batch.rows, batch.packing, route)
@@ -42,7 +49,7 @@ def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, 
         wanted = targets != NOT_A_TARGET
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(wanted, targets, 0))
         total, count = jnp.sum(jnp.where(wanted, nats, 0)), jnp.sum(wanted)
-        balances = [_balance(sum_devices(load, axes)) for load in loads]
+        balances = [_balance(sum_devices(load, kept)) for load in loads]
         return Losses(
             sum_devices(total, axes) / sum_devices(count, axes),
             jnp.mean(jnp.concatenate(balances)) if balances else jnp.ones(()),

@@ -83,6 +83,14 @@ def test_blocks_see_the_rows_that_were_sent(name: str) -> None:
         )
 
 
-def test_strange_names() -> None:
-    with pytest.raises(ConfigError, match="gather_dtype must be exact, float8_e4m3fn, int8, got 'fp4'"):
-        as_encoding("fp4")
+@pytest.mark.parametrize("name", SMALL)
+def test_numbers_too_small_for_a_scale_come_back_as_zero(name: str) -> None:
+    x = np.full((1, 24), np.finfo(np.float32).tiny, np.float32)
+    x[0, 1:] = 1e-41
+    np.testing.assert_array_equal(there_and_back(as_encoding(name), x), 0)
+
+
+@pytest.mark.parametrize("name", ["fp4", ["int8"]])
+def test_strange_names(name: str) -> None:
+    with pytest.raises(ConfigError, match="gather_dtype must be exact, float8_e4m3fn, int8, got"):
+        as_encoding(name)

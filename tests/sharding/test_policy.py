@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,13 @@ from placements import PLACEMENTS, placement
 
 from moe_jax.errors import ConfigError, PlacementError
 from moe_jax.sharding import (
+    Combine,
     Hardware,
     Placement,
     Policy,
     RaggedCombine,
     ReduceCombine,
+    Residual,
     Role,
     Route,
     RowBytes,
@@ -109,7 +112,7 @@ def test_what_is_asked_for_is_taken_and_the_policy_still_heard(where: str) -> No
     assert asked_strategy(ScatterCombine) is ScatterCombine
 
 
-@pytest.mark.parametrize("wish", ["fast", 3, int])
+@pytest.mark.parametrize("wish", ["fast", 3, int, ["scatter"], Combine, Residual])
 def test_strange_wishes(wish: object) -> None:
     for asked, known in ((asked_strategy, "scatter, reduce, ragged, all-to-all"), (asked_residual, "whole, split")):
         with pytest.raises(PlacementError, match=f"must be auto, {known} or a class derived from .*, got"):
@@ -153,6 +156,8 @@ def test_hardware_by_name_by_file_and_by_device(tmp_path: Path) -> None:
     save(NO_LATENCY, tmp_path / "mine.json")
     assert as_hardware(str(tmp_path / "mine.json")) == NO_LATENCY
     (tmp_path / "odd.json").write_text('{"name": "odd"}')
-    for name in ("h99", str(tmp_path / "odd.json"), str(tmp_path)):
+    stopped = json.loads((tmp_path / "mine.json").read_text()) | {"memory_bandwidth": 0}
+    (tmp_path / "stopped.json").write_text(json.dumps(stopped))
+    for name in ("h99", str(tmp_path / "odd.json"), str(tmp_path / "stopped.json"), str(tmp_path), 3):
         with pytest.raises(ConfigError, match=r"no hardware .*a100, h100"):
-            as_hardware(name)
+            as_hardware(name)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from placements import placement
 
 from moe_jax.sharding import FINE, ReduceCombine, Rows, bucket
+from moe_jax.sharding.rows import ladder
 
 
 @given(st.integers(0, 10**6))
@@ -25,6 +26,11 @@ def test_fine_buckets_waste_little_and_are_few(rows: int) -> None:
 
 def test_there_are_few_fine_buckets() -> None:
     assert len({bucket(rows, FINE) for rows in range(1025, 2049)}) == FINE
+
+
+def test_the_ladder_holds_what_buckets_give() -> None:
+    assert list(ladder(100, FINE)) == sorted({bucket(rows, FINE) for rows in range(1, 100)} - {100})
+    assert not list(ladder(1, FINE))
 
 
 def test_sizes_hold_each_group() -> None:

@@ -12,10 +12,20 @@ import numpy as np
 import pytest
 
 from moe_jax.checkpoints.orbax_store import Steps
-from moe_jax.errors import CheckpointError
+from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.layers import Load
 from moe_jax.models import ShardedDecoder
-from moe_jax.sharding import Combine, Placement, ReduceCombine, Role, Route, ScatterCombine
+from moe_jax.sharding import (
+    AllToAllCombine,
+    Combine,
+    Placement,
+    ReduceCombine,
+    Role,
+    Route,
+    ScatterCombine,
+    SplitResidual,
+    as_encoding,
+)
 from moe_jax.training.addition import CHARACTERS, END, Problem, problems, tokenizer
 from moe_jax.training.examples import Examples, examples
 from moe_jax.training.loss import _balance, losses
@@ -45,6 +55,17 @@ def test_the_loss_is_that_of_the_answers_on_every_placement_and_strategy() -> No
         trainer = TINY.trainer(placement, for_training(combine, placement))
         run = jax.jit(lambda p, e, trainer=trainer: losses(trainer.decoder, p, e, trainer.route))
         found.append(run(trainer.decoder.init(0), trainer.examples(0)))
+    split = SplitResidual(HERE)
+    rows = TINY.batch_size * LONGEST
+    kept = split.capacity(rows)
+    sized = AllToAllCombine.sized(split.blocks, [kept] * split.blocks.size(Role.TOKENS), kept)
+    trainer = replace(TINY.trainer(HERE, SCATTER), route=Route(split, sized))
+    found.append(
+        jax.jit(lambda p, e: losses(trainer.decoder, p, e, trainer.route))(trainer.decoder.init(0), trainer.examples(0))
+    )
+    lossy = replace(sized, encoding=as_encoding("int8"))
+    with pytest.raises(ConfigError, match="gathered exactly"):
+        losses(trainer.decoder, trainer.decoder.parameters, trainer.examples(0), Route(split, lossy))
     batch = problems(TINY.batch_size, (TINY.seed, 0), digits=TINY.digits, held_out=False)
     single = Placement.parse("data=1")
     expected = _answer_nats(TINY.trainer(single, for_training(ReduceCombine, single)).decoder, batch)
