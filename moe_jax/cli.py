@@ -86,7 +86,7 @@ def devices(
     cpu_devices: Annotated[int, typer.Option(help="Virtual devices where there is no accelerator.", min=1)] = 8,
 ) -> None:
     """Decode Mixture-of-Experts language models in batches on a JAX mesh."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # or XLA says on every start that it finds no GPU
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA otherwise reports its progress on standard error
     jax.config.update("jax_num_cpu_devices", cpu_devices)
 
 
