@@ -26,7 +26,7 @@ SLOTS, POSITIONS = 64, 2048
 def compile_step(depth: int, placement: Placement) -> None:
     config = ModelConfig(151936, 2048, (LAYER,) * depth, 1e-6, 40960)
     programs = Programs(ShardedDecoder(config, placement, "bfloat16"))
-    programs.decode_step(SLOTS, POSITIONS, SLOTS, Route.whole(ScatterCombine(placement)))
+    programs.decode_step(SLOTS, POSITIONS, Route.whole(ScatterCombine(placement)))
 
 
 def main() -> None:

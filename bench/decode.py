@@ -38,18 +38,18 @@ TRACED_STEPS = 3
 def measure(decoder: ShardedDecoder, options: Namespace) -> dict[str, Any]:
     here, parameters = decoder.placement, decoder.init(seed=0)
     steps = 1 + options.repeats + (TRACED_STEPS if options.trace else 0)
-    batches = prepared(decoder, options.sequences, steps)
     positions = max(steps, options.positions)
+    turns = prepared(decoder, options.sequences, positions, steps)
     counts = [options.sequences] * here.size(Role.TOKENS)
     sized = {name: strategy.sized(here, counts, options.sequences) for name, strategy in STRATEGIES.items()}
-    decodes = {name: Decode(decoder, parameters, batches, positions, combine) for name, combine in sized.items()}
+    decodes = {name: Decode(decoder, parameters, turns, positions, combine) for name, combine in sized.items()}
     alone = {f"{name} alone": decode.alone for name, decode in decodes.items() if decode.is_alike}
     times = interleaved({**decodes, **alone}, options.repeats)
     if options.trace:
         trace(decodes, options.trace)
     reduced, scattered = (np.array(decode.tokens) for decode in decodes.values())
     return {
-        "sequences": len(batches[0].tokens),
+        "sequences": len(turns[0].slots),
         "steps": steps,
         "variants": {name: decode.profile(times[name], times.get(f"{name} alone")) for name, decode in decodes.items()},
         "different_tokens": int(np.sum(reduced != scattered)),

@@ -6,7 +6,6 @@ T  rows of a token shard, one for each of as many slots     N  gathered rows    
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,12 +17,14 @@ from jaxtyping import Array, Float, Int
 
 from bench.combine import exchange
 from bench.timing import Program, Times, sends
-from moe_jax.batching import Seat, Segment
 from moe_jax.config import LayerConfig, MoEConfig
-from moe_jax.models import Batch, Parameters, ShardedDecoder, group_layers, pack
-from moe_jax.programs import Programs
+from moe_jax.engine.orders import ON_TAPE
+from moe_jax.layers import Grid
+from moe_jax.models import PageRange, Parameters, Segment, Shape, ShardedDecoder, group_layers, pack
+from moe_jax.programs import PAGE, Programs, Turn
 from moe_jax.sharding import Combine, Role, Route, Rows
 from moe_jax.sharding.census import Collective, collectives
+from moe_jax.sharding.rows import on_host
 
 SCOPES = ("attention", "ffn", "route", "gather", "experts", "combine", "head", "sample")
 
@@ -32,22 +33,25 @@ class Decode:
     """Greedy decode from empty caches, a step in each call; and a program of its `gather_and_combine` alone."""
 
     def __init__(
-        self, decoder: ShardedDecoder, parameters: Parameters, batches: list[Batch], positions: int, combine: Combine
+        self, decoder: ShardedDecoder, parameters: Parameters, turns: list[Turn], positions: int, combine: Combine
     ) -> None:
-        slots = batches[0].rows.capacity
-        self.compiled = Programs(decoder).decode_step(slots, positions, slots, Route.whole(combine))
+        rows, programs = turns[0].batch.rows, Programs(decoder)
+        lines = rows.capacity
+        self.compiled = programs.decode_step(lines, positions, Route.whole(combine))
         self.collectives = collectives(self.compiled.as_text() or "")
-        self.alone = gather_and_combine(decoder, batches[0].rows, combine)
-        self.tokens = [batches[0].tokens]
-        self._parameters, self._batches = parameters, batches
-        self._caches = decoder.empty_caches(slots, positions)
+        self.alone = gather_and_combine(decoder, rows, combine)
+        self.tokens = [turns[0].batch.tokens]
+        self._parameters, self._turns = parameters, turns
+        pages = dict.fromkeys(decoder.windows, lines * -(-positions // PAGE))
+        self._caches = decoder.empty_caches(pages, PAGE)
+        self._slots = programs.empty_slots(lines, positions)
 
     def __call__(self) -> Int[Array, "shards*T"]:
-        """The next token of every sequence, which is a row of the next step as it is."""
-        batch = replace(self._batches[len(self.tokens) - 1], tokens=self.tokens[-1])
-        sampled, self._caches = self.compiled(self._parameters, self._caches, batch, None)
-        self.tokens.append(sampled.tokens)
-        return sampled.tokens
+        """The next token of every sequence."""
+        turn = self._turns[len(self.tokens) - 1]
+        drawn, _, self._slots, self._caches = self.compiled(self._parameters, self._caches, self._slots, turn)
+        self.tokens.append(drawn.tokens[:, 0])
+        return self.tokens[-1]
 
     @property
     def is_alike(self) -> bool:
@@ -110,15 +114,18 @@ def gather_and_combine(decoder: ShardedDecoder, rows: Rows, combine: Combine) ->
     return Program.of(mapped, x, own, rows)
 
 
-def prepared(decoder: ShardedDecoder, sequences: int, steps: int) -> list[Batch]:
-    """The batch of each step, on the devices; of all but the first, the tokens are yet to be put in."""
-    here, random = decoder.placement, np.random.default_rng(0)
-    seats = [Seat(shard, slot) for shard in range(here.size(Role.TOKENS)) for slot in range(sequences)]
-    first = random.integers(decoder.config.vocab_size, size=len(seats)).tolist()
-    shardings = jax.tree.map(lambda spec: NamedSharding(here.mesh, spec), decoder.batch_specs)
-    batches = []
+def prepared(decoder: ShardedDecoder, sequences: int, positions: int, steps: int) -> list[Turn]:
+    """What goes into each step, on the devices already; of all but the first, the tokens are known to them alone."""
+    here, random, each = decoder.placement, np.random.default_rng(0), -(-positions // PAGE)
+    shards, programs = here.size(Role.TOKENS), Programs(decoder)
+    shape = Shape((Grid(sequences, 1),), sequences, tuple((window, each) for window in decoder.windows))
+    own = [[PageRange(0, range(line * each, (line + 1) * each))] * len(decoder.windows) for line in range(sequences)]
+    first = random.integers(decoder.config.vocab_size, size=(shards, sequences)).tolist()
+    places = np.tile(np.arange(sequences, dtype=np.int32), shards)
+    turns = []
     for step in range(steps):
-        segments = [Segment(i, seat, step, [first[i]]) for i, seat in enumerate(seats)]
-        batch, _ = pack(segments, here, slots=sequences, chunk=1, capacity=sequences)
-        batches.append(jax.device_put(batch, shardings))
-    return batches
+        tokens = [[ON_TAPE] * sequences] * shards if step else first
+        lines = [[[Segment(step, [token], pages) for token, pages in zip(of, own, strict=True)]] for of in tokens]
+        batch, _ = pack(lines, shape, here)
+        turns.append(programs.on_devices(Turn(batch, on_host(places), on_host(np.ones_like(places, bool)), None)))
+    return turns

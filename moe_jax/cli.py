@@ -122,7 +122,7 @@ def generate(
         gather_dtype=gather_dtype.value,
     )
     outputs = llm.generate(asked, params, progress=sys.stderr.isatty())
-    explanation, speed = llm.explain(min(len(asked), llm.max_batch_size)), llm.throughput.decoded_per_second
+    explanation, speed = llm.explain(min(len(asked), llm.max_batch_size)), llm.stats().tokens_per_second
     if as_json:
         texts = [
             {"prompt": prompt, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
@@ -132,7 +132,7 @@ def generate(
         return
     for prompt, output in zip(asked, outputs, strict=True):
         typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
-    typer.echo(f"\n{explanation}\nspeed        " + (f"{speed:.0f} tokens/s in decode" if speed else "nothing decoded"))
+    typer.echo(f"\n{explanation}\nspeed        " + (f"{speed:.0f} tokens/s" if speed else "nothing decoded"))
 
 
 @app.command(name="eval")

@@ -106,9 +106,9 @@ class Explanation:
 
 def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions: int) -> Explanation:
     """Compile a decode step of so many sequences on each token shard, over caches of `positions`, and read it."""
-    decoder, capacity, slots = programs.decoder, bucket(max(counts), FINE), bucket(max(counts))
+    decoder, capacity = programs.decoder, bucket(max(counts), FINE)
     decision = policy.decide(counts, capacity)
-    compiled = programs.decode_step(slots, bucket(positions), capacity, decision.route)
+    compiled = programs.decode_step(capacity, positions, decision.route)
     memory = compiled.memory_analysis()
     return Explanation(
         devices=_written(decoder.placement.mesh.devices),
@@ -123,8 +123,8 @@ def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions
             decoder,
             policy.hardware,
             rows=sum(counts),
-            slots=slots,
-            positions=bucket(positions),
+            slots=capacity,
+            positions=positions,
             collective_seconds=decision.chosen.seconds,
         ),
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,15 +18,16 @@ from tqdm import tqdm
 from moe_jax.bundled import ADDER
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.config import ModelConfig
-from moe_jax.engine import Engine, Request, Throughput
+from moe_jax.engine import Generation, Options, Stats
 from moe_jax.errors import RequestError
 from moe_jax.explain import Explanation, evenly, explain
+from moe_jax.jobs import Ends, Job
 from moe_jax.models import ShardedDecoder
-from moe_jax.requests import RequestOutput, SamplingParams
+from moe_jax.programs import Asked, Programs
+from moe_jax.requests import RequestOutput, SamplingParams, StreamEvent
 from moe_jax.sharding import Hardware, Placement, Residual, Role, Strategy, as_hardware, as_placement
 
 Prompt = str | Sequence[int]
-T = TypeVar("T")
 
 
 class LLM:
@@ -50,6 +50,12 @@ class LLM:
       max_length: the most positions of a sequence, prompt included; by default those the model was made for. The last
         token that is generated takes none.
       max_batch_size: sequences decoded together; more wait.
+      prefill_tokens: prompt tokens that a token shard takes into one step, at most, beside the sequences that decode.
+      decode_steps: decode steps that the devices run before the host looks at them.
+      cache_pages: pages of the KV cache, of 16 positions, on each token shard; by default as many as can be in use at
+        once, or as `cache_memory` allows.
+      cache_memory: the share of a device's memory beside its weights that the cache may take.
+      prefix_cache: whether prompts that begin alike share what was computed of it.
 
     Raises:
       CheckpointError, ConfigError, PlacementError: see `moe_jax.errors`.
@@ -67,17 +73,24 @@ class LLM:
         hardware: str | Hardware | None = None,
         max_length: int | None = None,
         max_batch_size: int = 256,
+        prefill_tokens: int = 512,
+        decode_steps: int = 8,
+        cache_pages: int | None = None,
+        cache_memory: float = 0.8,
+        prefix_cache: bool = True,
     ) -> None:
         self._checkpoint = Checkpoint(checkpoint)
         self.config, self.tokenizer = self._checkpoint.config, self._checkpoint.tokenizer
         self.max_length = checked_length(self.config, max_length)
-        if max_batch_size < 1:
-            raise RequestError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        self.max_batch_size = max_batch_size
-        placement = as_placement(mesh)
-        decoder = ShardedDecoder(self.config, placement, _name(dtype or self._checkpoint.dtype))
+        options = Options(
+            self.max_length, max_batch_size, prefill_tokens, decode_steps, cache_pages, cache_memory, prefix_cache
+        )
+        decoder = ShardedDecoder(self.config, as_placement(mesh), _name(dtype or self._checkpoint.dtype))
         self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
-        self._engine = Engine(decoder, self._checkpoint.load(decoder), self._policy)
+        self._programs = Programs(decoder)
+        self._engine = options.engine(self._programs, self._checkpoint.load(decoder), self._policy)
+        self._ends = Ends(self.tokenizer, self._checkpoint.end_token_ids)
+        self.max_batch_size = max_batch_size
 
     def generate(
         self,
@@ -91,15 +104,26 @@ class LLM:
         Raises:
           RequestError: an empty prompt, one too long, or a token id out of the vocabulary; nothing is generated then.
         """
-        encoded = self._encode(prompts)
-        requests = [self._request(prompt, p) for prompt, p in zip(encoded, _each(params, len(encoded)), strict=True)]
-        wanted = [request for request in requests if request.most_tokens]
-        total = sum(request.most_tokens for request in wanted)
+        jobs = self._jobs(prompts, params)
+        total = sum(job.most_tokens * job.params.n for job in jobs)
         with tqdm(total=total, desc="generating", unit=" tokens", disable=not progress, leave=False) as bar:
-            for wave in _waves(wanted, self.max_batch_size):
-                for given in self._engine.generate(wave):
-                    bar.update(given)
-        return [self._output(request) for request in requests]
+            for _, generation in self._run(jobs):
+                bar.update(generation.count_new())
+                bar.set_postfix_str(str(self.stats()), refresh=False)
+        return [job.output() for job in jobs]
+
+    def stream(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamEvent]:
+        """The tokens of all prompts as they come, those of each sample in order; the last event of a sample says why it
+        ended. Who stops listening cancels what has not ended.
+
+        Raises:
+          RequestError: as `generate`, before anything runs.
+        """
+        return (job.event(generation) for job, generation in self._run(self._jobs(prompts, params)))
 
     def logits(self, prompts: str | Sequence[Prompt]) -> list[Float[np.ndarray, "length vocab"]]:
         """For each prompt, the float32 logits after each of its tokens.
@@ -107,23 +131,75 @@ class LLM:
         Raises:
           RequestError: as `generate`.
         """
-        return [
-            logits
-            for wave in _waves(self._encode(prompts), self.max_batch_size)
-            for logits in self._engine.logits(wave)
-        ]
+        jobs = self._jobs(prompts, SamplingParams(temperature=0, max_tokens=0), wants_logits=True)
+        for _ in self._run(jobs):
+            pass
+        return [np.concatenate(job.generations[0].told_of_prompt.logits) for job in jobs]
+
+    def warm_up(self, *, sampling: bool = True, progress: bool = False) -> None:
+        """Compile all steps that `generate` and `stream` can come to need, so that none of them waits for it.
+
+        Args:
+          sampling: those of requests that do more than take the likeliest token too.
+        """
+        self._engine.warm_up([Asked(), Asked(knobs=True)] if sampling else [Asked()], progress=progress)
+
+    def stats(self) -> Stats:
+        """Speed, latencies, balance and use of the cache since this was made."""
+        return self._engine.stats
 
     def explain(self, batch_size: int = 64) -> Explanation:
         """What a decode step of this many sequences does: the combine and its reason, the collectives, the bytes."""
         if batch_size < 1:
             raise RequestError(f"a decode step needs at least one sequence, got {batch_size}")
         counts = evenly(batch_size, self._policy.placement.size(Role.TOKENS))
-        return explain(self._engine.programs, self._policy, counts, self.max_length)
+        return explain(self._programs, self._policy, counts, self.max_length)
 
-    @property
-    def throughput(self) -> Throughput:
-        """Tokens and seconds of all calls of `generate` so far, compilation not counted."""
-        return self._engine.throughput
+    def _run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Generation]]:
+        """The samples of the jobs, each whenever it got something. Jobs begin a few at a time; those that ask for
+        nothing never do."""
+        news: deque[Generation] = deque()
+        open_jobs: dict[Generation, Job] = {}
+        coming = iter(jobs)
+        try:
+            while True:
+                while self._engine.waiting < self.max_batch_size and (job := next(coming, None)):
+                    for generation in job.begin(self._ends, news):
+                        open_jobs[generation] = job
+                        self._engine.add(generation)
+                if not open_jobs:
+                    return
+                self._engine.step()
+                while news:
+                    generation = news.popleft()
+                    job = open_jobs[generation] if generation.finish_reason is None else open_jobs.pop(generation)
+                    yield job, generation
+        finally:
+            for generation in open_jobs:
+                self._engine.cancel(generation)
+
+    def _jobs(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        wants_logits: bool = False,
+    ) -> list[Job]:
+        encoded = self._encode(prompts)
+        each = _each(params, len(encoded))
+        for one in {id(one): one for one in each}.values():
+            one.check(self.config.vocab_size, self._ends.of(one))
+        return [
+            Job(
+                number,
+                prompt,
+                one,
+                most_tokens=min(one.max_tokens, self.max_length - len(prompt) + 1),
+                has_text=self.tokenizer is not None,
+                wants_logits=wants_logits,
+            )
+            for number, (prompt, one) in enumerate(zip(encoded, each, strict=True))
+        ]
 
     def _encode(self, prompts: str | Sequence[Prompt]) -> list[list[int]]:
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -156,25 +232,6 @@ class LLM:
                 f"prompt {number} must be a text or a list of token ids, got {shortened(prompt)}"
             ) from error
 
-    def _request(self, prompt: list[int], params: SamplingParams) -> Request:
-        return Request(
-            prompt=prompt,
-            params=params,
-            seed=secrets.randbits(32) if params.seed is None else params.seed,
-            end_ids=frozenset(params.stop_token_ids)
-            | (frozenset() if params.ignore_eos else self._checkpoint.end_token_ids),
-            most_tokens=min(params.max_tokens, self.max_length - len(prompt) + 1),
-        )
-
-    def _output(self, request: Request) -> RequestOutput:
-        return RequestOutput(
-            prompt_token_ids=list(request.prompt),
-            token_ids=request.tokens,
-            logprobs=request.logprobs,
-            finish_reason=request.finish_reason or "length",
-            text=self.tokenizer.decode(request.tokens) if self.tokenizer else None,
-        )
-
 
 def checked_length(config: ModelConfig, asked: int | None) -> int:
     """The positions of a sequence: as asked, or as many as the model was made for.
@@ -204,7 +261,3 @@ def _each(params: SamplingParams | Sequence[SamplingParams] | None, prompts: int
             f"expected one SamplingParams, or one for each of {prompts} prompts, got {shortened(params)}"
         )
     return list(params)
-
-
-def _waves(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[first : first + size] for first in range(0, len(items), size))

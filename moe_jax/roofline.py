@@ -12,6 +12,7 @@ from flax import nnx
 
 from moe_jax.config import LayerConfig, MoEConfig
 from moe_jax.models import ShardedDecoder, group_layers
+from moe_jax.programs import PAGE
 from moe_jax.sharding import Hardware
 
 
@@ -45,8 +46,9 @@ def roofline(
     Args:
       collective_seconds: predicted for those of all layers.
     """
-    weights = sum(map(_held_bytes, jax.tree.leaves(decoder.parameters)))
-    caches = sum(map(_held_bytes, jax.tree.leaves(decoder.abstract_caches(slots, positions))))
+    weights = held_bytes(decoder.parameters)
+    pages = slots * -(-positions // PAGE)
+    caches = held_bytes(decoder.abstract_caches(dict.fromkeys(decoder.windows, pages), PAGE))
     flops = 2 * rows * sum(_visited(decoder)) / decoder.placement.mesh.devices.size
     return Roofline(
         weight_bytes=weights,
@@ -57,9 +59,11 @@ def roofline(
     )
 
 
-def _held_bytes(array: Any) -> int:
-    """On the device that holds most."""
-    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+def held_bytes(arrays: Any) -> int:
+    """Of arrays or their shapes, on the device that holds most."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)
+    )
 
 
 def _visited(decoder: ShardedDecoder) -> Iterator[float]:

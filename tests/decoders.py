@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,9 +14,9 @@ from jax.stages import Wrapped
 from placements import placement
 from scipy.special import log_softmax
 
-from moe_jax.batching import Seat, Segment, prefill_steps
 from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig, SharedExpertConfig
-from moe_jax.models import Batch, Caches, ShardedDecoder, pack
+from moe_jax.layers import Grid
+from moe_jax.models import Batch, Caches, PageRange, Segment, Shape, ShardedDecoder, pack
 from moe_jax.sharding import Combine, RaggedCombine, ReduceCombine, Role, Route
 
 ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=4, rope_theta=1e4)
@@ -22,6 +24,8 @@ MOE = MoEConfig(experts=8, top_k=2, width=16, renormalise=True, shared=SharedExp
 LAYERS = (LayerConfig(ATTENTION, DenseConfig(16)), LayerConfig(ATTENTION, MOE))
 MODEL = ModelConfig(vocab_size=64, hidden=16, layers=LAYERS, norm_eps=1e-6, max_positions=16)
 SLOTS, CHUNK, CAPACITY, POSITIONS = 2, 4, 10, 8
+PAGE = 2
+PAGES = SLOTS * POSITIONS // PAGE
 FILLED = 16
 """Rows of all shards together: few enough for packing them to pay."""
 PAD_TOKEN = 0
@@ -30,6 +34,32 @@ PAD_TOKEN = 0
 
 PROMPTS = [[3, 5, 7, 9, 11, 13], [2, 4, 6], [1], [10, 20, 30, 40, 50, 60, 8, 9]]
 """Two chunks of unlike lengths, the second without two of the sequences."""
+
+
+class Seat(NamedTuple):
+    """Where a sequence is: a line of a token shard, with pages of its own."""
+
+    shard: int
+    line: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive tokens of one prompt in one step."""
+
+    number: int
+    segment: Segment
+
+
+def parts(prompts: Sequence[Sequence[int]], seats: Sequence[Seat]) -> Iterator[dict[Seat, Part]]:
+    """The prompts cut into steps of at most `CHUNK` tokens of each."""
+    own = {seat: range(seat.line, PAGES, SLOTS) for seat in seats}  # the pages of the lines alternate
+    for start in range(0, max(map(len, prompts)), CHUNK):
+        yield {
+            seat: Part(number, Segment(start, prompt[start : start + CHUNK], [PageRange(0, own[seat])]))
+            for number, (prompt, seat) in enumerate(zip(prompts, seats, strict=True))
+            if start < len(prompt)
+        }
 
 
 def token_shards(where: str) -> int:
@@ -67,13 +97,17 @@ def program(where: str, strategy: type[Combine]) -> Wrapped:
     return jax.jit(lambda parameters, caches, batch: made.all_logits(parameters, caches, batch, Route.whole(combine)))
 
 
-def packed(where: str, segments: Sequence[Segment]) -> tuple[Batch, list[int]]:
-    return pack(segments, placement(where), slots=SLOTS, chunk=CHUNK, capacity=CAPACITY)
+def packed(where: str, step: Mapping[Seat, Part]) -> tuple[Batch, list[int], list[Part]]:
+    """The batch, and the parts in the order of their rows, with the first row of each."""
+    shards = [[step[seat] for seat in sorted(step) if seat.shard == shard] for shard in range(token_shards(where))]
+    shape = Shape((Grid(SLOTS, CHUNK),), CAPACITY, ((None, POSITIONS // PAGE),))
+    batch, first_rows = pack([[[part.segment for part in shard]] for shard in shards], shape, placement(where))
+    return batch, first_rows, [part for shard in shards for part in shard]
 
 
-def arguments(where: str, segments: Sequence[Segment]) -> tuple[nnx.State, Caches, Batch]:
+def arguments(where: str, step: Mapping[Seat, Part]) -> tuple[nnx.State, Caches, Batch]:
     """Of `program`, for a first step."""
-    return parameters(where), decoder(where).empty_caches(SLOTS, POSITIONS), packed(where, segments)[0]
+    return parameters(where), decoder(where).empty_caches({None: PAGES}, PAGE), packed(where, step)[0]
 
 
 def run(
@@ -84,14 +118,14 @@ def run(
     with_parameters: nnx.State | None = None,
 ) -> tuple[list[np.ndarray], Caches]:
     """The logits after each token of each prompt, taken in chunks, and the caches in the end."""
-    weights, caches, _ = arguments(where, [])
-    parts: list[list[np.ndarray]] = [[] for _ in prompts]
-    for segments in prefill_steps(prompts, seats, CHUNK):
-        batch, first_rows = packed(where, segments)
+    weights, caches, _ = arguments(where, {})
+    found: list[list[np.ndarray]] = [[] for _ in prompts]
+    for step in parts(prompts, seats):
+        batch, first_rows, order = packed(where, step)
         logits, caches = program(where, strategy)(with_parameters or weights, caches, batch)
-        for segment, first in zip(segments, first_rows, strict=True):
-            parts[segment.request].append(np.asarray(logits)[first : first + len(segment.tokens)])
-    return [np.concatenate(rows) for rows in parts], caches
+        for part, first in zip(order, first_rows, strict=True):
+            found[part.number].append(np.asarray(logits)[first : first + len(part.segment.tokens)])
+    return [np.concatenate(rows) for rows in found], caches
 
 
 @cache

@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "moe_jax"
 ARROW = [
     "errors",
     "config",
-    "batching",
     "requests",
+    "text",
+    "scheduler",
     "sharding",
     "layers",
     "models",
@@ -26,6 +27,7 @@ ARROW = [
     "roofline",
     "explain",
     "engine",
+    "jobs",
     "llm",
     "training",
     "evaluation",
@@ -94,7 +96,7 @@ def test_axis_names_and_family_names_stay_in_their_rooms(module: Path) -> None:
         assert not [text for text in strings if re.fullmatch(r"(qwen|mixtral)\w*", text)]
 
 
-@pytest.mark.parametrize("name", ["config", "batching", "requests", "errors"])
+@pytest.mark.parametrize("name", ["config", "requests", "text", "scheduler", "errors"])
 def test_is_importable_without_jax(name: str) -> None:
     # The package's own __init__ offers LLM, so the module is loaded by its path.
     code = (

@@ -24,7 +24,7 @@ Numbers are of issues and pull requests of sgl-project/sglang where no other pro
     5557, vllm 46428        test_pad_rows_of_idle_shards_are_not_computed,
                             test_decode_steps_are_not_padded_to_a_prefill,
                             sharding/test_policy.py::test_where_bytes_decide_few_are_sent
-    miles 2012, 6872, 16080 test_batching.py::test_seats_are_distinct_and_shards_hold_as_many_requests
+    miles 2012, 6872, 16080 training/test_training.py::test_sequences_are_spread_evenly
 
 These cannot be shipped by what is not here:
 
@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -56,22 +57,21 @@ from jax.stages import Wrapped
 from placements import placement
 from reference import moe
 
-from moe_jax.batching import Seat
 from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
-from moe_jax.engine import Engine, Request
+from moe_jax.engine import Engine, Generation, Options
+from moe_jax.engine.executor import Executor
+from moe_jax.engine.orders import Order
 from moe_jax.layers import DenseMLP, MoE, experts
-from moe_jax.models import Batch
-from moe_jax.programs import Programs
+from moe_jax.programs import PAGE, Drawn, Programs, Turn
 from moe_jax.requests import SamplingParams
-from moe_jax.sampling import Sampled
+from moe_jax.scheduler import CacheGroup, Limits, Request, Scheduler
 from moe_jax.sharding import (
     AllToAllCombine,
     Combine,
     Policy,
     RaggedCombine,
     ReduceCombine,
-    Route,
     RowBytes,
     Rows,
     ScatterCombine,
@@ -82,6 +82,7 @@ STRATEGIES = (ScatterCombine, ReduceCombine, RaggedCombine, AllToAllCombine)
 HIDDEN, CAPACITY = 16, 4
 CONFIG = MoEConfig(experts=8, top_k=2, width=16, renormalise=True, shared=SharedExpertConfig(16, gated=True))
 ROW = RowBytes(gather=8192, combine=8192, beside=16, top_k=2)
+from moe_jax.sharding.rows import on_host
 
 
 @cache
@@ -220,8 +221,8 @@ def test_nan_in_pad_rows_reaches_no_real_row_and_no_cache(where: str, strategy: 
 )
 def test_idle_shards_and_idle_steps_run(where: str, strategy: type[Combine]) -> None:
     """Code of the model indexed the first row of a shard that had none."""
-    decoders.assert_as_alone(where, strategy, decoders.PROMPTS[:1], [Seat(1, 1)])
-    decoders.program(where, strategy)(*decoders.arguments(where, []))[0].block_until_ready()
+    decoders.assert_as_alone(where, strategy, decoders.PROMPTS[:1], [decoders.Seat(1, 1)])
+    decoders.program(where, strategy)(*decoders.arguments(where, {}))[0].block_until_ready()
     idle, made = [0] * decoders.token_shards(where), block(where)
     smallest = made.program(strategy.sized(made.placement, idle, 1))
     jax.eval_shape(smallest, made.parameters, drawn(len(idle)), Rows.of(idle, made.placement))
@@ -242,7 +243,7 @@ def test_shards_run_one_program_whatever_their_counts(strategy: type[Combine]) -
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_idle_shard_takes_part_in_every_collective(strategy: type[Combine]) -> None:
     """A shard without rows skipped a block, and its peers waited in the block's collective."""
-    traced = decoders.program("dp4_ep4_tp2", strategy).trace(*decoders.arguments("dp4_ep4_tp2", []))
+    traced = decoders.program("dp4_ep4_tp2", strategy).trace(*decoders.arguments("dp4_ep4_tp2", {}))
     found = [(name, inside) for name, inside in equations(traced.jaxpr.jaxpr) if COLLECTIVE.search(name)]
     assert len(found) > 2 * len(decoders.LAYERS)
     assert not [name for name, inside in found if {"cond", "while"} & set(inside)]
@@ -264,7 +265,12 @@ def test_padding_moves_no_sequence_away_from_its_rows(strategy: type[Combine]) -
     """Rows were padded to an alignment, the sequences' offsets in them were not: attention read its neighbours."""
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]):
         prompts = [decoders.PROMPTS[number] for number in order]
-        decoders.assert_as_alone("dp4_ep4_tp2", strategy, prompts, [Seat(2, 1), Seat(2, 0), Seat(3, 0), Seat(3, 1)])
+        decoders.assert_as_alone(
+            "dp4_ep4_tp2",
+            strategy,
+            prompts,
+            [decoders.Seat(*at) for at in ((2, 1), (2, 0), (3, 0), (3, 1))],
+        )
 
 
 @pytest.mark.parametrize(
@@ -277,7 +283,7 @@ def test_a_row_keeps_its_bits_when_its_neighbours_change(strategy: type[Combine]
     With a sequence before its own, a row also moves within its shard. `RaggedCombine` promises nothing then: it adds up
     the base over one axis after the other, what is above it over all at once.
     """
-    seats = [Seat(3, 0), Seat(3, 1), Seat(0, 0), Seat(1, 1)]
+    seats = [decoders.Seat(3, 0), decoders.Seat(3, 1), decoders.Seat(0, 0), decoders.Seat(1, 1)]
     found = []
     for neighbours in ([[2, 4, 6], [1], [7] * 8], [[50], [51, 52, 53, 54, 55], [6]], [[9, 9], [1], [2, 3, 4]]):
         prompts = [*neighbours[:before], decoders.PROMPTS[0], *neighbours[before:]]
@@ -317,25 +323,31 @@ def test_pad_rows_of_idle_shards_are_not_computed() -> None:
     assert flops([0] * 7 + [rows]) < 1.2 * even
 
 
-class Recorder(Programs):
-    """Remembers the steps that an engine runs, in place of running them."""
+class Recorder(Executor):
+    """Remembers the steps that an engine asks for, in place of having them run."""
 
-    def __init__(self, decoder: Any) -> None:
-        super().__init__(decoder)
-        self.steps: list[Batch] = []
+    def __init__(self) -> None:
+        self.programs = Programs(decoders.decoder("dp8_ep8"))
+        self.steps: list[Turn] = []
 
-    def next_tokens(self, parameters: Any, caches: Any, batch: Batch, knobs: Any, *, route: Route) -> Any:
-        self.steps.append(batch)
-        slots = batch.packing.starts.shape[0]
-        return Sampled(jnp.zeros(slots, jnp.int32), jnp.zeros(slots)), caches
+    def run(self, order: Order) -> Any:
+        self.steps.append(order.turn)
+        tokens = np.zeros((len(order.turn.slots), 8), np.int32)
+        given = order.turn.draws.astype(np.int32) if order.budgets is None else order.budgets
+        parts = (tokens, tokens.astype(np.float32), tokens[..., :0], tokens[..., :0], given)
+        return Drawn(*map(on_host, parts)), None
 
 
 def test_decode_steps_are_not_padded_to_a_prefill() -> None:
     """Decode steps that shared their buffers with a peer's prefill took as long as it did."""
-    decoder = decoders.decoder("dp8_ep8")
-    engine = Engine(decoder, nnx.State({}), Policy(decoder.placement, (ROW,), as_hardware("h100")))
-    engine.programs = recorder = Recorder(decoder)
+    recorder, placement = Recorder(), decoders.decoder("dp8_ep8").placement
+    sizes = Options(64, max_batch_size=32, prefill_tokens=64).sizes(recorder.programs.decoder)
+    limits = Limits(8, 4, PAGE, (CacheGroup(16, None),), 64, 4, 64, 8, True)
+    engine = Engine(Scheduler(limits), recorder, sizes, placement)
     greedy = SamplingParams(temperature=0)
-    prompts = [[1] * 12, *[[1]] * 7]
-    assert sum(engine.generate([Request(prompt, greedy, 0, frozenset(), 4) for prompt in prompts])) == 4 * 8
-    assert [batch.rows.capacity for batch in recorder.steps] == [12, 1, 1, 1]
+    for number, prompt in enumerate([[1] * 12, *[[1]] * 7]):
+        engine.add(Generation(Request(number, prompt, 4), greedy, 0, frozenset(), None, deque()))
+    while engine.has_work:
+        engine.step()
+    assert engine.stats.generated_tokens == 4 * 8
+    assert [turn.batch.rows.capacity for turn in recorder.steps] == [16, 1]

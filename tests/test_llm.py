@@ -94,21 +94,15 @@ def test_a_sequence_ends_where_the_cache_ends(golden: LLM) -> None:
 
 
 def test_long_prompts_are_prefilled_in_chunks_with_the_same_result() -> None:
-    llm = LLM(GOLDEN, mesh="expert=2", dtype="float32")
     prompts = [np.random.default_rng(seed).integers(0, 97, 20 + 13 * seed).tolist() for seed in range(4)]
-    whole, tokens = llm.logits(prompts), llm.generate(prompts, GREEDY)
-    llm._engine._prefill_rows = 32
-    for one, other in zip(llm.logits(prompts), whole, strict=True):
+    found = []
+    for prefill_tokens in (512, 9):
+        llm = LLM(GOLDEN, mesh="expert=2", dtype="float32", max_batch_size=8, prefill_tokens=prefill_tokens)
+        found.append((llm.logits(prompts), [output.token_ids for output in llm.generate(prompts, GREEDY)]))
+    (whole, tokens), (chunked, chunked_tokens) = found
+    for one, other in zip(chunked, whole, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
-    assert [output.token_ids for output in llm.generate(prompts, GREEDY)] == [output.token_ids for output in tokens]
-
-
-def test_steady_decoding_compiles_nothing(golden: LLM) -> None:
-    prompts = [[token] * length for token, length in ((1, 3), (2, 5), (3, 8))]
-    golden.generate(prompts, GREEDY)
-    compiled = len(golden._engine.programs.compiled)
-    golden.generate([prompt[::-1] for prompt in prompts[::-1]], GREEDY)
-    assert len(golden._engine.programs.compiled) == compiled
+    assert chunked_tokens == tokens
 
 
 def test_bfloat16_stays_close_to_float32(golden: LLM) -> None:

@@ -1,26 +1,172 @@
+"""Against NumPy on whole rows: the same tokens on any number of heads devices."""
+
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_jax import SamplingParams
-from moe_jax.errors import RequestError
-from moe_jax.sampling import Knobs, sample
+from moe_jax.sampling import NOWHERE, Candidates, Knobs, Sampled, logprobs_of, sample
+from moe_jax.sharding import Placement, Role
+from moe_jax.sharding.census import collectives, sent_bytes
 
+PLACES = {1: "data=1", 2: "data=2,tensor=2", 4: "tensor=4"}
+"""By the number of heads devices; with two, there are two token shards, which may go through different branches."""
+HEADS = pytest.mark.parametrize("heads", PLACES)
+TOP = 3
 PROBABILITIES = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 DRAWS = 4000
-sample_jit = jax.jit(sample)
+
+
+@dataclass(frozen=True)
+class Asked:
+    params: SamplingParams
+    seed: int = 0
+    prompt: Sequence[int] = (0,)
+    end_ids: Collection[int] = ()
+
+
+@cache
+def program(heads: int, vocab_size: int, top: int) -> Any:
+    """`sample`, of whole logits that are padded as the LM head's are, with rubbish."""
+    here = Placement.parse(PLACES[heads])
+    rows = here.spec((Role.TOKENS,), (0,))
+
+    def run(logits: Any, *drawn: Any) -> Sampled:
+        return sample(logits, vocab_size, here, *drawn, top=top)
+
+    specs = here.spec((Role.TOKENS, Role.HEADS), (0, 0)), rows, rows, rows
+    return jax.jit(jax.shard_map(run, mesh=here.mesh, in_specs=specs, out_specs=rows))
+
+
+def padded(logits: np.ndarray, heads: int) -> np.ndarray:
+    logits = np.asarray(logits, np.float32)
+    rubbish = np.resize([np.nan, np.inf, 1e9], (-logits.shape[1] % heads + 2 * heads))
+    return np.concatenate([logits, np.broadcast_to(rubbish, (len(logits), len(rubbish)))], axis=1, dtype=np.float32)
+
+
+def run(
+    heads: int,
+    logits: np.ndarray,
+    requests: Sequence[Asked | None] | None = None,
+    outputs: Sequence[Sequence[int]] = (),
+    *,
+    generated: Sequence[int] | None = None,
+    top: int = 0,
+) -> Sampled:
+    outputs = outputs or [()] * len(logits)
+    made = np.array([len(output) for output in outputs] if generated is None else generated, np.int32)
+    history, knobs = None, None
+    if requests is not None:
+        knobs = Knobs.of(requests)
+        history = np.full((len(logits), 24), 3, np.int32)
+        for row, request, output in zip(history, requests, outputs, strict=True):
+            tokens = [*(request.prompt if request else ()), *output]
+            row[: len(tokens)] = tokens
+    return jax.device_get(program(heads, logits.shape[1], top)(padded(logits, heads), knobs, made, history))
+
+
+def uniform(seed: int, generated: int) -> float:
+    return float(jax.random.uniform(jax.random.fold_in(jax.random.key(seed), generated)))
+
+
+def changed(logits: np.ndarray, asked: Asked, output: Sequence[int]) -> np.ndarray:
+    params, logits = asked.params, logits.astype(np.float32)
+    for token, bias in (params.logit_bias or {}).items():
+        logits[token] += np.float32(bias)
+    for token in {*asked.prompt, *output}:
+        penalty = np.float32(params.repetition_penalty)
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    for token, times in Counter(output).items():
+        logits[token] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * np.float32(times)
+    if len(output) < params.min_tokens:
+        logits[list(asked.end_ids)] = -np.inf
+    return logits
+
+
+def kept(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The probabilities of what is left to draw from, by sorting; ties with the last that is kept are kept."""
+    weights = np.exp((logits.astype(float) - logits.max()) / params.temperature)
+    falling = np.sort(logits)[::-1]
+    if 0 < params.top_k < len(logits):
+        weights[logits < falling[params.top_k - 1]] = 0
+    if params.top_p < 1:
+        order = np.argsort(-logits, kind="stable")
+        reached = np.cumsum(weights[order]) >= params.top_p * weights.sum()
+        weights[logits < falling[np.argmax(reached)]] = 0
+    weights[weights < np.float32(params.min_p)] = 0
+    return weights / weights.sum()
+
+
+def expected(logits: np.ndarray, asked: Asked, output: Sequence[int]) -> int:
+    logits = changed(logits, asked, output)
+    if asked.params.temperature == 0:
+        return int(np.argmax(logits))
+    return int(np.searchsorted(np.cumsum(kept(logits, asked.params)), uniform(asked.seed, len(output)), side="right"))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(float) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+VOCAB = 50
+TOKENS = st.integers(0, VOCAB - 1)
+ASKED = st.builds(
+    Asked,
+    params=st.builds(
+        SamplingParams,
+        max_tokens=st.just(100),
+        min_tokens=st.integers(0, 6),
+        temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+        top_k=st.sampled_from([0, 1, 3, 20, 49, 50, 2**40]),
+        top_p=st.sampled_from([0.02, 0.31, 0.77, 0.97, 1.0]),
+        min_p=st.sampled_from([0.0, 0.013, 0.21, 1.0]),
+        repetition_penalty=st.sampled_from([0.8, 1.0, 1.7]),
+        presence_penalty=st.sampled_from([-2.0, 0.0, 0.9]),
+        frequency_penalty=st.sampled_from([-0.4, 0.0, 0.6]),
+        logit_bias=st.none() | st.dictionaries(TOKENS, st.sampled_from([-100.0, -1.5, 3.0, 100.0]), max_size=6),
+    ),
+    seed=st.integers(0, 2**32 - 1),
+    prompt=st.lists(TOKENS, min_size=1, max_size=12),
+    end_ids=st.frozensets(TOKENS, max_size=16),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(ASKED, st.lists(TOKENS, max_size=12)), min_size=8, max_size=8),
+    st.integers(0, 2**32 - 1),
+)
+def test_every_parameter_on_every_number_of_devices(drawn: list[tuple[Asked, list[int]]], seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(scale=3, size=(len(drawn), VOCAB)).astype(np.float32)
+    requests, outputs = zip(*drawn, strict=True)
+    tokens = [expected(row, request, output) for row, request, output in zip(logits, requests, outputs, strict=True)]
+    for heads in PLACES:
+        sampled = run(heads, logits, requests, outputs, top=TOP)
+        np.testing.assert_array_equal(sampled.tokens, tokens)
+        every = log_softmax(logits)
+        np.testing.assert_allclose(sampled.logprobs, every[np.arange(len(drawn)), tokens], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(sampled.top_tokens, np.argsort(-logits, kind="stable")[:, :TOP])
+        np.testing.assert_allclose(
+            sampled.top_logprobs, np.take_along_axis(every, np.asarray(sampled.top_tokens), 1), rtol=1e-5, atol=1e-5
+        )
 
 
 def frequencies(params: SamplingParams) -> np.ndarray:
     """How often each token is drawn by as many requests, of different seeds."""
-    logits = jnp.broadcast_to(jnp.log(jnp.asarray(PROBABILITIES[[3, 0, 4, 1, 2]])), (DRAWS, 5))
-    tokens = sample_jit(logits, Knobs.of([(params, seed, 0) for seed in range(DRAWS)])).tokens
-    counts = Counter(np.asarray(tokens).tolist())
+    logits = np.broadcast_to(np.log(PROBABILITIES[[3, 0, 4, 1, 2]]), (DRAWS, 5))
+    counts = Counter(run(2, logits, [Asked(params, seed) for seed in range(DRAWS)]).tokens.tolist())
     return np.array([counts[token] for token in (1, 3, 4, 0, 2)]) / DRAWS
 
 
@@ -29,13 +175,21 @@ def frequencies(params: SamplingParams) -> np.ndarray:
     [
         (SamplingParams(), PROBABILITIES),
         (SamplingParams(temperature=0), [1, 0, 0, 0, 0]),
+        (SamplingParams(temperature=1e-45), [1, 0, 0, 0, 0]),
+        (SamplingParams(temperature=1e-6), [1, 0, 0, 0, 0]),
+        (SamplingParams(temperature=3e38), [0.2] * 5),
         (SamplingParams(temperature=0.5), PROBABILITIES**2 / (PROBABILITIES**2).sum()),
         (SamplingParams(top_k=2), [4 / 7, 3 / 7, 0, 0, 0]),
         (SamplingParams(top_k=1), [1, 0, 0, 0, 0]),
         (SamplingParams(top_p=0.69), [4 / 7, 3 / 7, 0, 0, 0]),
         (SamplingParams(top_p=0.4), [1, 0, 0, 0, 0]),
+        (SamplingParams(top_p=1e-300), [1, 0, 0, 0, 0]),
+        (SamplingParams(min_p=0.7), [4 / 7, 3 / 7, 0, 0, 0]),
+        (SamplingParams(min_p=1), [1, 0, 0, 0, 0]),
         # top_p is of what top_k left: 0.4/0.85 and 0.3/0.85 reach 0.8, 0.4 and 0.3 alone would not.
         (SamplingParams(top_k=3, top_p=0.8), [4 / 7, 3 / 7, 0, 0, 0]),
+        # min_p is of the likeliest, and what it cuts off still counts for top_p.
+        (SamplingParams(top_p=0.8, min_p=0.7), [4 / 7, 3 / 7, 0, 0, 0]),
     ],
 )
 def test_frequencies(params: SamplingParams, expected: list[float]) -> None:
@@ -43,50 +197,106 @@ def test_frequencies(params: SamplingParams, expected: list[float]) -> None:
 
 
 def test_a_draw_depends_on_its_own_seed_and_step_only() -> None:
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32))
+    logits = np.random.default_rng(0).normal(size=(6, VOCAB))
     params = SamplingParams(temperature=1.3, top_k=20, top_p=0.9)
-    requests = [(params, seed, step) for seed, step in [(7, 0), (7, 1), (8, 0), (9, 0), (10, 0), (11, 0)]]
-    together = sample_jit(logits, Knobs.of(requests)).tokens
-    backwards = sample_jit(logits[::-1], Knobs.of(requests[::-1])).tokens
+    requests, steps = [Asked(params, seed) for seed in (7, 7, 8, 9, 10, 11)], [0, 1, 0, 0, 0, 0]
+    together = run(2, logits, requests, generated=steps).tokens
+    backwards = run(2, logits[::-1], requests[::-1], generated=steps[::-1]).tokens
     np.testing.assert_array_equal(together, backwards[::-1])
-    one_row = jnp.broadcast_to(logits[0], (300, 50))
-    drawn = sample_jit(one_row, Knobs.of([(SamplingParams(), 7, step) for step in range(300)])).tokens
-    assert len(set(np.asarray(drawn).tolist())) > 10
+    drawn = run(1, np.broadcast_to(logits[0], (300, VOCAB)), [Asked(SamplingParams(), 7)] * 300, generated=range(300))
+    assert len(set(drawn.tokens.tolist())) > 10
 
 
-def test_greedy_neighbours_stay_greedy() -> None:
-    logits = jnp.asarray(np.random.default_rng(1).normal(size=(4, 50)).astype(np.float32))
+@HEADS
+def test_greedy_neighbours_stay_greedy(heads: int) -> None:
+    logits = np.random.default_rng(1).normal(size=(4, VOCAB))
     hot, cold = SamplingParams(temperature=5.0), SamplingParams(temperature=0.0)
-    sampled = sample_jit(logits, Knobs.of([(cold, 0, 0), (hot, 1, 0), (cold, 2, 0), (hot, 3, 0)]))
-    np.testing.assert_array_equal(sampled.tokens[::2], jnp.argmax(logits, axis=-1)[::2])
-    expected = jax.nn.log_softmax(logits)[jnp.arange(4), sampled.tokens]
-    np.testing.assert_allclose(sampled.logprobs, expected, rtol=1e-5)
+    sampled = run(heads, logits, [Asked(cold), Asked(hot, 1), None, Asked(hot, 3)])
+    np.testing.assert_array_equal(sampled.tokens[::2], logits.argmax(axis=-1)[::2])
+    np.testing.assert_array_equal(run(heads, logits).tokens, logits.argmax(axis=-1))
 
 
-def test_a_top_k_beyond_any_vocabulary_keeps_all() -> None:
-    logits = jnp.log(jnp.asarray(PROBABILITIES))[None]
-    drawn = [
-        sample_jit(logits, Knobs.of([(SamplingParams(top_k=top_k), seed, 0)])).tokens.tolist()
-        for top_k in (0, 2**40)
-        for seed in range(8)
-    ]
-    assert drawn[:8] == drawn[8:]
+@HEADS
+def test_of_equals_the_lowest_token_is_the_likeliest(heads: int) -> None:
+    logits = np.zeros((4, 23))
+    logits[1, 7:] = 1
+    logits[2, [9, 22]] = 100
+    logits[3] = -np.inf
+    logits[3, [21, 22]] = -100
+    sampled = run(heads, logits, top=TOP)
+    assert sampled.tokens.tolist() == [0, 7, 9, 21]
+    assert sampled.top_tokens.tolist() == [[0, 1, 2], [7, 8, 9], [9, 22, 0], [21, 22, NOWHERE]]
+    np.testing.assert_allclose(sampled.logprobs, -np.log([23, 16 + 7 / np.e, 2, 2]), rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"max_tokens": -1}, "max_tokens must be 0 or more, got -1"),
-        ({"temperature": -0.1}, "temperature must be 0"),
-        ({"temperature": float("nan")}, "temperature must be 0"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
-        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
-        ({"top_k": -1}, "top_k must be positive"),
-        ({"seed": -1}, "seed must be from 0"),
-        ({"max_tokens": 4.0}, "max_tokens must be a whole number, got 4.0"),
-        ({"stop_token_ids": ("2",)}, "stop_token_ids must be token ids"),
-    ],
-)
-def test_parameters_out_of_range(fields: dict[str, float], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        SamplingParams(**fields)  # type: ignore[arg-type]
+@HEADS
+@pytest.mark.parametrize("params", [SamplingParams(top_k=2), SamplingParams(top_p=0.5)])
+def test_equals_of_the_last_that_is_kept_are_kept(heads: int, params: SamplingParams) -> None:
+    logits = np.full((200, 23), -50.0)
+    logits[:, 4], logits[:, [1, 8, 22]] = 1.0, 0.5
+    logits[:, 11] = np.nextafter(np.float32(0.5), np.float32(0))
+    drawn = run(heads, logits, [Asked(params, seed) for seed in range(200)]).tokens
+    assert set(drawn.tolist()) == {1, 4, 8, 22}
+
+
+def test_candidates_beyond_the_vocabulary_are_nowhere() -> None:
+    sampled = run(4, np.log(PROBABILITIES)[None], top=20)
+    assert sampled.top_tokens[0].tolist() == [0, 1, 2, 3, 4] + [NOWHERE] * 15
+    np.testing.assert_allclose(sampled.top_logprobs[0, :5], np.log(PROBABILITIES), rtol=1e-5)
+    assert np.all(np.isneginf(sampled.top_logprobs[0, 5:]))
+
+
+@HEADS
+def test_a_token_of_no_mass_is_never_drawn(heads: int) -> None:
+    """Whatever is last, and however the sums of 100 000 small numbers are rounded."""
+    logits = np.full((256, 100_000), -np.inf)
+    logits[:, 1:-1:3] = 0
+    tokens = run(heads, logits, [Asked(SamplingParams(), seed) for seed in range(256)]).tokens
+    assert np.all(tokens % 3 == 1)
+    assert len(set((tokens // 10_000).tolist())) == 10
+
+
+@HEADS
+def test_rows_of_no_number_give_some_token_and_leave_the_others_alone(heads: int) -> None:
+    logits = np.random.default_rng(2).normal(size=(4, VOCAB))
+    requests = [Asked(SamplingParams(top_k=5, top_p=0.9, min_p=0.1), seed) for seed in range(4)]
+    good = run(heads, logits, requests)
+    logits[0], logits[2] = np.nan, -np.inf
+    bad = run(heads, logits, requests)
+    np.testing.assert_array_equal(bad.tokens[1::2], good.tokens[1::2])
+    np.testing.assert_array_equal(bad.logprobs[1::2], good.logprobs[1::2])
+    assert np.all((bad.tokens >= 0) & (bad.tokens < VOCAB))
+    assert np.all(np.isnan(bad.logprobs[::2]))
+
+
+@HEADS
+def test_logprobs_of_given_tokens(heads: int) -> None:
+    here = Placement.parse(PLACES[heads])
+    logits = np.random.default_rng(3).normal(size=(6, VOCAB)).astype(np.float32)
+    tokens = np.array([0, 49, 25, 13, 12, 1], np.int32)
+    rows, both = here.spec((Role.TOKENS,), (0,)), here.spec((Role.TOKENS, Role.HEADS), (0, 0))
+
+    def scored(logits: jax.Array, tokens: jax.Array) -> Candidates:
+        return logprobs_of(logits, tokens, VOCAB, here, top=TOP)
+
+    mapped = jax.jit(jax.shard_map(scored, mesh=here.mesh, in_specs=(both, rows), out_specs=rows))
+    found = mapped(padded(logits, heads), tokens)
+    every = log_softmax(logits)
+    np.testing.assert_allclose(found.logprobs, every[np.arange(6), tokens], rtol=1e-5)
+    np.testing.assert_array_equal(found.top_tokens, np.argsort(-logits)[:, :TOP])
+    np.testing.assert_allclose(found.top_logprobs, -np.sort(-every)[:, :TOP], rtol=1e-5)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_no_row_of_the_vocabulary_is_sent() -> None:
+    heads, vocab, requests = 4, 32_768, 2
+    args = (jnp.zeros((requests, vocab)), Knobs.of([None] * requests), np.zeros(requests, np.int32))
+    history = np.zeros((requests, 24), np.int32)
+    found = collectives(program(heads, vocab, 20).lower(*args, history).compile().as_text() or "")
+    assert {c.kind for c in found} == {"all-gather", "all-reduce"}
+    assert all(c.devices == heads for c in found)
+    # Each of the 2 x 16 passes of the two bisections sums 3 numbers of a request; the rest is candidates.
+    passes = 2 * 16 * 2 * 3 * 4 * requests * 3 / 4
+    candidates = 2 * 20 * heads * 4 * requests * 3 / 4
+    assert passes + candidates < sent_bytes(found) < 1.1 * (passes + candidates)
+    assert sent_bytes(found) < vocab / heads * 4 / 2

@@ -5,24 +5,26 @@ They run inside `shard_map`, see their own shard of every parameter and row, and
 """
 
 from moe_jax.layers.attention import Attention
-from moe_jax.layers.cache import Cache, KVCache, Uncached
+from moe_jax.layers.cache import Cache, PagedCache, Uncached
 from moe_jax.layers.embedding import Vocabulary
 from moe_jax.layers.mlp import DenseMLP
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.router import Load
-from moe_jax.layers.step import Packing, Step
+from moe_jax.layers.step import Grid, Packing, Step, Table
 
 __all__ = [
     "Attention",
     "Cache",
     "DenseMLP",
-    "KVCache",
+    "Grid",
     "Load",
     "MoE",
     "Packing",
+    "PagedCache",
     "RMSNorm",
     "Step",
+    "Table",
     "Uncached",
     "Vocabulary",
 ]

@@ -1,6 +1,7 @@
 """Grouped-query attention (Ainslie et al., arXiv:2305.13245) over a cache, on the heads that this device holds.
 
-T  rows   D  hidden   H  query heads, K  KV heads of this device   d  head width   S  slots   C  chunk   P  positions
+T  rows   D  hidden   H  query heads, K  KV heads of this device   d  head width
+S  lines of a grid   C  their chunk   N  cached positions of a line
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.config import AttentionConfig
 from moe_jax.layers import parameter
-from moe_jax.layers.cache import Cache
+from moe_jax.layers.cache import Cache, Cached
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotate
-from moe_jax.layers.step import Step
+from moe_jax.layers.step import Grid, Packing, Step
 from moe_jax.sharding import PartialSum, Placement, Role
 
 C = TypeVar("C", bound=Cache)
@@ -63,19 +64,20 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query = rotate(query, packing.positions, self.config.rope_theta)
         key = rotate(key, packing.positions, self.config.rope_theta)
-        keys, values, cache = cache.write(layer, key, value, packing)
+        view, cache = cache.write(layer, key, value, packing, self.config.window)
         with jax.named_scope("attend"):
-            seen = self._seen(packing.to_grid(packing.positions), keys.shape[2])
-            out = packing.to_rows(attend(packing.to_grid(query), keys, values, seen))
+            out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
         return step.residual.heads_partial_sum(jnp.einsum("thk,hkd->td", out, self.output[...])), cache
 
-    def _seen(self, positions: Int32[Array, "S C"], cached: int) -> Bool[Array, "S C P"]:
-        """Which cached positions each query sees: up to its own, within the window."""
-        key_positions = jnp.arange(cached)
-        seen = key_positions <= positions[..., None]
+    def _attend(
+        self, query: Float[Array, "T H d"], cached: Cached, grid: Grid, packing: Packing
+    ) -> Float[Array, "S C H d"]:
+        """Each row sees the positions up to its own, within the window."""
+        own, positions = packing.to_grid(packing.positions, grid)[..., None], cached.positions[:, None]
+        seen = positions <= own
         if self.config.window is not None:
-            seen &= key_positions > positions[..., None] - self.config.window
-        return seen
+            seen &= positions > own - self.config.window
+        return attend(packing.to_grid(query, grid), cached.keys, cached.values, seen)
 
     def _only_kv_head(self, placement: Placement) -> HeadNumber | None:
         """The one KV head that this device's query heads share, where there are fewer KV heads than devices."""
@@ -85,17 +87,17 @@ class Attention(nnx.Module):
 
 def attend(
     query: Float[Array, "S C H d"],
-    keys: Float[Array, "S K P d"],
-    values: Float[Array, "S K P d"],
-    seen: Bool[Array, "S C P"],
+    keys: Float[Array, "K S N d"],
+    values: Float[Array, "K S N d"],
+    seen: Bool[Array, "S C N"],
 ) -> Float[Array, "S C H d"]:
     """Softmax attention; each KV head serves `H / K` neighbouring query heads. Scores and softmax are float32."""
-    slots, chunk, heads, width = query.shape
-    grouped = query.reshape(slots, chunk, keys.shape[1], -1, width)
-    scores = jnp.einsum("sckgd,skpd->skgcp", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scores * width**-0.5, -jnp.inf)
+    lines, chunk, heads, width = query.shape
+    grouped = query.reshape(lines, chunk, keys.shape[0], -1, width)
+    scores = jnp.einsum("sckgd,ksnd->ksgcn", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None], scores * width**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("skgcp,skpd->sckgd", weights, values).reshape(slots, chunk, heads, width)
+    return jnp.einsum("ksgcn,ksnd->sckgd", weights, values).reshape(lines, chunk, heads, width)
 
 
 def _head(weight: Array, only: HeadNumber | None, *, axis: int) -> Array:

@@ -32,7 +32,10 @@ class Vocabulary(nnx.Module):
         found = table.at[local].get(mode="clip")
         return residual.sum_heads(residual.heads_partial_sum(jnp.where(here[:, None], found, 0)))
 
-    def logits(self, x: Float[Array, "T D"], residual: Residual) -> Float[Array, "T vocab"]:
-        """Scores of the whole vocabulary, in float32, the same on all heads devices."""
-        local = jnp.einsum("td,vd->tv", x, self.table[...], preferred_element_type=jnp.float32)
-        return residual.gather_columns(local)[:, : self.size]
+    def logits(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        """Scores, in float32, of the part of the vocabulary that this device holds."""
+        return jnp.einsum("td,vd->tv", x, self.table[...], preferred_element_type=jnp.float32)
+
+    def all_logits(self, x: Float[Array, "T D"], residual: Residual) -> Float[Array, "T vocab"]:
+        """Scores of the whole vocabulary, the same on all heads devices."""
+        return residual.gather_columns(self.logits(x))[:, : self.size]

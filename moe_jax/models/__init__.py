@@ -1,8 +1,20 @@
 """The decoder that every family shares, assembled from its config."""
 
-from moe_jax.models.batch import Batch, pack
+from moe_jax.models.batch import Batch, PageRange, Segment, Shape, pack
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import Group, group_layers
 from moe_jax.models.sharded import Parameters, ShardedDecoder
 
-__all__ = ["Batch", "Caches", "Decoder", "Group", "Parameters", "ShardedDecoder", "group_layers", "pack"]
+__all__ = [
+    "Batch",
+    "Caches",
+    "Decoder",
+    "Group",
+    "PageRange",
+    "Parameters",
+    "Segment",
+    "Shape",
+    "ShardedDecoder",
+    "group_layers",
+    "pack",
+]

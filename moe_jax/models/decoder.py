@@ -1,6 +1,6 @@
 """The decoder, assembled from its config, written for one device of a placement.
 
-T  own rows     B  those of them that this device keeps     D  hidden     Q  rows whose logits are wanted
+T  own rows     B  those of them that this device keeps     D  hidden
 """
 
 from __future__ import annotations
@@ -87,16 +87,18 @@ class Decoder(nnx.Module):
         self.head = None if config.tied_embeddings else Vocabulary(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, tokens: Int32[Array, "T"], wanted: Int32[Array, "Q"], step: Step, caches: Caches
-    ) -> tuple[Float[Array, "Q vocab"], Caches, list[Load]]:
-        """Logits, in float32, of the rows `wanted`; the caches with the rows written; the load of each MoE layer."""
+        self, tokens: Int32[Array, "T"], step: Step, caches: Caches
+    ) -> tuple[Float[Array, "T D"], Caches, list[Load]]:
+        """The last hidden state of each row; the caches with the rows written; the load of each MoE layer."""
         x = self.embedding.embed(tokens, step.residual)
         written, loads = [], []
         for stack, unit_caches in zip(self.stacks, caches, strict=True):
             x, unit_caches, unit_loads = stack(x, step, unit_caches)
             written.append(unit_caches)
             loads += unit_loads
-        head = self.embedding if self.head is None else self.head
-        with jax.named_scope("head"):
-            rows = step.residual.all_rows(x, step.capacity)
-            return head.logits(self.norm(rows[wanted]), step.residual), written, loads
+        return self.norm(step.residual.all_rows(x, step.capacity)), written, loads
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What turns hidden states into logits."""
+        return self.embedding if self.head is None else self.head

@@ -1,8 +1,8 @@
-"""A decoder on a mesh: its parameters' shardings, and its programs as one `shard_map` each."""
+"""A decoder on a mesh: the shardings of its parameters and caches, and what runs on each device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from moe_jax.config import LayerConfig, ModelConfig, MoEConfig
+from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from moe_jax.errors import ConfigError
-from moe_jax.layers import Cache, KVCache, Step, parameter
+from moe_jax.layers import Cache, PagedCache, Step, parameter
 from moe_jax.models.batch import Batch
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import group_layers
@@ -108,23 +108,30 @@ class ShardedDecoder:
 
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
 
-    def abstract_caches(self, slots: int, positions: int) -> Caches:
-        """The shapes, dtypes and shardings of KV caches for `slots` sequences on each token shard."""
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """How far back layers look, each distance once: those that look equally far share tables of pages."""
+        return tuple(dict.fromkeys(layer.attention.window for layer in self.config.layers))
+
+    def abstract_caches(self, pages: Mapping[int | None, int], page: int) -> Caches:
+        """The shapes, dtypes and shardings of KV caches of so many pages of `page` positions on each token shard, for
+        each of the `windows`."""
         placement, shards = self.placement, self.placement.size(Role.TOKENS)
 
-        def abstract(repeats: int, kv_heads: int, width: int) -> Cache:
-            shape = (repeats, shards * slots, max(kv_heads, placement.size(Role.HEADS)), positions, width)
-            array = jax.ShapeDtypeStruct(shape, self.dtype, sharding=placement.sharding(KVCache.DIMS, shape))
-            return KVCache(array, array)  # type: ignore[arg-type]
+        def abstract(repeats: int, attention: AttentionConfig) -> Cache:
+            kv_heads = max(attention.kv_heads, placement.size(Role.HEADS))
+            shape = (repeats, kv_heads, shards * pages[attention.window], page, attention.head_dim)
+            array = jax.ShapeDtypeStruct(shape, self.dtype, sharding=placement.sharding(PagedCache.DIMS, shape))
+            return PagedCache(array, array)  # type: ignore[arg-type]
 
         return [
-            [abstract(group.repeats, layer.attention.kv_heads, layer.attention.head_dim) for layer in group.unit]
+            [abstract(group.repeats, layer.attention) for layer in group.unit]
             for group in group_layers(self.config.layers)
         ]
 
-    def empty_caches(self, slots: int, positions: int) -> Caches:
-        """Zeroed KV caches for `slots` sequences on each token shard."""
-        abstract = self.abstract_caches(slots, positions)
+    def empty_caches(self, pages: Mapping[int | None, int], page: int) -> Caches:
+        """Zeroed caches, as `abstract_caches`."""
+        abstract = self.abstract_caches(pages, page)
         return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), abstract)
 
     def per_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -146,26 +153,19 @@ class ShardedDecoder:
     def rows_spec(self) -> PartitionSpec:
         return self.placement.spec((Role.TOKENS,), (0,))
 
-    def next_logits(
-        self, parameters: Parameters, caches: Caches, batch: Batch, route: Route
-    ) -> tuple[Float[Array, "shards*S vocab"], Caches]:
-        """Logits after the last row of every slot, and the caches with the batch written."""
-        return self._logits(parameters, caches, batch, route, lambda batch: batch.packing.last)
+    @property
+    def cache_spec(self) -> PartitionSpec:
+        return self.placement.spec(PagedCache.DIMS, (0,) * len(PagedCache.DIMS))
 
     def all_logits(
         self, parameters: Parameters, caches: Caches, batch: Batch, route: Route
     ) -> tuple[Float[Array, "shards*T vocab"], Caches]:
         """Logits after every row, and the caches with the batch written."""
-        return self._logits(parameters, caches, batch, route, lambda batch: jnp.arange(batch.rows.capacity))
 
-    def _logits(
-        self, parameters: Parameters, caches: Caches, batch: Batch, route: Route, wanted: Callable[[Batch], Array]
-    ) -> tuple[Array, Caches]:
         def run(decoder: Decoder, caches: Caches, batch: Batch) -> tuple[Array, Caches]:
-            step = Step.of(batch.rows, batch.packing, route)
-            logits, caches, _ = decoder(batch.tokens, wanted(batch), step, caches)
-            return logits, caches
+            x, caches, _ = decoder(batch.tokens, Step.of(batch.rows, batch.packing, route), caches)
+            with jax.named_scope("head"):
+                return decoder.vocabulary.all_logits(x, route.residual), caches
 
-        cache_spec = self.placement.spec(KVCache.DIMS, (0,) * len(KVCache.DIMS))
-        in_specs, out_specs = (cache_spec, self.batch_specs), (self.rows_spec, cache_spec)
+        in_specs, out_specs = (self.cache_spec, self.batch_specs), (self.rows_spec, self.cache_spec)
         return self.per_device(run, in_specs, out_specs)(parameters, caches, batch)

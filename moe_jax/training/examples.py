@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import jax
 import numpy as np
 from jaxtyping import Array, Int32
 
-from moe_jax.batching import Segment, assign_seats
-from moe_jax.models import Batch, pack
+from moe_jax.layers import Grid
+from moe_jax.models import Batch, Segment, Shape, pack
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
 
@@ -31,14 +33,29 @@ def examples(
     prompts: Sequence[list[int]], answers: Sequence[list[int]], placement: Placement, longest: int
 ) -> Examples:
     """Sequences of a prompt, which is given, and an answer, which is learned; none longer than `longest` tokens."""
-    shards = placement.size(Role.TOKENS)
     inputs = [(prompt + answer)[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-    seats = assign_seats([len(tokens) for tokens in inputs], shards)
-    slots = 1 + max(seat.slot for seat in seats)
-    segments = [Segment(i, seat, 0, tokens) for i, (seat, tokens) in enumerate(zip(seats, inputs, strict=True))]
-    capacity = slots * longest
-    batch, first_rows = pack(segments, placement, slots=slots, chunk=longest, capacity=capacity)
+    shards = spread([len(tokens) for tokens in inputs], placement.size(Role.TOKENS))
+    lines = max(map(len, shards))
+    shape = Shape((Grid(lines, longest),), lines * longest)
+    segments = [[[Segment(0, inputs[number]) for number in of_shard]] for of_shard in shards]
+    batch, first_rows = pack(segments, shape, placement)
     targets = np.full(batch.tokens.shape, NOT_A_TARGET, np.int32)
-    for first, prompt, answer in zip(first_rows, prompts, answers, strict=True):
+    for first, number in zip(first_rows, chain(*shards), strict=True):
+        prompt, answer = prompts[number], answers[number]
         targets[first + len(prompt) - 1 :][: len(answer)] = answer
     return Examples(batch, on_host(targets))
+
+
+def spread(lengths: Sequence[int], shards: int) -> list[list[int]]:
+    """Which sequences each shard takes: as many on every shard (give or take one), and tokens as even as greedy makes
+    them.
+
+    The longest choose first; each goes to the shard with the fewest sequences, then the fewest tokens.
+    """
+    loads: list[tuple[int, int, int]] = [(0, 0, shard) for shard in range(shards)]
+    taken: list[list[int]] = [[] for _ in range(shards)]
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        count, tokens, shard = heapq.heappop(loads)
+        taken[shard].append(number)
+        heapq.heappush(loads, (count + 1, tokens + lengths[number], shard))
+    return taken

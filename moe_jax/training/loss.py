@@ -40,12 +40,13 @@ def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, 
         raise ConfigError("losses need rows that are gathered exactly: rounding has no gradient")
     batch = examples.batch
     groups = group_layers(decoder.config.layers)
-    caches: Caches = [[Uncached(batch.packing.chunk) for _ in group.unit] for group in groups]
+    caches: Caches = [[Uncached() for _ in group.unit] for group in groups]
     axes, kept = (here.axes(Role.TOKENS) for here in (decoder.placement, route.residual.blocks))
 
     def run(model: Decoder, batch: Batch, targets: Array) -> Losses:
         step = Step.of(batch.rows, batch.packing, route)
-        logits, _, loads = model(batch.tokens, jnp.arange(batch.rows.capacity), step, caches)
+        x, _, loads = model(batch.tokens, step, caches)
+        logits = model.vocabulary.all_logits(x, route.residual)
         wanted = targets != NOT_A_TARGET
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(wanted, targets, 0))
         total, count = jnp.sum(jnp.where(wanted, nats, 0)), jnp.sum(wanted)

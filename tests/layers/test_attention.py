@@ -2,73 +2,99 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import Packing
+from moe_jax.layers import Grid, Packing, Table
 from moe_jax.layers.attention import attend
-from moe_jax.layers.cache import KVCache, Uncached
+from moe_jax.layers.cache import UNWRITTEN, PagedCache, Uncached
 from moe_jax.layers.rope import rotate
 
-SLOTS, KV_HEADS, HEADS, WIDTH, POSITIONS = 3, 2, 4, 4, 8
+LINES, KV_HEADS, HEADS, WIDTH, PAGE, PAGES = 3, 2, 4, 4, 2, 7
+ONE, TWO = Grid(1, 1), Grid(2, 2)
 
 
-def packing() -> Packing:
-    """Slot 2 has positions 1 and 2, slot 0 position 3, slot 1 nothing; two pad rows."""
+def packing(window: int | None = None) -> Packing:
+    """Line 0 decodes position 3 with pages 5 and 1, line 1 has nothing, line 2 positions 5 and 6 with pages 0 and 4
+    from position 4 on; two pad rows."""
     ints = {
-        "slots": [2, 2, 0, SLOTS, SLOTS],
-        "positions": [1, 2, 3, 0, 0],
-        "starts": [2, 0, 0],
+        "lines": [0, 2, 2, LINES, LINES],
+        "positions": [3, 5, 6, 0, 0],
+        "starts": [0, 0, 1],
         "lengths": [1, 0, 2],
     }
-    return Packing(**{name: jnp.array(values) for name, values in ints.items()}, chunk=2)
+    table = Table(jnp.array([[5, 1], [6, 6], [0, 4]]), jnp.array([0, 0, 4]), window)
+    return Packing(**{name: jnp.array(values) for name, values in ints.items()}, tables=(table,), grids=(ONE, TWO))
 
 
-def test_rows_to_grid_and_back() -> None:
+def test_rows_to_grids_and_back() -> None:
     packed, rows = packing(), jnp.arange(5) + 10
-    grid = packed.to_grid(rows)
-    assert grid[2].tolist() == [10, 11]
-    assert grid[0, 0] == 12
-    assert packed.to_rows(grid)[:3].tolist() == [10, 11, 12]
-    assert packed.last.tolist() == [2, 0, 1]
+    grids = [packed.to_grid(rows, grid) for grid in packed.grids]
+    assert grids[0].tolist() == [[10]]
+    assert grids[1][1].tolist() == [11, 12]
+    assert packed.to_rows(grids)[:3].tolist() == [10, 11, 12]
 
 
 def test_the_cache_takes_real_rows_only() -> None:
-    packed, shape = packing(), (2, SLOTS, KV_HEADS, POSITIONS, WIDTH)
-    cache = KVCache(jnp.zeros(shape), jnp.zeros(shape))
+    packed, shape = packing(), (2, KV_HEADS, PAGES, PAGE, WIDTH)
+    cache = PagedCache(jnp.zeros(shape), jnp.zeros(shape))
     rows = jnp.ones((5, KV_HEADS, WIDTH)) * jnp.array([1, 2, 3, jnp.nan, jnp.nan])[:, None, None]
-    keys, values, after = cache.write(jnp.array(1), rows, -rows, packed)
+    _, after = cache.write(jnp.array(1), rows, -rows, packed, None)
     expected = np.zeros(shape)
-    expected[1, 2, :, 1], expected[1, 2, :, 2], expected[1, 0, :, 3] = 1, 2, 3
+    expected[1, :, 1, 1], expected[1, :, 0, 1], expected[1, :, 4, 0] = 1, 2, 3
     np.testing.assert_array_equal(after.keys, expected)
     np.testing.assert_array_equal(after.values, -expected)
-    np.testing.assert_array_equal(keys, expected[1])
-    np.testing.assert_array_equal(values, -expected[1])
+
+
+def test_a_line_sees_its_own_pages_and_no_leavings_of_others() -> None:
+    """Pages that were given back hold anything, NaN included."""
+    shape = (1, KV_HEADS, PAGES, PAGE, WIDTH)
+    leavings = jnp.full(shape, jnp.nan).at[:, :, 0, 0].set(9).at[:, :, 5].set(8).at[:, :, 1, 0].set(7)
+    rows = jnp.ones((5, KV_HEADS, WIDTH)) * jnp.arange(1.0, 6)[:, None, None]
+    view, _ = PagedCache(leavings, leavings).write(jnp.array(0), rows, rows, packing(), None)
+    decoding, prompts = view(ONE), view(TWO)
+    assert decoding.positions.tolist() == [[0, 1, 2, 3]]
+    assert decoding.values[1, 0, :, 2].tolist() == [8, 8, 7, 1]
+    assert prompts.positions[1].tolist() == [4, 5, 6, UNWRITTEN]
+    assert prompts.values[0, 1, :, 0].tolist() == [9, 2, 3, 0]
+    assert prompts.keys[0, 1, :3, 0].tolist() == [9, 2, 3]
+
+
+def test_layers_with_a_window_have_a_table_of_their_own() -> None:
+    packed = replace(packing(), tables=(*packing().tables, replace(packing(8).tables[0], firsts=jnp.array([2, 0, 4]))))
+    cache = PagedCache(*jnp.zeros((2, 1, KV_HEADS, PAGES, PAGE, WIDTH)))
+    rows = jnp.ones((5, KV_HEADS, WIDTH))
+    _, after = cache.write(jnp.array(0), rows, rows, packed, 8)
+    assert after.keys[0, 0, 5, :, 0].tolist() == [0, 1], "position 3 is the second of a page that begins at 2"
 
 
 def test_without_a_cache_only_this_step_is_seen() -> None:
     rows = jnp.arange(5.0)[:, None, None] * jnp.ones((5, KV_HEADS, WIDTH))
-    keys, _, again = Uncached(4).write(jnp.array(0), rows, rows, packing())
-    assert keys.shape == (SLOTS, KV_HEADS, 4, WIDTH)
-    assert keys[:, 0, :, 0].tolist() == [[0, 0, 0, 2], [0, 0, 0, 0], [0, 0, 1, 0]]
-    assert again == Uncached(4)
+    view, _ = Uncached().write(jnp.array(0), rows, rows, packing(), None)
+    seen = view(TWO)
+    assert seen.keys.shape == (KV_HEADS, 2, 2, WIDTH)
+    assert seen.values[:, 1, :, 0].tolist() == [[1, 2], [1, 2]]
+    assert seen.positions.tolist() == [[UNWRITTEN, UNWRITTEN], [5, 6]]
 
 
 def test_attend_is_grouped_softmax_attention() -> None:
+    lines, positions = 3, 8
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
-    query, keys = draw(0, SLOTS, 2, HEADS, WIDTH), draw(1, SLOTS, KV_HEADS, POSITIONS, WIDTH)
-    values = draw(2, SLOTS, KV_HEADS, POSITIONS, WIDTH)
-    seen = jnp.arange(POSITIONS) <= jnp.array([[3, 4], [0, 1], [7, 7]])[..., None]
+    query, keys = draw(0, lines, 2, HEADS, WIDTH), draw(1, KV_HEADS, lines, positions, WIDTH)
+    values = draw(2, KV_HEADS, lines, positions, WIDTH)
+    seen = jnp.arange(positions) <= jnp.array([[3, 4], [0, 1], [7, 7]])[..., None]
     got = attend(query, keys, values, seen)
-    for slot, chunk, head in np.ndindex(SLOTS, 2, HEADS):
+    for line, chunk, head in np.ndindex(lines, 2, HEADS):
         kv = head // (HEADS // KV_HEADS)
-        upto = int(seen[slot, chunk].sum())
-        scores = np.asarray(keys[slot, kv, :upto] @ query[slot, chunk, head]) / np.sqrt(WIDTH)
+        upto = int(seen[line, chunk].sum())
+        scores = np.asarray(keys[kv, line, :upto] @ query[line, chunk, head]) / np.sqrt(WIDTH)
         weights = np.exp(scores - scores.max())
-        expected = weights / weights.sum() @ np.asarray(values[slot, kv, :upto])
-        np.testing.assert_allclose(got[slot, chunk, head], expected, atol=1e-5)
+        expected = weights / weights.sum() @ np.asarray(values[kv, line, :upto])
+        np.testing.assert_allclose(got[line, chunk, head], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [1, 100])

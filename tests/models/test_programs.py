@@ -31,9 +31,7 @@ def decode_step(
 ) -> jax.stages.Compiled:
     here = placement(where)
     sized = combine.sized(here, [slots] * here.size(Role.TOKENS), slots)
-    return Programs(ShardedDecoder(model(layers), here, "float32")).decode_step(
-        slots, positions, slots, Route.whole(sized)
-    )
+    return Programs(ShardedDecoder(model(layers), here, "float32")).decode_step(slots, positions, Route.whole(sized))
 
 
 def found(compiled: jax.stages.Compiled) -> list[Collective]:

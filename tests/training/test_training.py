@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_jax.checkpoints.orbax_store import Steps
 from moe_jax.errors import CheckpointError, ConfigError
@@ -27,7 +29,7 @@ from moe_jax.sharding import (
     as_encoding,
 )
 from moe_jax.training.addition import CHARACTERS, END, Problem, problems, tokenizer
-from moe_jax.training.examples import Examples, examples
+from moe_jax.training.examples import Examples, examples, spread
 from moe_jax.training.loss import _balance, losses
 from moe_jax.training.recipe import LONGEST, Recipe, train
 from moe_jax.training.trainer import TrainingState
@@ -36,6 +38,19 @@ TINY = Recipe(digits=2, batch_size=16, steps=4, warmup_steps=1)
 HERE = Placement.parse("data=2,expert=2,tensor=2")
 ELSEWHERE = Placement.parse("expert=4")
 SCATTER = Route.whole(ScatterCombine(HERE))
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 8))
+def test_sequences_are_spread_evenly(lengths: list[int], shards: int) -> None:
+    taken = spread(lengths, shards)
+    assert sorted(number for of_shard in taken for number in of_shard) == list(range(len(lengths)))
+    counts = list(map(len, taken))
+    assert max(counts) - min(counts) <= 1
+
+
+def test_long_sequences_are_spread() -> None:
+    first, second = spread([100, 1, 100, 1], shards=2)
+    assert len({0, 2} & set(first)) == len({0, 2} & set(second)) == 1
 
 
 def for_training(combine: type[Combine], placement: Placement) -> Route:

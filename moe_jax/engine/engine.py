@@ -1,0 +1,190 @@
+"""Requests that come and go, decoded together: the host plans the next step while the devices run this one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax.engine.executor import Executor
+from moe_jax.engine.generation import Candidates, Generation, Landing, Need
+from moe_jax.engine.orders import Claims, Piece, idle_order, order
+from moe_jax.engine.sizes import Sizes
+from moe_jax.engine.stats import Latency, Meter, Stats
+from moe_jax.programs import Asked, Drawn, Scored
+from moe_jax.requests import MOST_CANDIDATES, FinishReason
+from moe_jax.scheduler import Plan, Request, Scheduler
+from moe_jax.sharding import Placement, Role
+
+
+class Flight(NamedTuple):
+    """A dispatch whose results are not read yet."""
+
+    plan: Plan
+    claims: Claims
+    results: tuple[Drawn, Scored | None]
+
+
+class Engine:
+    """Not for several threads at once."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, sizes: Sizes, placement: Placement) -> None:
+        self._scheduler, self._executor, self._sizes, self._placement = scheduler, executor, sizes, placement
+        self._generations: dict[Request, Generation] = {}
+        self._needs: Counter[Need] = Counter()
+        self._flight: Flight | None = None
+        self._meter = Meter(placement.size(Role.TOKENS))
+
+    def add(self, generation: Generation) -> None:
+        """
+        Raises:
+          RequestError: one of this id has not ended, or it could not run even alone.
+        """
+        self._scheduler.add(generation.request)
+        generation.last_heard = self._now()
+        self._generations[generation.request] = generation
+        self._needs.update(generation.needs)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return self._scheduler.waiting
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._generations) or self._flight is not None
+
+    def cancel(self, generation: Generation) -> None:
+        """Free its slot and pages at once. Nothing happens to one that has ended."""
+        if generation.finish_reason is None:
+            self._end(generation, "cancelled")
+
+    def step(self) -> None:
+        """Have the next step run, then read the results of the one before: generations that got something report it."""
+        began = self._now()
+        plan = self._scheduler.plan()
+        before, self._flight = self._flight, self._dispatch(plan) if plan else None
+        if before:
+            self._land(before)
+        self._meter.busy_seconds += self._now() - began
+
+    @property
+    def stats(self) -> Stats:
+        scheduler, meter = self._scheduler, self._meter
+        pages = [group.pages for group in scheduler.limits.groups] * scheduler.limits.shards
+        return Stats(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            finished=meter.finished,
+            prompt_tokens=meter.prompt_tokens,
+            generated_tokens=meter.generated_tokens,
+            busy_seconds=meter.busy_seconds,
+            first_token=Latency.of(meter.first_token),
+            between_tokens=Latency.of(meter.between_tokens),
+            rows_per_shard=meter.rows_per_shard,
+            balance=meter.balance,
+            pad_share=meter.pad_share,
+            cache_use=sum(map(sum, scheduler.used_pages)) / sum(pages),
+            preemptions=scheduler.preemptions,
+            prefix_hits=scheduler.prefix_hits,
+        )
+
+    def warm_up(self, variants: Sequence[Asked], *, progress: bool) -> None:
+        """Compile every step that can come to be needed, for requests that ask this much.
+
+        Nothing may be running.
+        """
+        assert not self.has_work
+        steps = list(product(self._sizes.steps(), variants))
+        for size, asked in tqdm(steps, desc="compiling", unit=" steps", disable=not progress, leave=False):
+            jax.block_until_ready(self._executor.run(idle_order(size, self._sizes, self._placement, asked)))
+
+    def _dispatch(self, plan: Plan) -> Flight:
+        asked = Asked(
+            knobs=self._needs[Need.KNOBS] > 0,
+            top=MOST_CANDIDATES if self._needs[Need.CANDIDATES] else 0,
+            logits=self._needs[Need.LOGITS] > 0,
+        )
+        orders, claims = order(plan, self._sizes, self._placement, asked, self._generations.__getitem__)
+        self._meter.step(plan.rows, orders.turn.batch.rows.capacity, plan.steps)
+        self._meter.prompt_tokens += sum(chunk.end - chunk.start for chunks in plan.chunks for chunk in chunks)
+        return Flight(plan, claims, self._executor.run(orders))
+
+    def _land(self, flight: Flight) -> None:
+        """Requests that have ended meanwhile get nothing."""
+        drawn, scored = jax.device_get(flight.results)
+        for piece in flight.claims.pieces:
+            if generation := self._generations.get(piece.request):
+                _tell(generation, piece, scored)
+        tokens, logprobs, given = (part.tolist() for part in (drawn.tokens, drawn.logprobs, drawn.given))
+        landings = {
+            request: Landing(tokens[line][: given[line]], logprobs[line][: given[line]], line)
+            for request, line in flight.claims.draws
+        }
+        self._scheduler.landed(flight.plan, {request: landing.tokens for request, landing in landings.items()})
+        now = self._now()
+        for request, landing in landings.items():
+            if generation := self._generations.get(request):
+                if generation.wants_candidates:
+                    generation.candidates += _candidates(drawn, landing, generation.params.logprobs)
+                self._take(generation, landing, now)
+
+    def _now(self) -> float:
+        """Seconds, those of compilation left out."""
+        return time.perf_counter() - self._executor.programs.compile_seconds
+
+    def _take(self, generation: Generation, landing: Landing, now: float) -> None:
+        first = not generation.tokens
+        histogram = self._meter.first_token if first else self._meter.between_tokens
+        count = len(landing.tokens)
+        histogram.add((now - generation.last_heard) / (1 if first else count), 1 if first else count)
+        generation.last_heard = now
+        self._meter.generated_tokens += count
+        if not math.isfinite(math.fsum(landing.logprobs)):
+            self._end(generation, "error", "the model's logits are not numbers: its weights, or their dtype, are unfit")
+            return
+        generation.land(landing)
+        if generation.finish_reason is None:
+            generation.report()
+        else:
+            self._forget(generation)
+
+    def _end(self, generation: Generation, reason: FinishReason, error: str | None = None) -> None:
+        generation.finish(reason, error)
+        self._forget(generation)
+
+    def _forget(self, generation: Generation) -> None:
+        generation.report()
+        self._scheduler.finish(generation.request.id)
+        del self._generations[generation.request]
+        self._needs.subtract(generation.needs)
+        self._meter.finished += 1
+
+
+def _candidates(drawn: Drawn, landing: Landing, count: int | None) -> list[Candidates]:
+    rows = slice(None, len(landing.tokens)), slice(None, count)
+    tokens, logprobs = (part[landing.line][rows].tolist() for part in (drawn.top_tokens, drawn.top_logprobs))
+    return [dict(zip(*row, strict=True)) for row in zip(tokens, logprobs, strict=True)]
+
+
+def _tell(generation: Generation, piece: Piece, scored: Any) -> None:
+    """What is asked of a prompt's tokens; of those told before it was preempted, nothing again."""
+    prompt, length = generation.told_of_prompt, len(generation.request.prompt)
+    if scored.logits is not None:
+        known = sum(map(len, prompt.logits))
+        rows = scored.logits[piece.rows][max(known - piece.start, 0) : length - piece.start]
+        prompt.logits.append(np.array(rows))
+    offset = piece.rows.start - piece.start
+    last = min(piece.rows.stop, length - 1 + offset)
+    for row in range(len(prompt.logprobs) - 1 + offset, last):
+        prompt.logprobs.append(float(scored.logprobs[row]))
+        best = slice(None, generation.params.prompt_logprobs)
+        tokens, logprobs = scored.top_tokens[row][best].tolist(), scored.top_logprobs[row][best].tolist()
+        prompt.candidates.append(dict(zip(tokens, logprobs, strict=True)))

@@ -1,0 +1,50 @@
+"""Holds weights, caches and slots on the devices, and has orders carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+from moe_jax.engine.orders import Order
+from moe_jax.engine.sizes import Sizes
+from moe_jax.models import Parameters
+from moe_jax.programs import PAGE, Drawn, Programs, Scored
+from moe_jax.sharding import Policy, Role, Route
+
+
+class Executor:
+    """Every process has one, and gives it the same orders."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        parameters: Parameters,
+        policy: Policy,
+        sizes: Sizes,
+        pages: Mapping[int | None, int],
+    ) -> None:
+        """
+        Args:
+          pages: of each token shard, for each of the decoder's windows.
+        """
+        self.programs = programs
+        self._parameters, self._policy, self._sizes = parameters, policy, sizes
+        self._caches = programs.decoder.empty_caches(pages, PAGE)
+        self._slots = self.programs.empty_slots(sizes.slots, sizes.positions)
+        self._route = cache(self._decide)
+
+    def run(self, order: Order) -> tuple[Drawn, Scored | None]:
+        """Have it run; the results are waited for when they are read."""
+        route, state = self._route(order.turn.batch.rows.capacity), (self._parameters, self._caches, self._slots)
+        if order.budgets is None:
+            run = self.programs.advance(*state, order.turn, route=route, asked=order.asked)
+        else:
+            most = self._sizes.decode_steps
+            run = self.programs.decode(*state, order.turn, order.budgets, most=most, route=route, asked=order.asked)
+        drawn, scored, self._slots, self._caches = run
+        return drawn, scored
+
+    def _decide(self, capacity: int) -> Route:
+        """How full steps of this size go through the layers; the scheduler keeps shards even, and the buffers then hold
+        any counts."""
+        return self._policy.decide([capacity] * self._policy.placement.size(Role.TOKENS), capacity).route

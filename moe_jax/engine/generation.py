@@ -1,0 +1,183 @@
+"""What one sample of a request has come to so far: tokens, text, log-probabilities, and how it ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from moe_jax.requests import FinishReason, SamplingParams
+from moe_jax.sampling import Knobs
+from moe_jax.scheduler import Request
+from moe_jax.text import Detokenizer, StopStrings
+
+Candidates = dict[int, float]
+"""The log-probability of each of the likeliest tokens, likeliest first."""
+
+
+class Need(Enum):
+    """What a request asks of the devices besides the likeliest token."""
+
+    KNOBS = auto()
+    """Anything but the likeliest token of the model."""
+    CANDIDATES = auto()
+    """The likeliest tokens beside the chosen one."""
+    LOGITS = auto()
+    """Those after each token of the prompt."""
+
+
+class Landing(NamedTuple):
+    """What a dispatch gave one request."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    line: int
+    """Of the results, over all token shards."""
+
+
+@dataclass
+class Prompt:
+    """What is told of a prompt, where it is asked for."""
+
+    logprobs: list[float | None] = field(default_factory=lambda: [None])
+    """Of each token; the first follows nothing."""
+    candidates: list[Candidates | None] = field(default_factory=lambda: [None])
+    logits: list[np.ndarray] = field(default_factory=list)
+    """After each token, a part of the prompt at a time."""
+
+
+class Generation:
+    """One sample of one request, from its arrival to its end."""
+
+    def __init__(
+        self,
+        request: Request,
+        params: SamplingParams,
+        seed: int,
+        end_ids: frozenset[int],
+        tokenizer: Tokenizer | None,
+        news: deque[Generation],
+        *,
+        wants_logits: bool = False,
+    ) -> None:
+        """
+        Args:
+          end_ids: tokens that end it.
+          news: where it is put whenever it got something, or ended.
+          wants_logits: whether the logits after each token of the prompt are wanted.
+        """
+        self.request, self.params, self.seed, self.end_ids = request, params, seed, end_ids
+        self.wants_logits = wants_logits
+        self.told_of_prompt = Prompt()
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.candidates: list[Candidates] = []
+        self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
+        self.text = ""
+        self.told = (0, 0)
+        """Tokens and characters that whoever listens has had."""
+        self.last_heard = 0.0
+        """When it came, or its last tokens did, by the engine's clock."""
+        self._news = news
+        self._tokenizer = tokenizer
+        self._detokenizer: Detokenizer | None = None
+        self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+        self._read = 0
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return self.request.prompt
+
+    @cached_property
+    def knobs(self) -> Knobs:
+        """Of this request alone."""
+        return Knobs.of([self])
+
+    @property
+    def needs(self) -> list[Need]:
+        wanted = {
+            Need.KNOBS: not self.params.takes_likeliest,
+            Need.CANDIDATES: self.params.logprobs or self.params.prompt_logprobs,
+            Need.LOGITS: self.wants_logits,
+        }
+        return [need for need, is_wanted in wanted.items() if is_wanted]
+
+    @property
+    def wants_candidates(self) -> bool:
+        return bool(self.params.logprobs)
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether anything is asked of the prompt's own tokens."""
+        return self.wants_logits or self.params.prompt_logprobs is not None
+
+    def land(self, landing: Landing) -> None:
+        """Take tokens, up to the one that ends the request."""
+        before = len(self.tokens)
+        self.tokens += landing.tokens
+        self.logprobs += landing.logprobs
+        if self.params.stop and self._stops_within(before):
+            return
+        if not self.end_ids.isdisjoint(landing.tokens):
+            self._cut(
+                next(place for place in range(before, len(self.tokens)) if self.tokens[place] in self.end_ids) + 1
+            )
+            self.finish("stop")
+        elif len(self.tokens) == self.request.most_tokens:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        """Nothing more will come."""
+        self.write()
+        if self._detokenizer is not None:
+            emitted, _ = self._stops.push(self._detokenizer.finish())
+            self.text += emitted + self._stops.finish()
+        self.finish_reason, self.error = reason, error
+        self.__dict__.pop("knobs", None)
+
+    def write(self) -> str:
+        """Bring the text up to the last token, but for characters that are not complete, and what may yet become part
+        of a stop string."""
+        if self.finish_reason is None:
+            self._read_to(len(self.tokens))
+        return self.text
+
+    def report(self) -> None:
+        """Tell whoever waits for it that there is something new."""
+        self._news.append(self)
+
+    def count_new(self) -> int:
+        """Tokens that have come since it was last asked."""
+        before, self.told = self.told, (len(self.tokens), 0)
+        return len(self.tokens) - before[0]
+
+    def _cut(self, end: int) -> None:
+        for column in (self.tokens, self.logprobs, self.candidates):
+            del column[end:]
+
+    def _stops_within(self, first: int) -> bool:
+        """Whether a stop string ends in one of the tokens from `first` on; what comes after that token is dropped."""
+        for end in range(first + 1, len(self.tokens) + 1):
+            if self._read_to(end):
+                self._cut(end)
+                self.finish_reason = "stop"
+                return True
+        return False
+
+    def _read_to(self, end: int) -> bool:
+        """Write the text of the tokens before `end`. Whether a stop string is in it."""
+        if self._tokenizer is None or end == self._read:
+            return False
+        if self._detokenizer is None:
+            self._detokenizer = Detokenizer(self._tokenizer, self.params.skip_special_tokens)
+        emitted, stops = self._stops.push(self._detokenizer.push(self.tokens[self._read : end]))
+        self.text += emitted
+        self._read = end
+        return stops

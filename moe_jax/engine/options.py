@@ -1,0 +1,107 @@
+"""What users say about an engine, and the sizes that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_jax.engine.engine import Engine
+from moe_jax.engine.executor import Executor
+from moe_jax.engine.sizes import Sizes
+from moe_jax.errors import RequestError
+from moe_jax.models import Parameters, ShardedDecoder
+from moe_jax.programs import PAGE, Programs
+from moe_jax.roofline import held_bytes
+from moe_jax.scheduler import CacheGroup, Limits, Scheduler
+from moe_jax.sharding import Policy, Role
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    Raises:
+      RequestError: a number out of range.
+    """
+
+    max_length: int
+    """Positions of a sequence, at most."""
+    max_batch_size: int = 256
+    """Sequences that are decoded together, at most; more wait."""
+    prefill_tokens: int = 512
+    """Prompt tokens that a token shard takes into one step, at most."""
+    decode_steps: int = 8
+    """Decode steps that the devices run before the host looks at them."""
+    cache_pages: int | None = None
+    """Pages, of 16 positions, on each token shard; by default as many as can be in use, or as `cache_memory` allows."""
+    cache_memory: float = 0.8
+    """The share of a device's memory beside its weights that the cache may take."""
+    prefix_cache: bool = True
+    """Whether prompts that begin alike share what was computed of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "prefill_tokens", "decode_steps", "cache_pages"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RequestError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.cache_memory <= 1:
+            raise RequestError(f"cache_memory is a share, above 0 and at most 1, got {self.cache_memory}")
+
+    def sizes(self, decoder: ShardedDecoder) -> Sizes:
+        slots = -(-self.max_batch_size // decoder.placement.size(Role.TOKENS))
+        prompts = min(PROMPTS, slots)
+        return Sizes(
+            windows=decoder.windows,
+            slots=slots,
+            positions=self.max_length,
+            prompt_rows=min(max(self.prefill_tokens, 2 * slots), prompts * self.max_length),
+            prompts=prompts,
+            decode_steps=self.decode_steps,
+        )
+
+    def pages(self, decoder: ShardedDecoder, policy: Policy, sizes: Sizes) -> dict[int | None, int]:
+        """Of each token shard, for each of the decoder's windows.
+
+        Raises:
+          RequestError: no room for a single sequence.
+        """
+        needed = {window: sizes.needed_pages(window) for window in decoder.windows}
+        one = {window: _one_sequence(window, sizes) for window in decoder.windows}
+        if self.cache_pages is not None:
+            pages = {window: min(self.cache_pages, most) for window, most in needed.items()}
+        else:
+            room = policy.hardware.memory / policy.hardware.sharers(decoder.placement)
+            room = max(room - held_bytes(decoder.parameters), 0) * self.cache_memory
+            share = min(room / held_bytes(decoder.abstract_caches(needed, PAGE)), 1)
+            pages = {window: int(most * share) for window, most in needed.items()}
+        if any(pages[window] < one[window] for window in pages):
+            raise RequestError(
+                f"there is room for {min(pages.values())} pages of {PAGE} positions on each token shard, a sequence of "
+                f"{self.max_length} positions needs {max(one.values())}: ask for a smaller max_length, or give the "
+                "cache more (cache_pages, cache_memory), or more devices"
+            )
+        return pages
+
+    def engine(self, programs: Programs, parameters: Parameters, policy: Policy) -> Engine:
+        decoder = programs.decoder
+        sizes = self.sizes(decoder)
+        pages = self.pages(decoder, policy, sizes)
+        limits = Limits(
+            shards=decoder.placement.size(Role.TOKENS),
+            slots=sizes.slots,
+            page=PAGE,
+            groups=tuple(CacheGroup(pages[window], window) for window in decoder.windows),
+            chunk=sizes.prompt_rows,
+            chunks=sizes.prompts,
+            rows=sizes.prompt_rows,
+            decode_steps=sizes.decode_steps,
+            prefix_cache=self.prefix_cache,
+        )
+        executor = Executor(programs, parameters, policy, sizes, pages)
+        return Engine(Scheduler(limits), executor, sizes, decoder.placement)
+
+
+PROMPTS = 8
+"""Prompts that a token shard takes into one step, at most."""
+
+
+def _one_sequence(window: int | None, sizes: Sizes) -> int:
+    group = CacheGroup(1, window)
+    return group.most_pages(sizes.positions, max(sizes.prompt_rows, sizes.decode_steps), PAGE)

@@ -1,0 +1,121 @@
+"""The few sizes of steps that are compiled.
+
+Each size comes from a ladder with a factor of four between its steps, so that there are few programs to compile, and a
+step has at most four times the lines, prompt rows or pages that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+from moe_jax.layers import Grid
+from moe_jax.models import Shape
+from moe_jax.programs import PAGE
+
+FACTOR = 4
+SMALLEST_PROMPT_ROWS, SMALLEST_TABLE = 32, 8
+LARGEST_LINE = 64
+"""Rows of a prompt that attention takes together: each of them is scored against all pages of the line."""
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """Of one step, on each token shard."""
+
+    windows: tuple[int | None, ...]
+    """How far back layers look: each distance has its own table of pages."""
+    decoding: int
+    """Lines of requests that decode."""
+    prompts: int
+    """Prompts that take part, at most."""
+    prompt_rows: int
+    pages: int
+    """Of the longest sequence."""
+
+    @property
+    def chunk(self) -> int:
+        """Rows of a line of a prompt."""
+        return min(LARGEST_LINE, self.prompt_rows)
+
+    @property
+    def prompt_lines(self) -> int:
+        """Enough for all rows, with a broken line for each prompt."""
+        return self.prompt_rows // self.chunk + self.prompts if self.prompt_rows else 0
+
+    @property
+    def lines(self) -> int:
+        return self.decoding + self.prompt_lines
+
+    @cached_property
+    def shape(self) -> Shape:
+        grids = (Grid(self.decoding, 1), Grid(self.prompt_lines, self.chunk))
+        tables = tuple((window, min(self.pages, most_pages(window))) for window in self.windows)
+        return Shape(tuple(grid for grid in grids if grid.lines), self.decoding + self.prompt_rows, tables)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What there is room for on each token shard."""
+
+    windows: tuple[int | None, ...]
+    slots: int
+    """Requests that run at once."""
+    positions: int
+    """Of a sequence."""
+    prompt_rows: int
+    """The most rows of prompts in one step."""
+    prompts: int
+    """The most prompts in one step."""
+    decode_steps: int
+    """The most decode steps of one dispatch."""
+
+    def step(self, decoding: int, prompt_rows: int, positions: int) -> StepSize:
+        """The smallest for so many decoding requests, so many rows of prompts, and sequences of so many positions."""
+        rows = _fitting(self._prompt_rows, prompt_rows) if prompt_rows else 0
+        lines = _fitting([0, self.slots] if rows else _ladder(self.slots), decoding)
+        return self._sized(lines, rows, _fitting(self._pages, -(-positions // PAGE)))
+
+    def steps(self) -> Iterator[StepSize]:
+        """All that `step` gives."""
+        for lines, pages in product(_ladder(self.slots), self._pages):
+            yield self._sized(lines, 0, pages)
+        for lines, rows, pages in product([0, self.slots], self._prompt_rows, self._pages):
+            yield self._sized(lines, rows, pages)
+
+    def needed_pages(self, window: int | None) -> int:
+        """The most pages that can be in use at once, in one group of layers."""
+        everything = -(-self.positions // PAGE)
+        passing = self.prompts * -(-self.prompt_rows // PAGE)
+        return min(self.slots * everything, self.slots * most_pages(window) + passing)
+
+    @property
+    def _prompt_rows(self) -> list[int]:
+        return _ladder(self.prompt_rows, SMALLEST_PROMPT_ROWS)
+
+    @property
+    def _pages(self) -> list[int]:
+        return _ladder(-(-self.positions // PAGE), SMALLEST_TABLE)
+
+    def _sized(self, lines: int, rows: int, pages: int) -> StepSize:
+        return StepSize(self.windows, lines, self.prompts, rows, pages)
+
+
+def most_pages(window: int | None) -> int:
+    """Those that the rows of one line can see."""
+    return 2**30 if window is None else -(-(window + LARGEST_LINE) // PAGE) + 1
+
+
+def _ladder(most: int, least: int = 1) -> list[int]:
+    """From `most` down to the first that is at most `least`."""
+    sizes = [most]
+    while sizes[-1] > least:
+        sizes.append(-(-sizes[-1] // FACTOR))
+    return sizes
+
+
+def _fitting(ladder: Sequence[int], needed: int) -> int:
+    """The smallest size that holds what is needed."""
+    return min(size for size in ladder if size >= needed)
