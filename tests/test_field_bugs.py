@@ -77,12 +77,12 @@ from moe_jax.sharding import (
     ScatterCombine,
     as_hardware,
 )
+from moe_jax.sharding.rows import on_host
 
 STRATEGIES = (ScatterCombine, ReduceCombine, RaggedCombine, AllToAllCombine)
 HIDDEN, CAPACITY = 16, 4
 CONFIG = MoEConfig(experts=8, top_k=2, width=16, renormalise=True, shared=SharedExpertConfig(16, gated=True))
 ROW = RowBytes(gather=8192, combine=8192, beside=16, top_k=2)
-from moe_jax.sharding.rows import on_host
 
 
 @cache
@@ -333,8 +333,8 @@ class Recorder(Executor):
     def run(self, order: Order) -> Any:
         self.steps.append(order.turn)
         tokens = np.zeros((len(order.turn.slots), 8), np.int32)
-        given = order.turn.draws.astype(np.int32) if order.budgets is None else order.budgets
-        parts = (tokens, tokens.astype(np.float32), tokens[..., :0], tokens[..., :0], given)
+        given = order.budgets if order.budgets is not None else order.turn.draws
+        parts = (tokens, tokens.astype(np.float32), tokens[..., :0], tokens[..., :0], np.asarray(given, np.int32))
         return Drawn(*map(on_host, parts)), None
 
 
