@@ -97,3 +97,14 @@ def test_policy(tmp_path: Path) -> None:
     for cell in printed["results"]:
         assert cell["times_best"] == pytest.approx(cell["ms"][cell["chosen"]] / min(cell["ms"].values()))
         assert cell["ms"][cell["best"]] == min(cell["ms"].values())
+
+
+def test_schedule(tmp_path: Path) -> None:
+    printed, shown, messages = bench("schedule", tmp_path)
+    check_plot(tmp_path, "schedule", messages)
+    assert "round robin" in shown
+    assert printed["balance"]["fewest requests"] >= 0.9
+    assert printed["balance"]["fewest requests"] > printed["balance"]["round robin"]
+    for result in printed["results"]:
+        check_time(result["plan"])
+        check_time(result["landed"])

@@ -142,11 +142,11 @@ class Scheduler:
                 continue
             given, all_tokens = tokens[request], request.tokens
             all_tokens += given
-            if len(given) < planned or len(all_tokens) >= request.most_tokens:
-                self._end(request)
-            elif len(all_tokens) >= request.share_at:
+            if len(all_tokens) >= request.share_at:
                 # A token that stops a request is not fed: only the next one shows that its position was written.
                 self._shards[request.shard].pages.share(request, request.known - 1)
+            if len(given) < planned or len(all_tokens) >= request.most_tokens:
+                self._end(request)
 
     def preference(
         self, request: Request, shards: Sequence[tuple[Shard, list[Node]]]
