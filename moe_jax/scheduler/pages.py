@@ -77,10 +77,11 @@ class Pages:
         page = self._page
         pages = -(-end // page)
         for table in request.pages:
-            if table.pool.group.window is not None:
+            pool, ids = table.pool, table.ids
+            if pool.group.window is not None:
                 self._slide(table, request.computed)
-            missing = pages - table.first - len(table.ids)
-            if missing > 0 and not table.pool.take(missing, table.ids):
+            missing = pages - table.first - len(ids)
+            if missing > 0 and not pool.take(missing, ids):
                 return False
         request.reach = pages * page
         return True
@@ -113,8 +114,7 @@ class Pages:
     def release(self, request: Request) -> None:
         """Take everything back."""
         for table in request.pages:
-            for page in reversed(table.ids):
-                table.pool.release(page)
+            table.pool.release(reversed(table.ids))
         request.pages = []
         request.share_at = NEVER
         if request.node is not None:
@@ -125,8 +125,7 @@ class Pages:
         """Let go of the pages that the row at a position no longer sees, nor any later one."""
         passed = table.pool.group.first_page(position, self._page) - table.first
         if passed > 0:
-            for page in table.ids[:passed]:
-                table.pool.release(page)
+            table.pool.release(table.ids[:passed])
             del table.ids[:passed]
             table.first += passed
 

@@ -7,6 +7,7 @@ arXiv:2312.07104).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from moe_jax.scheduler.limits import CacheGroup
 
@@ -76,19 +77,26 @@ class Pool:
         """Add pages to write to a list: free ones, then the idle ones that were not used for longest. Returns whether
         there were so many; else none is taken."""
         free = self._free
-        while len(free) < count:
-            if not self._idle:
-                return False
+        if len(free) < count and not self._forget(count - len(free)):
+            return False
+        while count:
+            count -= 1
+            page = free.pop()
+            self.references[page] = 1
+            into.append(page)
+        return True
+
+    def _forget(self, count: int) -> bool:
+        """Free so many idle pages, or none where there are not so many."""
+        if len(self._idle) < count:
+            return False
+        for _ in range(count):
             page, _ = self._idle.popitem(last=False)
             node = self._nodes[page]
             assert node is not None
             node.pages[self._number] = self._nodes[page] = None
             node.leave()
-            free.append(page)
-        for _ in range(count):
-            page = free.pop()
-            self.references[page] = 1
-            into.append(page)
+            self._free.append(page)
         return True
 
     def hold(self, page: int) -> None:
@@ -98,15 +106,17 @@ class Pool:
             del self._idle[page]
         self.references[page] += 1
 
-    def release(self, page: int) -> None:
-        """One request less holds a page."""
-        assert self.references[page] > 0, "each hold is released once"
-        self.references[page] -= 1
-        if not self.references[page]:
-            if self._nodes[page] is None:
-                self._free.append(page)
-            else:
-                self._idle[page] = None
+    def release(self, pages: Iterable[int]) -> None:
+        """One request less holds these pages."""
+        references = self.references
+        for page in pages:
+            held = references[page] = references[page] - 1
+            assert held >= 0, "each hold is released once"
+            if not held:
+                if self._nodes[page] is None:
+                    self._free.append(page)
+                else:
+                    self._idle[page] = None
 
     def offer(self, page: int, node: Node) -> None:
         """Let others find a page, unless they find another with the same content."""

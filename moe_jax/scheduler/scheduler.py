@@ -208,7 +208,7 @@ class Scheduler:
         return most
 
     def _decode(self, shard: Shard, steps: int) -> Decodes:
-        decodes = Decodes()
+        decodes, extend = Decodes(), shard.pages.extend
         requests, positions, counts = decodes.requests, decodes.positions, decodes.steps
         for request in shard.running:  # those that are preempted on the way stand at its end
             position, last = request.computed, request.decode_end
@@ -216,7 +216,7 @@ class Scheduler:
                 end = position + steps
                 if end > last:
                     end = last
-                if end > request.reach and not self._extend(shard, request, end):
+                if end > request.reach and not (extend(request, end) or self._extend(shard, request, end)):
                     break
                 request.computed = end
                 requests.append(request)
