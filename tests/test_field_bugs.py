@@ -24,7 +24,7 @@ Numbers are of issues and pull requests of sgl-project/sglang where no other pro
     5557, vllm 46428        test_pad_rows_of_idle_shards_are_not_computed,
                             test_decode_steps_are_not_padded_to_a_prefill,
                             sharding/test_policy.py::test_where_bytes_decide_few_are_sent
-    miles 2012, 6872, 16080 training/test_training.py::test_sequences_are_spread_evenly
+    miles 2012, 6872, 16080 test_bench.py::test_schedule
 
 These cannot be shipped by what is not here:
 
