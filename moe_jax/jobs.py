@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections import deque
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
-from moe_jax.engine import Generation
+from moe_jax.engine import Generation, News
 from moe_jax.requests import RequestOutput, Sample, SamplingParams, StreamEvent
 from moe_jax.scheduler import Request
 
@@ -40,13 +39,17 @@ class Job:
     generations: list[Generation] = field(default_factory=list)
     """The samples, once it has begun."""
 
-    def begin(self, ends: Ends, news: deque[Generation]) -> list[Generation]:
-        """The generations to run, which report to `news`; none where nothing is asked."""
-        tells_prompt = self.wants_logits or self.params.prompt_logprobs is not None
+    @property
+    def samples(self) -> int:
+        """Generations that it needs; none where nothing is asked."""
+        return self.params.n if self.most_tokens or self._tells_prompt else 0
+
+    def begin(self, ends: Ends, news: News) -> list[Generation]:
+        """The generations to run, which report to `news`."""
         seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
-        for sample in range(self.params.n if self.most_tokens or tells_prompt else 0):
+        for sample in range(self.samples):
             request = Request(
-                (id(self), sample), self.prompt, max(self.most_tokens, 1), self.params.priority, not tells_prompt
+                (id(self), sample), self.prompt, max(self.most_tokens, 1), self.params.priority, not self._tells_prompt
             )
             self.generations.append(
                 Generation(
@@ -60,10 +63,6 @@ class Job:
                 )
             )
         return self.generations
-
-    @property
-    def has_ended(self) -> bool:
-        return all(generation.finish_reason is not None for generation in self.generations)
 
     def output(self) -> RequestOutput:
         samples = [self._sample(generation) for generation in self.generations] or [
@@ -90,6 +89,10 @@ class Job:
             finish_reason=generation.finish_reason,
             error=generation.error,
         )
+
+    @property
+    def _tells_prompt(self) -> bool:
+        return self.wants_logits or self.params.prompt_logprobs is not None
 
     def _text(self, text: str) -> str | None:
         return text if self.has_text else None

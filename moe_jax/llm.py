@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from moe_jax.bundled import ADDER
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.config import ModelConfig
-from moe_jax.engine import Generation, Options, Stats
+from moe_jax.engine import Generation, News, Options, Stats
 from moe_jax.errors import RequestError
 from moe_jax.explain import Explanation, evenly, explain
 from moe_jax.jobs import Ends, Job
@@ -88,8 +87,8 @@ class LLM:
         decoder = ShardedDecoder(self.config, as_placement(mesh), _name(dtype or self._checkpoint.dtype))
         self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
         self._programs = Programs(decoder)
-        self._engine = options.engine(self._programs, self._checkpoint.load(decoder), self._policy)
-        self._ends = Ends(self.tokenizer, self._checkpoint.end_token_ids)
+        self.engine = options.engine(self._programs, self._checkpoint.load(decoder), self._policy)
+        self.ends = Ends(self.tokenizer, self._checkpoint.end_token_ids)
         self.max_batch_size = max_batch_size
 
     def generate(
@@ -104,7 +103,7 @@ class LLM:
         Raises:
           RequestError: an empty prompt, one too long, or a token id out of the vocabulary; nothing is generated then.
         """
-        jobs = self._jobs(prompts, params)
+        jobs = self.jobs(prompts, params)
         total = sum(job.most_tokens * job.params.n for job in jobs)
         with tqdm(total=total, desc="generating", unit=" tokens", disable=not progress, leave=False) as bar:
             for _, generation in self._run(jobs):
@@ -123,7 +122,7 @@ class LLM:
         Raises:
           RequestError: as `generate`, before anything runs.
         """
-        return (job.event(generation) for job, generation in self._run(self._jobs(prompts, params)))
+        return (job.event(generation) for job, generation in self._run(self.jobs(prompts, params)))
 
     def logits(self, prompts: str | Sequence[Prompt]) -> list[Float[np.ndarray, "length vocab"]]:
         """For each prompt, the float32 logits after each of its tokens.
@@ -131,7 +130,7 @@ class LLM:
         Raises:
           RequestError: as `generate`.
         """
-        jobs = self._jobs(prompts, SamplingParams(temperature=0, max_tokens=0), wants_logits=True)
+        jobs = self.jobs(prompts, SamplingParams(temperature=0, max_tokens=0), wants_logits=True)
         for _ in self._run(jobs):
             pass
         return [np.concatenate(job.generations[0].told_of_prompt.logits) for job in jobs]
@@ -142,11 +141,11 @@ class LLM:
         Args:
           sampling: those of requests that do more than take the likeliest token too.
         """
-        self._engine.warm_up([Asked(), Asked(knobs=True)] if sampling else [Asked()], progress=progress)
+        self.engine.warm_up([Asked(), Asked(knobs=True)] if sampling else [Asked()], progress=progress)
 
     def stats(self) -> Stats:
         """Speed, latencies, balance and use of the cache since this was made."""
-        return self._engine.stats
+        return self.engine.stats
 
     def explain(self, batch_size: int = 64) -> Explanation:
         """What a decode step of this many sequences does: the combine and its reason, the collectives, the bytes."""
@@ -155,40 +154,22 @@ class LLM:
         counts = evenly(batch_size, self._policy.placement.size(Role.TOKENS))
         return explain(self._programs, self._policy, counts, self.max_length)
 
-    def _run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Generation]]:
-        """The samples of the jobs, each whenever it got something. Jobs begin a few at a time; those that ask for
-        nothing never do."""
-        news: deque[Generation] = deque()
-        open_jobs: dict[Generation, Job] = {}
-        coming = iter(jobs)
-        try:
-            while True:
-                while self._engine.waiting < self.max_batch_size and (job := next(coming, None)):
-                    for generation in job.begin(self._ends, news):
-                        open_jobs[generation] = job
-                        self._engine.add(generation)
-                if not open_jobs:
-                    return
-                self._engine.step()
-                while news:
-                    generation = news.popleft()
-                    job = open_jobs[generation] if generation.finish_reason is None else open_jobs.pop(generation)
-                    yield job, generation
-        finally:
-            for generation in open_jobs:
-                self._engine.cancel(generation)
-
-    def _jobs(
+    def jobs(
         self,
         prompts: str | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         *,
         wants_logits: bool = False,
     ) -> list[Job]:
+        """Prompts with their parameters, checked and ready to begin on `engine`.
+
+        Raises:
+          RequestError: as `generate`.
+        """
         encoded = self._encode(prompts)
         each = _each(params, len(encoded))
         for one in {id(one): one for one in each}.values():
-            one.check(self.config.vocab_size, self._ends.of(one))
+            one.check(self.config.vocab_size, self.ends.of(one))
         return [
             Job(
                 number,
@@ -200,6 +181,28 @@ class LLM:
             )
             for number, (prompt, one) in enumerate(zip(encoded, each, strict=True))
         ]
+
+    def _run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Generation]]:
+        """The samples of the jobs, each whenever it got something. Jobs begin a few at a time; those that ask for
+        nothing never do."""
+        news = News()
+        open_jobs: dict[Generation, Job] = {}
+        coming = iter(jobs)
+        try:
+            while True:
+                while self.engine.waiting < self.max_batch_size and (job := next(coming, None)):
+                    for generation in job.begin(self.ends, news):
+                        open_jobs[generation] = job
+                        self.engine.add(generation)
+                if not open_jobs:
+                    return
+                self.engine.step()
+                for generation in news.read():
+                    job = open_jobs[generation] if generation.finish_reason is None else open_jobs.pop(generation)
+                    yield job, generation
+        finally:
+            for generation in open_jobs:
+                self.engine.cancel(generation)
 
     def _encode(self, prompts: str | Sequence[Prompt]) -> list[list[int]]:
         prompts = [prompts] if isinstance(prompts, str) else prompts

@@ -29,6 +29,7 @@ ARROW = [
     "engine",
     "jobs",
     "llm",
+    "async_llm",
     "training",
     "evaluation",
     "calibration",

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -59,7 +58,7 @@ from reference import moe
 
 from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
-from moe_jax.engine import Engine, Generation, Options
+from moe_jax.engine import Engine, Generation, News, Options
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.orders import Order
 from moe_jax.layers import DenseMLP, MoE, experts
@@ -346,7 +345,7 @@ def test_decode_steps_are_not_padded_to_a_prefill() -> None:
     engine = Engine(Scheduler(limits), recorder, sizes, placement)
     greedy = SamplingParams(temperature=0)
     for number, prompt in enumerate([[1] * 12, *[[1]] * 7]):
-        engine.add(Generation(Request(number, prompt, 4), greedy, 0, frozenset(), None, deque()))
+        engine.add(Generation(Request(number, prompt, 4), greedy, 0, frozenset(), None, News()))
     while engine.has_work:
         engine.step()
     assert engine.stats.generated_tokens == 4 * 8

@@ -59,7 +59,7 @@ def test_parity_with_transformers(case: str, mesh: str, combine: str, residual: 
     llm = LLM(GOLDENS / case, mesh=mesh, dtype="float32", combine=combine, residual=residual)
 
     greedy = SamplingParams(temperature=0, max_tokens=steps)
-    jobs = llm._jobs(prompts, greedy, wants_logits=True)  # both at once, which are fewer programs to compile
+    jobs = llm.jobs(prompts, greedy, wants_logits=True)  # both at once, which are fewer programs to compile
     list(llm._run(jobs))
 
     for job, padded in zip(jobs, reference["prompt_logits"], strict=True):

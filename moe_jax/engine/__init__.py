@@ -1,8 +1,8 @@
 """Continuous batching: requests that come and go, decoded together."""
 
 from moe_jax.engine.engine import Engine
-from moe_jax.engine.generation import Generation
+from moe_jax.engine.generation import Generation, News
 from moe_jax.engine.options import Options
 from moe_jax.engine.stats import Latency, Stats
 
-__all__ = ["Engine", "Generation", "Latency", "Options", "Stats"]
+__all__ = ["Engine", "Generation", "Latency", "News", "Options", "Stats"]

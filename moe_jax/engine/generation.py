@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
@@ -52,6 +51,23 @@ class Prompt:
     """After each token, a part of the prompt at a time."""
 
 
+class News:
+    """Generations that got something since they were last looked at, in the order of its coming."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Generation, None] = {}
+
+    def add(self, generation: Generation) -> None:
+        self._waiting[generation] = None
+
+    def read(self) -> Iterator[Generation]:
+        """Each once, until there is none."""
+        while self._waiting:
+            generation = next(iter(self._waiting))
+            del self._waiting[generation]
+            yield generation
+
+
 class Generation:
     """One sample of one request, from its arrival to its end."""
 
@@ -62,7 +78,7 @@ class Generation:
         seed: int,
         end_ids: frozenset[int],
         tokenizer: Tokenizer | None,
-        news: deque[Generation],
+        news: News,
         *,
         wants_logits: bool = False,
     ) -> None:
@@ -151,7 +167,7 @@ class Generation:
 
     def report(self) -> None:
         """Tell whoever waits for it that there is something new."""
-        self._news.append(self)
+        self._news.add(self)
 
     def count_new(self) -> int:
         """Tokens that have come since it was last asked."""

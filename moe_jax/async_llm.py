@@ -1,0 +1,169 @@
+"""The engine on a thread of its own, for programs that serve many users with asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Hashable
+from itertools import count
+from typing import Any, Self
+
+from moe_jax.engine import Generation, News, Stats
+from moe_jax.errors import RequestError
+from moe_jax.jobs import Job
+from moe_jax.llm import LLM, Prompt
+from moe_jax.requests import RequestOutput, SamplingParams, StreamEvent
+
+Message = StreamEvent | Exception
+"""An exception if the engine failed."""
+
+
+class _Listener:
+    """Takes what a job comes to from the engine's thread to the event loop of whoever asked."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.messages: asyncio.Queue[Message] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def tell(self, message: Message) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.messages.put_nowait, message)
+
+
+class AsyncLLM:
+    """Requests from any number of coroutines, decoded together.
+
+    `async with AsyncLLM(LLM(...)) as llm:`; the `LLM` must not be used otherwise meanwhile.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._listeners: dict[Hashable, _Listener] = {}
+        """Of the requests that somebody waits for; the event loop's thread alone uses it."""
+        self._running: dict[Generation, _Listener] = {}
+        self._news = News()
+        """These two, the engine's thread alone uses."""
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """What that thread is to do before its next step; `None` ends it."""
+        self._numbers = count()
+        self._is_open = True
+        self._thread = threading.Thread(target=self._work, name="moe_jax engine", daemon=True)
+        self._thread.start()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self.close()
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: Hashable = None
+    ) -> RequestOutput:
+        """Continue one prompt, text or token ids. If the coroutine is cancelled, so is the request.
+
+        Raises:
+          RequestError: a prompt or parameters that cannot be served, or an id that is in use.
+        """
+        key, listener = self._listen(prompt, params, request_id)
+        async for _ in self._events(key, listener):
+            pass
+        return listener.job.output()
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: Hashable = None
+    ) -> AsyncIterator[StreamEvent]:
+        """The tokens of one prompt as they come. Who stops listening cancels the request.
+
+        Raises:
+          RequestError: as `generate`.
+        """
+        return self._events(*self._listen(prompt, params, request_id))
+
+    def cancel(self, request_id: Hashable) -> None:
+        """End a request: its pages are free before the next step is planned, and whoever waits for it gets what there
+        is, with `cancelled` as the reason.
+
+        Raises:
+          RequestError: nobody waits for a request of this id.
+        """
+        if request_id not in self._listeners:
+            raise RequestError(f"there is no request {request_id!r} to cancel: it has ended, or never was")
+        job = self._listeners[request_id].job
+        self._commands.put(lambda: self._cancel(job))
+
+    def stats(self) -> Stats:
+        """As `LLM.stats`."""
+        return self._llm.stats()
+
+    async def close(self) -> None:
+        """Cancel what has not ended, and end the thread."""
+        self._is_open = False
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _listen(self, prompt: Prompt, params: SamplingParams | None, id: Hashable) -> tuple[Hashable, _Listener]:
+        key = ("unnamed", next(self._numbers)) if id is None else id
+        if key in self._listeners:
+            raise RequestError(f"there is a request {id!r} already: give each its own id")
+        if not self._is_open:
+            raise RequestError("this AsyncLLM was closed, or its engine failed: make a new one")
+        (job,) = self._llm.jobs([prompt], params)
+        listener = self._listeners[key] = _Listener(job)
+        self._commands.put(lambda: self._begin(listener))
+        return key, listener
+
+    async def _events(self, key: Hashable, listener: _Listener) -> AsyncIterator[StreamEvent]:
+        ended = 0
+        try:
+            while ended < listener.job.samples:
+                message = await listener.messages.get()
+                if isinstance(message, Exception):
+                    raise message
+                ended += message.finish_reason is not None
+                yield message
+        finally:
+            del self._listeners[key]
+            self._commands.put(lambda: self._cancel(listener.job))
+
+    def _work(self) -> None:
+        engine = self._llm.engine
+        try:
+            while self._obey(wait=not engine.has_work):
+                engine.step()
+                self._report()
+        except Exception as error:  # whatever it is, those who wait must be told
+            self._is_open = False
+            for listener in set(self._running.values()):
+                listener.tell(error)
+            return
+        for generation in list(self._running):
+            engine.cancel(generation)
+        self._report()
+
+    def _obey(self, *, wait: bool) -> bool:
+        """Do what was asked since the last step. Whether to go on."""
+        while wait or not self._commands.empty():
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+            wait = False
+        return True
+
+    def _begin(self, listener: _Listener) -> None:
+        for generation in listener.job.begin(self._llm.ends, self._news):
+            self._running[generation] = listener
+            self._llm.engine.add(generation)
+
+    def _cancel(self, job: Job) -> None:
+        for generation in job.generations:
+            self._llm.engine.cancel(generation)
+        self._report()
+
+    def _report(self) -> None:
+        for generation in self._news.read():
+            has_ended = generation.finish_reason is not None
+            listener = self._running.pop(generation) if has_ended else self._running[generation]
+            listener.tell(listener.job.event(generation))
