@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 import jax
 import typer
+from tqdm import tqdm
 
+from moe_jax.batch_files import check_paths, generate_file
 from moe_jax.bundled import ADDER
 from moe_jax.calibration import measure
 from moe_jax.checkpoints import Checkpoint
@@ -88,11 +90,20 @@ def devices(
     """Decode Mixture-of-Experts language models in batches on a JAX mesh."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA otherwise reports its progress on standard error
     jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR says otherwise
+        jax.config.update("jax_compilation_cache_dir", str(Path(typer.get_app_dir("moe_jax")) / "compiled"))
 
 
 @app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.", show_default="a few sums")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(help="File of prompts, a JSON object on each line: prompt, and any sampling parameter."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the results; run again after a kill, it goes on where it was.")
+    ] = None,
     model: Model = ADDER,
     mesh: Mesh = None,
     combine: CombineOption = CombineName.AUTO,
@@ -104,14 +115,25 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a continuation; may be repeated.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Positions of a sequence.", show_default="the model's")] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 256,
+    cache_pages: Annotated[
+        int | None, typer.Option(help="Of 16 positions, on each token shard.", show_default="as memory allows")
+    ] = None,
     hardware: HardwareOption = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts, and show how the mesh was used."""
-    if not prompts and model != ADDER:
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or ()
+    )
+    if (input is None) != (output is None) or (input and prompts):
+        raise RequestError("--input and --output go together, in place of prompts")
+    if input and output:
+        check_paths(input, output)
+    elif not prompts and model != ADDER:
         raise RequestError("give prompts to continue: the built-in ones are sums for the bundled model")
-    asked = prompts or BUILT_IN_PROMPTS
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     llm = LLM(
         model,
         mesh=mesh,
@@ -120,19 +142,41 @@ def generate(
         combine=combine.value,
         residual=residual.value,
         gather_dtype=gather_dtype.value,
+        max_length=max_length,
+        max_batch_size=max_batch_size,
+        cache_pages=cache_pages,
     )
+    if input and output:
+        _generate_file(llm, input, output, params, as_json=as_json)
+    else:
+        _generate_texts(llm, prompts or BUILT_IN_PROMPTS, params, as_json=as_json)
+
+
+def _generate_file(llm: LLM, source: Path, output: Path, params: SamplingParams, *, as_json: bool) -> None:
+    with tqdm(desc="generating", unit=" lines", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def tell(done: int, wanted: int) -> None:
+            bar.total, bar.n = wanted, done
+            bar.set_postfix_str(str(llm.stats()))
+
+        generate_file(llm, source, output, params, tell)
+    stats = llm.stats()
+    _print_json({"output": str(output), **asdict(stats)}) if as_json else typer.echo(f"written to {output}: {stats}")
+
+
+def _generate_texts(llm: LLM, asked: list[str], params: SamplingParams, *, as_json: bool) -> None:
     outputs = llm.generate(asked, params, progress=sys.stderr.isatty())
-    explanation, speed = llm.explain(min(len(asked), llm.max_batch_size)), llm.stats().tokens_per_second
+    explanation, stats = llm.explain(min(len(asked), llm.max_batch_size)), llm.stats()
     if as_json:
         texts = [
             {"prompt": prompt, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
             for prompt, o in zip(asked, outputs, strict=True)
         ]
-        _print_json({"outputs": texts, "tokens_per_second": speed, **explanation.as_dict()})
+        _print_json({"outputs": texts, "tokens_per_second": stats.tokens_per_second, **explanation.as_dict()})
         return
     for prompt, output in zip(asked, outputs, strict=True):
         typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
-    typer.echo(f"\n{explanation}\nspeed        " + (f"{speed:.0f} tokens/s" if speed else "nothing decoded"))
+    typer.echo(f"\n{explanation}\nspeed        " + (str(stats) if stats.generated_tokens else "nothing generated"))
 
 
 @app.command(name="eval")

@@ -182,6 +182,16 @@ class LLM:
             for number, (prompt, one) in enumerate(zip(encoded, each, strict=True))
         ]
 
+    def finished(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        """Run jobs that `jobs` made: each when all its samples have ended."""
+        jobs = list(jobs)
+        yield from (job for job in jobs if not job.samples)
+        left = {job: job.samples for job in jobs}
+        for job, generation in self._run(jobs):
+            left[job] -= generation.finish_reason is not None
+            if not left[job]:
+                yield job
+
     def _run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Generation]]:
         """The samples of the jobs, each whenever it got something. Jobs begin a few at a time; those that ask for
         nothing never do."""

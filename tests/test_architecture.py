@@ -30,6 +30,7 @@ ARROW = [
     "jobs",
     "llm",
     "async_llm",
+    "batch_files",
     "training",
     "evaluation",
     "calibration",

@@ -1,0 +1,166 @@
+"""A file of prompts in, a file of results out, begun again where it was left.
+
+Input: a JSON object on each line, with `prompt` (a text or token ids), `id` if wanted, and any field of
+`SamplingParams`. Output: a line for each, in the order of the input. Until all are there, results are kept as they come
+in a journal beside the output, which is where a run that was killed goes on: what it holds is not decoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from moe_jax.errors import RequestError
+from moe_jax.jobs import Job
+from moe_jax.llm import LLM
+from moe_jax.requests import SamplingParams
+
+Line = dict[str, Any]
+PARAMETERS = {field.name for field in fields(SamplingParams)}
+
+
+def check_paths(source: Path, output: Path) -> None:
+    """
+    Raises:
+      RequestError: no such input, no place for the output, or one that is there already.
+    """
+    if not source.is_file():
+        raise RequestError(f"there is no file {source}: give one with a JSON object on each line")
+    if output.exists():
+        raise RequestError(f"{output} is there already, and complete: move it away, or give another name")
+    if not output.absolute().parent.is_dir():
+        raise RequestError(f"cannot write {output}: there is no directory {output.parent}")
+
+
+def generate_file(
+    llm: LLM, source: Path, output: Path, defaults: SamplingParams, tell: Callable[[int, int], None] = lambda *_: None
+) -> None:
+    """Continue every prompt of a file.
+
+    A line that cannot be served gets an `error`; the others run.
+
+    Args:
+      defaults: what a line does not say itself.
+      tell: called with how many lines there are results for, and how many in all, whenever there are more.
+
+    Raises:
+      RequestError: see `check_paths`; or the journal beside the output is of another input, or other parameters.
+    """
+    check_paths(source, output)
+    lines = [line for line in source.read_text().split("\n") if line.strip()]
+    journal = output.with_name(output.name + ".partial")
+    with _Journal(journal, _fingerprint(lines, defaults)) as kept:
+        tell(len(kept.results), len(lines))
+        for number, result in _results(llm, lines, defaults, kept.results):
+            kept.add(number, result)
+            tell(len(kept.results), len(lines))
+        whole = output.with_name(output.name + ".unfinished")
+        whole.write_text("".join(json.dumps(kept.results[number]) + "\n" for number in range(len(lines))))
+        whole.replace(output)
+    journal.unlink()
+
+
+def _results(
+    llm: LLM, lines: list[str], defaults: SamplingParams, had: Mapping[int, Line]
+) -> Iterator[tuple[int, Line]]:
+    """Of the lines without one, as they end."""
+    jobs: list[Job] = []
+    ids: dict[int, Any] = {}
+    for number in sorted(set(range(len(lines))) - had.keys()):
+        try:
+            asked = _parsed(lines[number])
+            ids[number] = asked.pop("id", number)
+            (job,) = llm.jobs([asked.pop("prompt")], _params(asked, defaults))
+            jobs.append(replace(job, number=number))
+        except RequestError as error:
+            reason = str(error).replace("prompt 0", "the prompt", 1)
+            yield number, {"id": ids.get(number, number), "error": reason}
+    for job in llm.finished(jobs):
+        yield job.number, _result(job, ids[job.number])
+
+
+def _parsed(line: str) -> Line:
+    try:
+        asked = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"this is no JSON: {error}") from error
+    if not isinstance(asked, dict) or "prompt" not in asked:
+        raise RequestError("each line must be a JSON object with a prompt")
+    return asked
+
+
+def _params(asked: Line, defaults: SamplingParams) -> SamplingParams:
+    if unknown := sorted(asked.keys() - PARAMETERS):
+        raise RequestError(f"unknown fields {unknown}: besides prompt and id there are {', '.join(sorted(PARAMETERS))}")
+    if asked.get("logit_bias") is not None:
+        asked["logit_bias"] = _with_ids(asked["logit_bias"])
+    return replace(defaults, **asked)
+
+
+def _with_ids(bias: Any) -> Any:
+    """JSON's keys are texts."""
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except (ValueError, AttributeError) as error:
+        raise RequestError(f"logit_bias must be an object of token ids and numbers, got {bias!r}") from error
+
+
+def _result(job: Job, id: Any) -> Line:
+    output = job.output()
+    result = {"id": id, "samples": [asdict(sample) for sample in output.samples]}
+    if output.prompt_logprobs is not None:
+        result |= {"prompt_logprobs": output.prompt_logprobs, "prompt_top_logprobs": output.prompt_top_logprobs}
+    return result
+
+
+def _fingerprint(lines: list[str], defaults: SamplingParams) -> str:
+    return hashlib.sha256("\n".join([repr(defaults), *lines]).encode()).hexdigest()
+
+
+class _Journal:
+    """Results in the order of their coming, each on disk before the next."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self._path, self._fingerprint = path, fingerprint
+        self.results: dict[int, Line] = {}
+        """By the number of the line."""
+
+    def __enter__(self) -> Self:
+        """
+        Raises:
+          RequestError: it was begun for something else.
+        """
+        self._file = self._path.open("a+b")
+        self._file.seek(0)
+        whole, _, _ = self._file.read().rpartition(b"\n")  # what a kill left of a last line has no end
+        entries = [json.loads(line) for line in whole.splitlines()]
+        if entries and entries[0] != self._header:
+            self._file.close()
+            raise RequestError(
+                f"{self._path} was begun with another input or other parameters: go on with those, or delete it to "
+                "begin anew"
+            )
+        self._file.truncate(len(whole) + 1 if entries else 0)
+        if not entries:
+            self._write(self._header)
+        self.results = {entry["number"]: entry["result"] for entry in entries[1:]}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, number: int, result: Line) -> None:
+        self.results[number] = result
+        self._write({"number": number, "result": result})
+
+    @property
+    def _header(self) -> Line:
+        return {"fingerprint": self._fingerprint}
+
+    def _write(self, entry: Line) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
