@@ -91,7 +91,7 @@ def devices(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA otherwise reports its progress on standard error
     jax.config.update("jax_num_cpu_devices", cpu_devices)
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR says otherwise
-        jax.config.update("jax_compilation_cache_dir", str(Path(typer.get_app_dir("moe_jax")) / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "moe_jax"))
 
 
 @app.command()

@@ -47,10 +47,11 @@ class Job:
     def begin(self, ends: Ends, news: News) -> list[Generation]:
         """The generations to run, which report to `news`."""
         seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
+        # What is told of a prompt is computed with it, and penalties look at tokens that the devices have been sent.
+        shares_prefix = not (self._tells_prompt or self.params.penalises)
         for sample in range(self.samples):
-            request = Request(
-                (id(self), sample), self.prompt, max(self.most_tokens, 1), self.params.priority, not self._tells_prompt
-            )
+            name, most = secrets.token_hex(8), max(self.most_tokens, 1)
+            request = Request(name, self.prompt, most, self.params.priority, shares_prefix)
             self.generations.append(
                 Generation(
                     request,

@@ -1,0 +1,137 @@
+"""A request's tokens are its own: whatever runs beside it, wherever, in whatever pieces."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+import jax
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from moe_jax import LLM, SamplingParams
+from moe_jax.engine import Generation, News
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+WINDOWED = GOLDENS / "qwen2_moe_gqa4_e12_top2_window"
+"""Two layers that see everything, one that sees four positions."""
+
+BEGINNING = np.random.default_rng(0).integers(0, 97, 48).tolist()
+PROMPTS = [BEGINNING[:length] for length in (1, 15, 16, 17, 33, 48)] + [[7], [5, 9, 13], [*BEGINNING[:20], 1, 2, 3]]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=16),
+    SamplingParams(temperature=0, max_tokens=3),
+    SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=10),
+    SamplingParams(temperature=1.5, top_k=12, repetition_penalty=1.3, frequency_penalty=0.5, seed=6, max_tokens=16),
+]
+
+
+@cache
+def crowded() -> LLM:
+    """Two token shards with two slots each, and pages for less than two of the longest sequences."""
+    return LLM(
+        WINDOWED, mesh="expert=2,tensor=2", dtype="float32", max_batch_size=4, prefill_tokens=20, decode_steps=3,
+        cache_pages=6,
+    )  # fmt: skip
+
+
+@cache
+def lonely() -> LLM:
+    return LLM(WINDOWED, mesh="data=1", dtype="float32", max_batch_size=1, decode_steps=1, prefix_cache=False)
+
+
+@cache
+def alone(prompt: int, params: int) -> list[int]:
+    return lonely().generate([PROMPTS[prompt]], PARAMS[params])[0].token_ids
+
+
+class Crowd(RuleBasedStateMachine):
+    """Requests come, are cancelled, wait for pages, are preempted, share beginnings, and leave shards idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.llm, self.news = crowded(), News()
+        self.open: dict[Generation, tuple[int, int]] = {}
+
+    @rule(prompt=st.integers(0, len(PROMPTS) - 1), params=st.integers(0, len(PARAMS) - 1))
+    def arrive(self, prompt: int, params: int) -> None:
+        (job,) = self.llm.jobs([PROMPTS[prompt]], PARAMS[params])
+        (generation,) = job.begin(self.llm.ends, self.news)
+        self.llm.engine.add(generation)
+        self.open[generation] = (prompt, params)
+
+    @precondition(lambda self: self.open)
+    @rule(steps=st.integers(1, 6))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.llm.engine.step()
+        self.check()
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        generation = data.draw(st.sampled_from(list(self.open)))
+        self.llm.engine.cancel(generation)
+        self.check()
+        assert generation not in self.open
+
+    def check(self) -> None:
+        for generation in self.news.read():
+            whole = alone(*self.open[generation])
+            assert generation.tokens == whole[: len(generation.tokens)]
+            if generation.finish_reason == "length":
+                assert len(generation.tokens) == len(whole)
+            if generation.finish_reason is not None:
+                del self.open[generation]
+
+    def teardown(self) -> None:
+        steps = count()
+        while self.llm.engine.has_work:
+            self.llm.engine.step()
+            assert next(steps) < 1000, "everything ends"
+        self.check()
+        assert not self.open
+        assert self.llm.stats().cache_use == 0
+
+
+TestCrowd = Crowd.TestCase
+TestCrowd.settings = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_the_crowd_was_crowded() -> None:
+    """What the machine above is to try did happen."""
+    llm = crowded()
+    params = SamplingParams(temperature=0, max_tokens=16)
+    outputs = llm.generate(PROMPTS * 2, params)
+    assert [output.token_ids for output in outputs] == [alone(prompt, 0) for prompt in range(len(PROMPTS))] * 2
+    stats = llm.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hits > 0
+
+
+def test_nothing_is_compiled_after_warm_up() -> None:
+    """500 requests of all kinds; any compilation of JAX's counts, not only that of steps."""
+    llm = LLM(GOLDENS / "qwen3_moe_gqa4_e8_top2", mesh="data=2", dtype="float32", max_batch_size=4, prefill_tokens=32)
+    llm.warm_up()
+    random = np.random.default_rng(1)
+    prompts = [random.integers(0, 97, random.integers(1, 60)).tolist() for _ in range(500)]
+    params = [
+        SamplingParams(
+            temperature=float(random.integers(2)), top_k=int(random.integers(9)), max_tokens=int(random.integers(9)),
+            logit_bias={1: 2.0} if random.integers(2) else None, seed=0,
+        )
+        for _ in prompts
+    ]  # fmt: skip
+    compilations: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compilations.append(event) if "backend_compile" in event else None
+    )
+    llm.generate(prompts, params)
+    assert not compilations
+    llm.generate([[1]], SamplingParams(temperature=0, max_tokens=2, logprobs=3))
+    assert compilations, "the listener hears: candidates were not warmed up"
