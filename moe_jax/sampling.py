@@ -142,7 +142,7 @@ def sample(
                 lambda: jnp.where(hot, _draw(changed, best, columns, knobs, generated), greedy),
                 lambda: greedy,
             )
-    return Sampled(tokens, *logprobs_of(logits, tokens, vocab_size, placement, top=top))
+    return Sampled(tokens, *_candidates(logits, tokens, columns, top))
 
 
 def logprobs_of(
@@ -150,13 +150,7 @@ def logprobs_of(
 ) -> Candidates:
     """The log-probability of each token, and the `top` likeliest in its place."""
     columns = _Columns(placement, vocab_size, logits.shape[1])
-    logits = columns.without_padding(logits)
-    total = jax.nn.logsumexp(columns.of_all(jax.nn.logsumexp(logits, axis=-1)), axis=0)
-    here = columns.here(tokens)
-    found = jnp.take_along_axis(logits, jnp.where(here, columns.local(tokens), 0)[:, None], axis=-1)[:, 0]
-    chosen = columns.total(jnp.where(here, found, 0))
-    top_tokens, top_logits = _top(logits, columns, top)
-    return Candidates(chosen - total, top_tokens, top_logits - total[:, None])
+    return _candidates(columns.without_padding(logits), tokens, columns, top)
 
 
 @dataclass(frozen=True)
@@ -199,6 +193,15 @@ def _likeliest(logits: Float[Array, "Q V"], columns: _Columns) -> tuple[Float[Ar
     tokens = columns.of_all(columns.first + column)
     device = jnp.argmax(best, axis=0)[None]
     return jnp.take_along_axis(best, device, axis=0)[0], jnp.take_along_axis(tokens, device, axis=0)[0]
+
+
+def _candidates(logits: Float[Array, "Q V"], tokens: Int32[Array, "Q"], columns: _Columns, top: int) -> Candidates:
+    total = jax.nn.logsumexp(columns.of_all(jax.nn.logsumexp(logits, axis=-1)), axis=0)
+    here = columns.here(tokens)
+    found = jnp.take_along_axis(logits, jnp.where(here, columns.local(tokens), 0)[:, None], axis=-1)[:, 0]
+    chosen = columns.total(jnp.where(here, found, 0))
+    top_tokens, top_logits = _top(logits, columns, top)
+    return Candidates(chosen - total, top_tokens, top_logits - total[:, None])
 
 
 def _top(logits: Float[Array, "Q V"], columns: _Columns, top: int) -> tuple[Int32[Array, "Q C"], Float[Array, "Q C"]]:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import SamplingParams
-from moe_jax.sampling import NOWHERE, Candidates, Knobs, Sampled, logprobs_of, sample
+from moe_jax.sampling import NOWHERE, Candidates, Knobs, Sampled, _fall, logprobs_of, sample
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.census import collectives, sent_bytes
 
@@ -143,7 +143,7 @@ ASKED = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(ASKED, st.lists(TOKENS, max_size=12)), min_size=8, max_size=8),
     st.integers(0, 2**32 - 1),
@@ -254,6 +254,13 @@ def test_a_token_of_no_mass_is_never_drawn(heads: int) -> None:
     tokens = run(heads, logits, [Asked(SamplingParams(), seed) for seed in range(256)]).tokens
     assert np.all(tokens % 3 == 1)
     assert len(set((tokens // 10_000).tolist())) == 10
+
+
+def test_however_sums_are_rounded_a_mass_is_found() -> None:
+    masses = jnp.broadcast_to(jnp.array([0.0, 0.125, 0.0, 0.25, 0.0]), (6, 5))
+    which, rest = _fall(masses, jnp.array([0.0, 0.1, 0.125, 0.3, 0.375, 1.0]))
+    assert which.tolist() == [1, 1, 3, 3, 3, 3]
+    np.testing.assert_allclose(rest, [0, 0.1, 0, 0.175, 0.25, 0.875], rtol=1e-6)
 
 
 @HEADS
