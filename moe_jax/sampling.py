@@ -301,7 +301,7 @@ def _weights(
 ) -> Float[Array, "Q V"]:
     """How likely the tokens are after the temperature, relative to the likeliest; 0 for those that are cut off."""
     temperature = jnp.clip(knobs.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
-    weights = jnp.where(logits > -jnp.inf, jnp.exp((logits - best[:, None]) / temperature), 0)
+    weights = jnp.exp((logits - best[:, None]) / temperature)
     cut = vary_alike(jnp.full(best.shape, -jnp.inf), best, knobs.top_k)[0]
     cut = lax.cond((knobs.top_k > 0).any(), lambda: _top_k_cut(logits, columns, knobs.top_k), lambda: cut)
     cut = lax.cond(
