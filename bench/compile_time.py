@@ -10,15 +10,15 @@ from typing import Any
 
 from bench import script
 from bench.timing import interleaved, written
-from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, QKNorm, RopeConfig, RouterConfig
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.sharding import Placement, Route, ScatterCombine
 
 QUICK = {"repeats": 1, "depths": [1, 2]}
 LAYER = LayerConfig(
-    AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope_theta=1e6, qk_norm=True),
-    MoEConfig(experts=128, top_k=8, width=768, renormalise=True),
+    AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope=RopeConfig(1e6), qk_norm=QKNorm.HEAD),
+    MoEConfig(experts=128, top_k=8, width=768, router=RouterConfig(norm=1)),
 )
 SLOTS, POSITIONS = 64, 2048
 

@@ -24,7 +24,7 @@ from bench import script
 from bench.step import SCOPES, Decode, prepared
 from bench.timing import interleaved, written
 from moe_jax.checkpoints import Checkpoint
-from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, QKNorm, RopeConfig, RouterConfig
 from moe_jax.models import ShardedDecoder
 from moe_jax.models.sharded import DTYPES
 from moe_jax.sharding import ReduceCombine, Role, ScatterCombine
@@ -114,8 +114,8 @@ def arguments() -> ArgumentParser:
 def described(options: Namespace) -> ModelConfig:
     if options.model:
         return Checkpoint(options.model).config
-    attention = AttentionConfig(heads=8, kv_heads=8, head_dim=32, rope_theta=1e4, qk_norm=True)
-    experts = MoEConfig(options.experts, min(4, options.experts), options.width, renormalise=True)
+    attention = AttentionConfig(heads=8, kv_heads=8, head_dim=32, rope=RopeConfig(1e4), qk_norm=QKNorm.HEAD)
+    experts = MoEConfig(options.experts, min(4, options.experts), options.width, router=RouterConfig(norm=1))
     layers = (LayerConfig(attention, experts),) * options.layers
     return ModelConfig(1024, options.hidden, layers, 1e-6, 2**20)
 

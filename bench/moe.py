@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from bench import script
 from bench.timing import Program, compared, written
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, RouterConfig
 from moe_jax.errors import PlacementError
 from moe_jax.explain import evenly
 from moe_jax.layers import MoE, parameter
@@ -84,7 +84,7 @@ def measure(block: Block, total: int, skew: float, repeats: int) -> dict[str, An
 
 def main() -> None:
     options, placement = script.begin(arguments(), QUICK)
-    config = MoEConfig(options.experts, options.top_k, options.width, renormalise=True)
+    config = MoEConfig(options.experts, options.top_k, options.width, router=RouterConfig(norm=1))
     block = Block(config, options.hidden, options.dtype, placement)
 
     table = script.Table({"rows": ">6", "skew": ">5", **{f"{name} ms": ">16" for name in STRATEGIES}, "policy": ">11"})

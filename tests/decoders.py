@@ -14,13 +14,22 @@ from jax.stages import Wrapped
 from placements import placement
 from scipy.special import log_softmax
 
-from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig, SharedExpertConfig
+from moe_jax.config import (
+    AttentionConfig,
+    DenseConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    RouterConfig,
+    SharedExpertConfig,
+)
 from moe_jax.layers import Grid
 from moe_jax.models import Batch, Caches, PageRange, Segment, Shape, ShardedDecoder, pack
 from moe_jax.sharding import Combine, RaggedCombine, ReduceCombine, Role, Route
 
-ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=4, rope_theta=1e4)
-MOE = MoEConfig(experts=8, top_k=2, width=16, renormalise=True, shared=SharedExpertConfig(16, gated=True))
+ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=4, rope=RopeConfig(1e4))
+MOE = MoEConfig(experts=8, top_k=2, width=16, router=RouterConfig(norm=1), shared=SharedExpertConfig(16, gated=True))
 LAYERS = (LayerConfig(ATTENTION, DenseConfig(16)), LayerConfig(ATTENTION, MOE))
 MODEL = ModelConfig(vocab_size=64, hidden=16, layers=LAYERS, norm_eps=1e-6, max_positions=16)
 SLOTS, CHUNK, CAPACITY, POSITIONS = 2, 4, 10, 8

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, RouterConfig
 
 Weights = Mapping[str, Any]
 
@@ -21,7 +21,8 @@ def moe(x: jax.Array, weights: Weights, config: MoEConfig) -> jax.Array:
     scores = jax.nn.softmax(x @ weights["router.weight"])
     lowest_kept = jnp.sort(scores)[:, -config.top_k, None]
     kept = jnp.where(scores >= lowest_kept, scores, 0)
-    if config.renormalise:
+    assert isinstance(config.router, RouterConfig)
+    if config.router.norm == 1:
         kept /= kept.sum(axis=-1, keepdims=True)
     every_expert = swiglu(x, weights["experts.gate_up"], weights["experts.down"])
     out = jnp.einsum("ne,end->nd", kept, every_expert)

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig
+from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
 from moe_jax.errors import ConfigError
 
-ATTENTION: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "rope_theta": 1e4}
+ATTENTION: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "rope": RopeConfig(1e4)}
 MODEL: dict[str, Any] = {"vocab_size": 100, "hidden": 16, "norm_eps": 1e-6, "max_positions": 32}
-MOE: dict[str, Any] = {"experts": 4, "top_k": 2, "width": 8, "renormalise": True}
+MOE: dict[str, Any] = {"experts": 4, "top_k": 2, "width": 8, "router": RouterConfig()}
 
 
 @pytest.mark.parametrize(
@@ -17,10 +17,10 @@ MOE: dict[str, Any] = {"experts": 4, "top_k": 2, "width": 8, "renormalise": True
     [
         (AttentionConfig, ATTENTION | {"kv_heads": 3}, "4 attention heads cannot share 3 KV heads"),
         (AttentionConfig, ATTENTION | {"head_dim": 7}, "head_dim must be even, got 7"),
-        (AttentionConfig, ATTENTION | {"window": 0}, "window must be positive, got 0"),
+        (AttentionConfig, ATTENTION | {"window": 0}, "window must be positive and finite, got 0"),
         (MoEConfig, MOE | {"top_k": 5}, "top_k 5 exceeds the number of experts, 4"),
-        (MoEConfig, MOE | {"width": -8}, "width must be positive, got -8"),
-        (DenseConfig, {"width": 0}, "width must be positive, got 0"),
+        (MoEConfig, MOE | {"width": -8}, "width must be positive and finite, got -8"),
+        (DenseConfig, {"width": 0}, "width must be positive and finite, got 0"),
         (ModelConfig, MODEL | {"layers": ()}, "at least one layer"),
     ],
 )

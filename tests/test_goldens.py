@@ -26,6 +26,17 @@ ELSEWHERE = {
     "mixtral_gqa1_e4_top2": ["data=1", "data=2,expert=4; tokens=data; heads=expert"],
     "mixtral_gqa2_e6_top1_window": ["data=2,expert=2,tensor=2", "expert=2,tensor=4"],
 }
+FAMILIES_ON = [
+    ("dp4_ep4_tp2", "scatter"),
+    ("dp2_ep4", "reduce"),
+    ("dp8_ep4_moe_tp2", "scatter"),
+    ("tp8_ep4", "reduce"),
+]
+"""Attention with data and tensor parallelism, both, experts split by number and by width; for a case of each family."""
+FAMILIES: dict[str, dict[str, str]] = {}
+"""With another case of the family, and where it runs."""
+MAIN_CASES = [*EVERYWHERE, *FAMILIES]
+"""One of each family."""
 CASES = [
     (case, PLACEMENTS[name], combine, "whole")
     for case in EVERYWHERE
@@ -37,6 +48,8 @@ CASES += [
     for case, meshes in ELSEWHERE.items()
     for mesh, combine in zip(meshes, ("scatter", "reduce"), strict=True)
 ]
+CASES += [(case, PLACEMENTS[name], combine, "whole") for case in FAMILIES for name, combine in FAMILIES_ON]
+CASES += [(case, mesh, "auto", "auto") for others in FAMILIES.values() for case, mesh in others.items()]
 CASES += [
     (EVERYWHERE[0], PLACEMENTS["dp8_ep8"], "all-to-all", "whole"),
     (EVERYWHERE[0], PLACEMENTS["dp2_ep4"], "all-to-all", "whole"),

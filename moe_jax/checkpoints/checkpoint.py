@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,10 +92,18 @@ class Checkpoint:
             loading.check_finite(parameters)
             return parameters
         wanted = list(regions_of(self.family, decoder))
-        unused = frozenset(self.family.sources["head.table"].names if self.config.tied_embeddings else ())
         with TensorFiles(self.path) as files:
-            loading.check(wanted, files, unused)
+            loading.check(wanted, files, self._is_unused)
             return loading.load(decoder.parameters, wanted, files)
+
+    def _is_unused(self, tensor: str) -> bool:
+        """Whether a tensor may be there without being read: a tied head, and layers after the last, which guess further
+        tokens."""
+        if self.config.tied_embeddings and tensor in self.family.sources["head.table"].names:
+            return True
+        layer = re.match(r"model\.layers\.(\d+)\.", tensor)
+        extra = any(self._raw.get(name) for name in ("num_mtp_layers", "num_nextn_predict_layers"))
+        return bool(extra and layer and int(layer[1]) >= len(self.config.layers))
 
     def save_orbax(self, path: str | Path, parameters: Parameters) -> None:
         """Write this model with the given weights to a new directory, in orbax format."""

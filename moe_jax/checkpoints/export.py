@@ -38,11 +38,24 @@ def export(
 
 
 def _tensors(regions: Iterable[Region], parameters: Parameters, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor, as soon as all parameters that it joins have come."""
     flat = dict(nnx.to_flat_state(parameters))
+    begun: dict[str, tuple[np.ndarray, int]] = {}
     for region in regions:
         host = np.asarray(flat[region.path].get_value()[region.index]).astype(dtype)
         for entry in region.entries:
-            yield entry.name, np.ascontiguousarray(entry.to_tensor(host[entry.at]))
+            part = entry.to_tensor(host[entry.at])
+            if entry.rows is None:
+                yield entry.name, np.ascontiguousarray(part)
+                continue
+            whole, left = begun.pop(entry.name, (np.empty(entry.shape, dtype), entry.shape[0]))
+            whole[entry.rows] = part
+            left -= len(part)
+            if left:
+                begun[entry.name] = whole, left
+            else:
+                yield entry.name, whole
+    assert not begun, f"only some rows of {begun.keys()}"
 
 
 def _write_files(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from moe_jax.errors import ConfigError
@@ -17,6 +17,7 @@ BOOKKEEPING = frozenset(
         "attention_dropout",
         "auto_map",
         "bos_token_id",
+        "chunk_size_feed_forward",
         "dtype",
         "eos_token_id",
         "id2label",
@@ -25,6 +26,8 @@ BOOKKEEPING = frozenset(
         "is_encoder_decoder",
         "label2id",
         "model_type",
+        "num_mtp_layers",
+        "num_nextn_predict_layers",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
@@ -39,7 +42,7 @@ BOOKKEEPING = frozenset(
     ]
 )
 """Fields that do not change what a decoder computes: records, training settings, token ids that sampling reads
-elsewhere."""
+elsewhere, layers after the last that guess further tokens."""
 
 _REQUIRED: Any = object()
 
@@ -51,6 +54,8 @@ class Fields:
         self._raw = raw
         self._seen = {name for name in raw if name in BOOKKEEPING or name.startswith("_")}
         self._problems: list[str] = []
+        self._prefix = ""
+        self._inner: dict[str, Fields] = {}
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
@@ -60,7 +65,7 @@ class Fields:
         """The field as a bool or a positive int or float. Another kind, or none and no default, is a problem."""
         value = self.any(name, default)
         if value is _REQUIRED:
-            self._problems.append(f"{name} is missing")
+            self.problem(f"{name} is missing")
             return kind(1)
         return self._checked(name, value, kind)
 
@@ -69,11 +74,12 @@ class Fields:
         return self.take(name, kind) if self.has(name) else self.any(name, None)
 
     def take_list(self, name: str, kind: type) -> list[Any]:
-        """A field that lists values of one kind; empty where it is missing or null."""
+        """A field that lists values of one kind (whole numbers are floats too); empty where it is missing or null."""
+        kinds = (int, float) if kind is float else (kind,)
         value = self.any(name, [])
-        if isinstance(value, list) and all(type(item) is kind for item in value):
+        if isinstance(value, list) and all(type(item) in kinds for item in value):
             return value
-        self._problems.append(f"{name} must be a list of {kind.__name__}, got {value!r}")
+        self.problem(f"{name} must be a list of {kind.__name__}, got {value!r}")
         return []
 
     def any(self, name: str, default: Any) -> Any:
@@ -86,33 +92,27 @@ class Fields:
         """A field of which only these values (or its absence) can be computed here."""
         value = self.any(name, supported[0])
         if value not in supported:
-            self._problems.append(f"{name}={value!r} is not supported (only {', '.join(map(repr, supported))})")
+            self.problem(f"{name}={value!r} is not supported (only {', '.join(map(repr, supported))})")
 
     def problem(self, text: str) -> None:
-        self._problems.append(text)
+        self._problems.append(self._prefix + text)
 
-    def rope_theta(self, default: float) -> float:
-        """The base of plain rotary embedding, from `rope_parameters` (new files) or `rope_theta` (older ones)."""
-        theta: Any = self.any("rope_theta", default)
-        for name in ("rope_parameters", "rope_scaling"):
-            rope = self.any(name, {})
-            if not isinstance(rope, dict):
-                self._problems.append(f"{name} must be an object, got {rope!r}")
-                continue
-            theta = rope.get("rope_theta", theta)
-            rest = {key: value for key, value in rope.items() if key != "rope_theta"}
-            kind = rest.pop("rope_type", rest.pop("type", "default"))
-            if kind != "default" or rest:
-                self._problems.append(
-                    f"rotary embedding of type {kind!r} with {rest} is not supported (only 'default')"
-                )
-        return self._checked("rope_theta", theta, float)
+    def inner(self, name: str) -> Fields:
+        """An object within this one, read as strictly; its problems and fields are told with its name before them."""
+        if name not in self._inner:
+            value = self.any(name, {})
+            if not isinstance(value, dict):
+                self.problem(f"{name} must be an object, got {value!r}")
+                value = {}
+            inner = self._inner[name] = Fields(value)
+            inner._prefix, inner._problems = f"{self._prefix}{name}.", self._problems
+        return self._inner[name]
 
     def _checked(self, name: str, value: Any, kind: type[T]) -> T:
         if isinstance(value, bool) is not (kind is bool) or not isinstance(value, (int, kind)):
-            self._problems.append(f"{name} must be of type {kind.__name__}, got {value!r}")
+            self.problem(f"{name} must be of type {kind.__name__}, got {value!r}")
         elif kind is not bool and not 0 < value < math.inf:
-            self._problems.append(f"{name} must be positive and finite, got {value}")
+            self.problem(f"{name} must be positive and finite, got {value}")
         else:
             return kind(value)
         return kind(1)
@@ -127,7 +127,7 @@ class Fields:
             config = reader(self)
         except ConfigError as error:
             raise ConfigError("config.json: " + "; ".join(self._problems or [str(error)])) from error
-        if unknown := sorted(set(self._raw) - self._seen):
+        if unknown := sorted(self._unknown()):
             self._problems.append(
                 f"fields not understood, which may change the computation: {', '.join(unknown)} "
                 "(remove those from config.json that you know change nothing)"
@@ -135,3 +135,8 @@ class Fields:
         if self._problems:
             raise ConfigError("config.json: " + "; ".join(self._problems))
         return config
+
+    def _unknown(self) -> Iterator[str]:
+        yield from (self._prefix + name for name in set(self._raw) - self._seen)
+        for inner in self._inner.values():
+            yield from inner._unknown()

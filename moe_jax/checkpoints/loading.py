@@ -6,7 +6,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -26,11 +26,11 @@ FLOATS = ("F32", "BF16", "F16")
 MOST_PROBLEMS_SHOWN = 20
 
 
-def check(regions: Iterable[Region], files: TensorFiles, unused: frozenset[str] = frozenset()) -> None:
+def check(regions: Iterable[Region], files: TensorFiles, is_unused: Callable[[str], bool]) -> None:
     """Raise `CheckpointError`, naming them all, for tensors missing, left over, or of the wrong shape or dtype.
 
     Args:
-      unused: tensors that may be there and are not read.
+      is_unused: of a tensor that is not read, whether it may be there.
     """
     found, problems, wanted = files.shapes(), [], set()
     for entry in (entry for region in regions for entry in region.entries):
@@ -42,7 +42,8 @@ def check(regions: Iterable[Region], files: TensorFiles, unused: frozenset[str] 
             problems.append(f"{entry.name} has shape {list(shape)}, config.json implies {list(entry.shape)}")
         elif dtype not in FLOATS:
             problems.append(f"{entry.name} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
-    problems += [f"{name} is not used by this model" for name in sorted(set(found) - wanted - unused)]
+    problems += [f"{name} is not used by this model" for name in sorted(set(found) - wanted) if not is_unused(name)]
+    problems = list(dict.fromkeys(problems))
     if problems:
         hidden = len(problems) - MOST_PROBLEMS_SHOWN
         more = f"\n  and {hidden} more" if hidden > 0 else ""

@@ -8,8 +8,9 @@ separate tensors there and stacked here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ Path = tuple[Any, ...]
 Index = tuple[int | slice, ...]
 
 
+Layout = tuple[tuple[int, ...], ...]
+"""For each dimension of a tensor in a file, the dimensions of the parameter that it is made of, the slowest first."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The tensors one parameter is made of.
@@ -31,35 +36,68 @@ class Source:
     """
 
     names: tuple[str, ...]
-    inputs: int | None = None
-    """For a linear layer: how many of the parameter's dimensions, not counting experts, are inputs."""
+    layout: Callable[[int], Layout]
+    """For a piece of so many dimensions, those of layers, of experts with a tensor each, and of gate and up not
+    counted."""
+    joined: tuple[str, ...] = ()
+    """Where one tensor holds several parameters after each other, along its first dimension: all of them."""
 
 
 def plain(name: str) -> Source:
-    """A tensor held as the file has it, but for a split of its first dimension into several."""
-    return Source((name,))
+    """A tensor held as the file has it, but for a split of its only dimension into several."""
+    return Source((name,), lambda dims: (tuple(range(dims)),))
 
 
 def linear(*names: str, inputs: int = 1) -> Source:
-    return Source(names, inputs)
+    """`[outputs, inputs]` in the file, `[inputs, outputs]` here, the first `inputs` dimensions being inputs."""
+    return Source(names, lambda dims: (tuple(range(inputs, dims)), tuple(range(inputs))))
+
+
+def arranged(*names: str, here: str, file: str) -> Source:
+    """Dimensions by letters, those that make one in parentheses: `here="e d p f", file="e (p f) d"`; `1` for none."""
+    number = {letter: dim for dim, letter in enumerate(here.split())}
+    groups = re.findall(r"\(([^)]*)\)|(\S+)", file)
+    layout = tuple(tuple(number[letter] for letter in (many or one).split() if letter != "1") for many, one in groups)
+    assert sorted(dim for group in layout for dim in group) == sorted(number.values()), "each letter once on both sides"
+
+    def checked(dims: int) -> Layout:
+        assert dims == len(number), f"{names} are pieces of {dims} dimensions, not {here}"
+        return layout
+
+    return Source(names, checked)
+
+
+def joined(name: str, *parameters: str) -> dict[str, Source]:
+    """Linear layers whose outputs follow each other in one tensor."""
+    return {parameter: replace(linear(name), joined=parameters) for parameter in parameters}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file and its place in a region."""
+    """One tensor of the file, or some of its rows, and their place in a region."""
 
     name: str
     shape: tuple[int, ...]
+    """Of the whole tensor."""
+    rows: slice | None
+    """The part of the first dimension that is meant, with both ends; `None` for all."""
     at: Index
     """Numbers, and slices with both ends."""
     piece_shape: tuple[int, ...]
-    transposed: bool
+    order: tuple[int, ...]
+    """The piece's dimensions as the tensor has them, the slowest first."""
 
     def to_piece(self, tensor: np.ndarray) -> np.ndarray:
-        return (tensor.T if self.transposed else tensor).reshape(self.piece_shape)
+        part = tensor if self.rows is None else tensor[self.rows]
+        return part.reshape([self.piece_shape[dim] for dim in self.order]).transpose(np.argsort(self.order))
 
     def to_tensor(self, piece: np.ndarray) -> np.ndarray:
-        return piece.reshape(self.shape[::-1]).T if self.transposed else piece.reshape(self.shape)
+        """The part of the tensor that `rows` says."""
+        return piece.reshape(self.piece_shape).transpose(self.order).reshape(self.part_shape)
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        return self.shape if self.rows is None else (self.rows.stop - self.rows.start, *self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -79,22 +117,44 @@ class Region:
 def regions(config: ModelConfig, parameters: Parameters, sources: Mapping[str, Source]) -> Iterator[Region]:
     """Every tensor that the checkpoint of this model has, parameter by parameter, layer by layer."""
     groups = group_layers(config.layers)
-    for path, param in nnx.to_flat_state(parameters):
+    shapes = {path: param.shape for path, param in nnx.to_flat_state(parameters)}
+    for path, shape in shapes.items():
         match path:
             case ("stacks", int(group), "unit", int(block), *rest):
                 source = sources[".".join(map(str, rest))]
+                rows = _joined_rows(source, path[: -len(rest)], path, shapes)
                 for repeat in range(groups[group].repeats):
-                    yield from _regions(source, path, param.shape, repeat, groups[group].layer(repeat, block))
-            case ("embedding" | "head", "table"):
-                name, shape = sources[".".join(map(str, path))].names[0], (config.vocab_size, config.hidden)
-                entry = Entry(name, shape, (slice(0, shape[0]), slice(0, shape[1])), shape, transposed=False)
-                yield Region(path, (0, 0), param.shape, [entry])
+                    layer = groups[group].layer(repeat, block)
+                    yield from _regions(source, path, shape, repeat, layer, rows)
+            case ("embedding" | "head", _):
+                (name,), (_, *rest) = sources[".".join(map(str, path))].names, shape
+                held = (config.vocab_size, *rest)
+                at = tuple(slice(0, size) for size in held)
+                entry = Entry(name, held, None, at, held, tuple(range(len(held))))
+                yield Region(path, (0,) * len(shape), shape, [entry])
             case _:
-                yield from _regions(sources[".".join(map(str, path))], path, param.shape, None, layer=0)
+                yield from _regions(sources[".".join(map(str, path))], path, shape, None, 0, None)
+
+
+def _joined_rows(
+    source: Source, block: Path, path: Path, shapes: Mapping[Path, tuple[int, ...]]
+) -> tuple[slice, int] | None:
+    """The rows of a joined tensor that are one parameter of a block, and how many rows it has in all."""
+    if not source.joined:
+        return None
+    paths = [(*block, *name.split(".")) for name in source.joined]
+    outputs = [math.prod(shapes[other][2:]) for other in paths]  # layers, inputs, outputs
+    first = sum(outputs[: paths.index(path)])
+    return slice(first, first + math.prod(shapes[path][2:])), sum(outputs)
 
 
 def _regions(
-    source: Source, path: Path, param_shape: tuple[int, ...], repeat: int | None, layer: int
+    source: Source,
+    path: Path,
+    param_shape: tuple[int, ...],
+    repeat: int | None,
+    layer: int,
+    rows: tuple[slice, int] | None,
 ) -> Iterator[Region]:
     """Those of one layer of a parameter, or of one that is not stacked over layers."""
     for part, template in enumerate(source.names):
@@ -105,7 +165,7 @@ def _regions(
         shape = tuple(1 if dim in fixed else size for dim, size in enumerate(param_shape))
         expert_dim = int(repeat is not None) if "{expert}" in template else None
         entries = [
-            _entry(template.format(layer=layer, expert=expert), shape, dict.fromkeys(fixed, 0) | place, source.inputs)
+            _entry(template.format(layer=layer, expert=expert), shape, dict.fromkeys(fixed, 0) | place, source, rows)
             for expert, place in _experts(shape, expert_dim)
         ]
         yield Region(path, start, shape, entries)
@@ -119,9 +179,14 @@ def _experts(shape: tuple[int, ...], dim: int | None) -> Iterator[tuple[int, dic
         yield from ((expert, {dim: expert}) for expert in range(shape[dim]))
 
 
-def _entry(name: str, region: tuple[int, ...], place: Mapping[int, int], inputs: int | None) -> Entry:
+def _entry(
+    name: str, region: tuple[int, ...], place: Mapping[int, int], source: Source, rows: tuple[slice, int] | None
+) -> Entry:
     """The tensor that lies at `place`, along dimensions that it does not have itself."""
     at = tuple(place.get(dim, slice(0, size)) for dim, size in enumerate(region))
     piece = tuple(size for dim, size in enumerate(region) if dim not in place)
-    shape = (math.prod(piece),) if inputs is None else (math.prod(piece[inputs:]), math.prod(piece[:inputs]))
-    return Entry(name, shape, at, piece, transposed=inputs is not None)
+    layout = source.layout(len(piece))
+    shape = tuple(math.prod(piece[dim] for dim in dims) for dims in layout)
+    order = tuple(dim for dims in layout for dim in dims)
+    part, whole = (None, shape) if rows is None else (rows[0], (rows[1], *shape[1:]))
+    return Entry(name, whole, part, at, piece, order)

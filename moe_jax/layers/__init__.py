@@ -9,7 +9,7 @@ from moe_jax.layers.cache import Cache, PagedCache, Uncached
 from moe_jax.layers.embedding import Vocabulary
 from moe_jax.layers.mlp import DenseMLP
 from moe_jax.layers.moe import MoE
-from moe_jax.layers.norm import RMSNorm
+from moe_jax.layers.norm import LayerNorm, RMSNorm, row_norm
 from moe_jax.layers.router import Load
 from moe_jax.layers.step import Grid, Packing, Step, Table
 
@@ -18,6 +18,7 @@ __all__ = [
     "Cache",
     "DenseMLP",
     "Grid",
+    "LayerNorm",
     "Load",
     "MoE",
     "Packing",
@@ -27,4 +28,5 @@ __all__ = [
     "Table",
     "Uncached",
     "Vocabulary",
+    "row_norm",
 ]

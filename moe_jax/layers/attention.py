@@ -15,16 +15,16 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
-from moe_jax.config import AttentionConfig
+from moe_jax.config import AttentionConfig, QKNorm
 from moe_jax.layers import parameter
 from moe_jax.layers.cache import Cache, Cached
-from moe_jax.layers.norm import RMSNorm
-from moe_jax.layers.rope import rotate
+from moe_jax.layers.norm import HeadNorm, ProjectionNorm
+from moe_jax.layers.parameter import HeadNumber, one_head
+from moe_jax.layers.rope import Rotary
 from moe_jax.layers.step import Grid, Packing, Step
 from moe_jax.sharding import PartialSum, Placement, Role
 
 C = TypeVar("C", bound=Cache)
-HeadNumber = Int32[Array, ""] | int
 
 
 class HeadProjection(nnx.Module):
@@ -38,8 +38,8 @@ class HeadProjection(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], only: HeadNumber | None = None) -> Float[Array, "T H d"]:
         """All heads held here, or only one of them."""
-        out = jnp.einsum("td,dhk->thk", x, _head(self.weight[...], only, axis=1))
-        return out if self.bias is None else out + _head(self.bias[...], only, axis=0)
+        out = jnp.einsum("td,dhk->thk", x, one_head(self.weight[...], only, axis=1))
+        return out if self.bias is None else out + one_head(self.bias[...], only, axis=0)
 
 
 class Attention(nnx.Module):
@@ -50,24 +50,54 @@ class Attention(nnx.Module):
         self.query = HeadProjection(hidden, heads, width, Role.HEADS, **like)
         self.key = HeadProjection(hidden, kv_heads, width, Role.KV_HEADS, **like)
         self.value = HeadProjection(hidden, kv_heads, width, Role.KV_HEADS, **like)
-        self.query_norm = RMSNorm(width, eps, dtype=dtype) if config.qk_norm else None
-        self.key_norm = RMSNorm(width, eps, dtype=dtype) if config.qk_norm else None
+        self.query_norm, self.key_norm = _qk_norms(config, eps, dtype=dtype)
+        self.rotary = Rotary(config.rope, width) if config.rope else None
+        self.scale = config.scale or width**-0.5
+        self.sinks = parameter.zeros((heads,), (Role.HEADS,), dtype=dtype) if config.sinks else None
         self.output = parameter.normal(
             rngs, (heads, width, hidden), (Role.HEADS, None, None), fan_in=heads * width, dtype=dtype
         )
+        self.output_bias = parameter.zeros((hidden,), (None,), dtype=dtype) if config.output_bias else None
 
     def __call__(self, x: Float[Array, "T D"], step: Step, cache: C, layer: Int32[Array, ""]) -> tuple[PartialSum, C]:
         """This device's heads' part of the output, and the cache with the rows' keys and values written."""
-        packing, only = step.packing, self._only_kv_head(step.residual.placement)
-        query, key, value = self.query(x), self.key(x, only), self.value(x, only)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query = rotate(query, packing.positions, self.config.rope_theta)
-        key = rotate(key, packing.positions, self.config.rope_theta)
+        packing, placement = step.packing, step.residual.placement
+        query, key, value = self._project(x, packing.positions, placement)
         view, cache = cache.write(layer, key, value, packing, self.config.window)
         with jax.named_scope("attend"):
             out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
-        return step.residual.heads_partial_sum(jnp.einsum("thk,hkd->td", out, self.output[...])), cache
+        part = jnp.einsum("thk,hkd->td", out, self.output[...])
+        if self.output_bias is not None:
+            part += jnp.where(placement.index(Role.HEADS) == 0, self.output_bias[...], 0)
+        return step.residual.heads_partial_sum(part), cache
+
+    def _project(
+        self, x: Float[Array, "T D"], positions: Int32[Array, "T"], placement: Placement
+    ) -> tuple[Float[Array, "T H d"], Float[Array, "T K d"], Float[Array, "T K d"]]:
+        """Queries, keys and values, as they meet."""
+        only = self._only_kv_head(placement)
+        query, key, value = self.query(x), self.key(x, only), self.value(x, only)
+        rotated_first = self.config.qk_norm is QKNorm.ROTATED_HEAD
+        if not rotated_first:
+            query, key = self._normalise(query, key, placement, only)
+        if self.config.clip is not None:
+            query, key, value = (jnp.clip(part, -self.config.clip, self.config.clip) for part in (query, key, value))
+        if self.rotary is not None:
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        if rotated_first:
+            query, key = self._normalise(query, key, placement, only)
+        return query, key, value
+
+    def _normalise(
+        self,
+        query: Float[Array, "T H d"],
+        key: Float[Array, "T K d"],
+        placement: Placement,
+        only: HeadNumber | None,
+    ) -> tuple[Float[Array, "T H d"], Float[Array, "T K d"]]:
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        return self.query_norm(query, placement), self.key_norm(key, placement, only)
 
     def _attend(
         self, query: Float[Array, "T H d"], cached: Cached, grid: Grid, packing: Packing
@@ -77,7 +107,8 @@ class Attention(nnx.Module):
         seen = positions <= own
         if self.config.window is not None:
             seen &= positions > own - self.config.window
-        return attend(packing.to_grid(query, grid), cached.keys, cached.values, seen)
+        sinks = None if self.sinks is None else self.sinks[...]
+        return attend(packing.to_grid(query, grid), cached.keys, cached.values, seen, self.scale, sinks)
 
     def _only_kv_head(self, placement: Placement) -> HeadNumber | None:
         """The one KV head that this device's query heads share, where there are fewer KV heads than devices."""
@@ -85,20 +116,44 @@ class Attention(nnx.Module):
         return None if devices <= kv_heads else placement.index(Role.HEADS) // (devices // kv_heads)
 
 
+def _qk_norms(
+    config: AttentionConfig, eps: float, *, dtype: DTypeLike
+) -> tuple[HeadNorm, HeadNorm] | tuple[ProjectionNorm, ProjectionNorm] | tuple[None, None]:
+    """Those of queries and of keys."""
+    match config.qk_norm:
+        case None:
+            return None, None
+        case QKNorm.PROJECTION:
+            return (
+                ProjectionNorm(config.heads, config.head_dim, eps, Role.HEADS, dtype=dtype),
+                ProjectionNorm(config.kv_heads, config.head_dim, eps, Role.KV_HEADS, dtype=dtype),
+            )
+        case QKNorm.HEAD | QKNorm.ROTATED_HEAD:
+            return HeadNorm(config.head_dim, eps, dtype=dtype), HeadNorm(config.head_dim, eps, dtype=dtype)
+
+
 def attend(
     query: Float[Array, "S C H d"],
     keys: Float[Array, "K S N d"],
     values: Float[Array, "K S N d"],
     seen: Bool[Array, "S C N"],
+    scale: float,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "S C H d"]:
     """Softmax attention; each KV head serves `H / K` neighbouring query heads. Scores and softmax are float32."""
     lines, chunk, heads, width = query.shape
     grouped = query.reshape(lines, chunk, keys.shape[0], -1, width)
     scores = jnp.einsum("sckgd,ksnd->ksgcn", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None], scores * width**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    scores = jnp.where(seen[:, None], scores * scale, -jnp.inf)
+    weights = _softmax(scores, sinks).astype(values.dtype)
     return jnp.einsum("ksgcn,ksnd->sckgd", weights, values).reshape(lines, chunk, heads, width)
 
 
-def _head(weight: Array, only: HeadNumber | None, *, axis: int) -> Array:
-    return weight if only is None else lax.dynamic_slice_in_dim(weight, only, 1, axis)
+def _softmax(scores: Float[Array, "K S G C N"], sinks: Float[Array, "H"] | None) -> Float[Array, "K S G C N"]:
+    """Over positions; with sinks, the weights of a head sum to less than 1."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sink = sinks.astype(jnp.float32).reshape(scores.shape[0], 1, -1, 1, 1)
+    highest = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+    weights = jnp.exp(scores - highest)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - highest))

@@ -18,11 +18,12 @@ from moe_jax.sharding import Residual, Role
 class Vocabulary(nnx.Module):
     """A table of one vector per token, read by token (embedding) or multiplied with (LM head)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.size = config.vocab_size
+    def __init__(self, config: ModelConfig, *, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.size, self.scale = config.vocab_size, config.logit_scale
         self.table = parameter.normal(
             rngs, (config.vocab_rows, config.hidden), (Role.HEADS, None), fan_in=config.hidden, dtype=dtype
         )
+        self.bias = parameter.zeros((config.vocab_rows,), (Role.HEADS,), dtype=dtype) if bias else None
 
     def embed(self, tokens: Int32[Array, "T"], residual: Residual) -> Float[Array, "B D"]:
         """The vectors of the rows that this device keeps."""
@@ -34,7 +35,10 @@ class Vocabulary(nnx.Module):
 
     def logits(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
         """Scores, in float32, of the part of the vocabulary that this device holds."""
-        return jnp.einsum("td,vd->tv", x, self.table[...], preferred_element_type=jnp.float32)
+        local = jnp.einsum("td,vd->tv", x, self.table[...], preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            local += self.bias[...]
+        return local * self.scale
 
     def all_logits(self, x: Float[Array, "T D"], residual: Residual) -> Float[Array, "T vocab"]:
         """Scores of the whole vocabulary, the same on all heads devices."""

@@ -14,13 +14,14 @@ from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import MoEConfig
 from moe_jax.layers import parameter
+from moe_jax.layers.activation import gated
 from moe_jax.layers.grouped_matmul import grouped_matmul
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.collectives import argsort
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts over rows sorted by expert. Every assignment to an expert held here is computed; none is
+    """Gated experts over rows sorted by expert. Every assignment to an expert held here is computed; none is
     dropped."""
 
     def __init__(self, config: MoEConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -31,6 +32,10 @@ class Experts(nnx.Module):
         self.down = parameter.normal(
             rngs, (experts, width, hidden), (Role.EXPERTS, Role.FFN, None), fan_in=width, dtype=dtype
         )
+        self.activation = config.activation
+        of_width, of_hidden = (Role.EXPERTS, None, Role.FFN), (Role.EXPERTS, None)
+        self.gate_up_bias = parameter.zeros((experts, 2, width), of_width, dtype=dtype) if config.bias else None
+        self.down_bias = parameter.zeros((experts, hidden), of_hidden, dtype=dtype) if config.bias else None
 
     @property
     def held(self) -> int:
@@ -45,7 +50,7 @@ class Experts(nnx.Module):
         placement: Placement,
     ) -> Float[Array, "N D"]:
         """The weighted outputs of the experts held here, summed per row: this device's part of the output."""
-        gate_up, down, held = self.gate_up[...], self.down[...], self.held
+        held = self.held
         local = experts - placement.index(Role.EXPERTS) * held
         here = (local >= 0) & (local < held)
         # Assignments sorted by expert, those of other devices last.
@@ -53,10 +58,8 @@ class Experts(nnx.Module):
         order = argsort(assigned)
         sizes = jnp.bincount(assigned, length=held + 1)[:-1]
 
-        with jax.named_scope("grouped_swiglu"):
-            rows = x[order // experts.shape[1]]
-            gate, up = jnp.split(grouped_matmul(rows, gate_up.reshape(held, x.shape[1], -1), sizes), 2, axis=1)
-            out = grouped_matmul(jax.nn.silu(gate) * up, down, sizes)
+        with jax.named_scope("grouped_gated_mlp"):
+            out = self._outputs(x[order // experts.shape[1]], assigned[order], sizes, placement)
 
         place = argsort(order).reshape(experts.shape)
         y = jnp.zeros(x.shape, jnp.float32)
@@ -64,3 +67,19 @@ class Experts(nnx.Module):
             weighted = out[place[:, choice]] * weights[:, choice, None]
             y += jnp.where(here[:, choice, None], weighted, 0)
         return y.astype(x.dtype)
+
+    def _outputs(
+        self, rows: Float[Array, "M D"], experts: Int32[Array, "M"], sizes: Int32[Array, "E"], placement: Placement
+    ) -> Float[Array, "M D"]:
+        """Of rows sorted by expert, each row's; those of other devices' experts may come out as anything."""
+        gate_up, down, held = self.gate_up[...], self.down[...], self.held
+        gates_ups = grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
+        if self.gate_up_bias is not None:
+            gates_ups += self.gate_up_bias[...].reshape(held, -1).at[experts].get(mode="clip")
+        gate, up = jnp.split(gates_ups, 2, axis=1)
+        out = grouped_matmul(gated(self.activation, gate, up), down, sizes)
+        if self.down_bias is not None:
+            # Once, by the first of the devices that the width is split over.
+            bias = jnp.where(placement.index(Role.FFN) == 0, self.down_bias[...], 0)
+            out += bias.at[experts].get(mode="clip")
+        return out

@@ -1,4 +1,7 @@
-"""RMSNorm (Zhang and Sennrich, arXiv:1910.07467)."""
+"""Norms of rows and of heads.
+
+T  rows     D  hidden     H  heads of this device     d  head width
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,81 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from moe_jax.config import Norm
 from moe_jax.layers import parameter
+from moe_jax.layers.parameter import HeadNumber, one_head
+from moe_jax.sharding import Placement, Role
+from moe_jax.sharding.collectives import sum_devices
 
 
 class RMSNorm(nnx.Module):
-    """Scales the last dimension to unit mean square, then by a weight. Sums in float32."""
+    """Scales the last dimension to unit mean square, then by a weight (Zhang and Sennrich, arXiv:1910.07467). Sums in
+    float32."""
 
     def __init__(self, width: int, eps: float, *, dtype: DTypeLike) -> None:
         self.eps = eps
         self.weight = parameter.ones((width,), (None,), dtype=dtype)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return _unit(x, _mean_square(x, -1), self.eps) * self.weight[...]
+
+
+class LayerNorm(nnx.Module):
+    """Shifts the last dimension to zero mean, scales it to unit variance, then by a weight (Ba et al.,
+    arXiv:1607.06450). Sums in float32."""
+
+    def __init__(self, width: int, eps: float, *, bias: bool, dtype: DTypeLike) -> None:
+        self.eps = eps
+        self.weight = parameter.ones((width,), (None,), dtype=dtype)
+        self.bias = parameter.zeros((width,), (None,), dtype=dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype) * self.weight[...]
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        out = _unit(centred, _mean_square(centred, -1), self.eps).astype(x.dtype) * self.weight[...]
+        return out if self.bias is None else out + self.bias[...]
+
+
+def row_norm(norm: Norm, width: int, eps: float, *, dtype: DTypeLike) -> RMSNorm | LayerNorm:
+    """The norm of rows that a model asks for."""
+    if norm is Norm.RMS:
+        return RMSNorm(width, eps, dtype=dtype)
+    return LayerNorm(width, eps, bias=norm is Norm.LAYER_WITH_BIAS, dtype=dtype)
+
+
+class HeadNorm(nnx.Module):
+    """RMS norm of each head by itself."""
+
+    def __init__(self, head_dim: int, eps: float, *, dtype: DTypeLike) -> None:
+        self.eps = eps
+        self.weight = parameter.ones((head_dim,), (None,), dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "T H d"], placement: Placement, only: HeadNumber | None = None
+    ) -> Float[Array, "T H d"]:
+        return _unit(x, _mean_square(x, -1), self.eps) * self.weight[...]
+
+
+class ProjectionNorm(nnx.Module):
+    """RMS norm of all heads together, those of other devices too."""
+
+    def __init__(self, heads: int, head_dim: int, eps: float, split: Role, *, dtype: DTypeLike) -> None:
+        self.eps = eps
+        self.weight = parameter.ones((heads, head_dim), (split, None), dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "T H d"], placement: Placement, only: HeadNumber | None = None
+    ) -> Float[Array, "T H d"]:
+        """Where this device shares its one head with others, each of them counts it, and all count alike."""
+        everywhere = sum_devices(_mean_square(x, (-2, -1)), placement.axes(Role.HEADS))
+        mean_square = everywhere / placement.size(Role.HEADS)
+        return _unit(x, mean_square, self.eps) * one_head(self.weight[...], only, axis=0)
+
+
+def _mean_square(x: Float[Array, "..."], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
+    wide = x.astype(jnp.float32)
+    return jnp.mean(wide * wide, axis=axis, keepdims=True)
+
+
+def _unit(x: Float[Array, "..."], mean_square: Float[Array, "..."], eps: float) -> Float[Array, "..."]:
+    return (x.astype(jnp.float32) * lax.rsqrt(mean_square + eps)).astype(x.dtype)

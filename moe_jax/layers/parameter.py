@@ -5,11 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int32
 
 from moe_jax.sharding import Placement, Role
 
 Dims = tuple[Role | None, ...]
+HeadNumber = Int32[Array, ""] | int
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, *, fan_in: int, dtype: DTypeLike) -> nnx.Param:
@@ -23,6 +26,11 @@ def zeros(shape: tuple[int, ...], dims: Dims, *, dtype: DTypeLike) -> nnx.Param:
 
 def ones(shape: tuple[int, ...], dims: Dims, *, dtype: DTypeLike) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, dtype), dims=dims)
+
+
+def one_head(weight: Array, only: HeadNumber | None, *, axis: int) -> Array:
+    """A parameter's part for one head, or all of it."""
+    return weight if only is None else lax.dynamic_slice_in_dim(weight, only, 1, axis)
 
 
 def placed(parameters: nnx.State, placement: Placement) -> nnx.State:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, RouterConfig
 from moe_jax.layers import parameter
+from moe_jax.layers.choice import Scored, SparseMixer
 from moe_jax.sharding.rows import masked
 
 
@@ -24,7 +23,7 @@ class Load(NamedTuple):
     assignments: Float[Array, "E"]
     """How often each expert was chosen."""
     probabilities: Float[Array, "E"]
-    """The sum of each expert's softmax scores."""
+    """The sum of each expert's scores."""
 
 
 class Routing(NamedTuple):
@@ -35,19 +34,27 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-    """Softmax over all experts, best `top_k` kept (Shazeer et al., arXiv:1701.06538); float32 throughout."""
+    """A logit for each expert, from which the config's way to choose takes the best; float32 throughout."""
 
     def __init__(self, config: MoEConfig, hidden: int, *, rngs: nnx.Rngs) -> None:
-        self.config = config
-        self.weight = parameter.normal(rngs, (hidden, config.experts), (None, None), fan_in=hidden, dtype=jnp.float32)
+        experts, router = config.experts, config.router
+        scored = isinstance(router, RouterConfig)
+        self.experts = experts
+        self.weight = parameter.normal(rngs, (hidden, experts), (None, None), fan_in=hidden, dtype=jnp.float32)
+        self.bias = parameter.zeros((experts,), (None,), dtype=jnp.float32) if scored and router.bias else None
+        self.selection_bias = (
+            parameter.zeros((experts,), (None,), dtype=jnp.float32) if scored and router.selection_bias else None
+        )
+        self.choice = Scored(router, config.top_k) if scored else SparseMixer(router, config.top_k)
 
     def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None) -> Routing:
-        scores = jax.nn.softmax(x.astype(jnp.float32) @ self.weight[...], axis=-1)
-        weights, experts = lax.top_k(scores, self.config.top_k)
-        if self.config.renormalise:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        logits = x.astype(jnp.float32) @ self.weight[...]
+        if self.bias is not None:
+            logits += self.bias[...]
+        chosen = self.choice(logits, None if self.selection_bias is None else self.selection_bias[...])
+        experts = chosen.experts
         if valid is not None:
-            experts = jnp.where(valid[:, None], experts, self.config.experts)
-        chosen = jnp.bincount(experts.reshape(-1), length=self.config.experts + 1)[:-1]
-        load = Load(chosen.astype(jnp.float32), jnp.sum(masked(scores, valid), axis=0))
-        return Routing(experts, weights, load)
+            experts = jnp.where(valid[:, None], experts, self.experts)
+        assignments = jnp.bincount(experts.reshape(-1), length=self.experts + 1)[:-1]
+        load = Load(assignments.astype(jnp.float32), jnp.sum(masked(chosen.scores, valid), axis=0))
+        return Routing(experts, chosen.weights, load)

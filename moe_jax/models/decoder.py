@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import LayerConfig, ModelConfig, MoEConfig
-from moe_jax.layers import Attention, Cache, DenseMLP, Load, MoE, RMSNorm, Step, Vocabulary
+from moe_jax.layers import Attention, Cache, DenseMLP, Load, MoE, Step, Vocabulary, row_norm
 from moe_jax.models.grouping import Group, group_layers
 
 Caches = list[list[Cache]]
@@ -27,9 +27,10 @@ class Block(nnx.Module):
 
     def __init__(self, layer: LayerConfig, model: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         hidden, eps = model.hidden, model.norm_eps
-        self.attention_norm = RMSNorm(hidden, eps, dtype=dtype)
+        self.residual_scale = model.residual_scale
+        self.attention_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
         self.attention = Attention(layer.attention, hidden, eps, dtype=dtype, rngs=rngs)
-        self.ffn_norm = RMSNorm(hidden, eps, dtype=dtype)
+        self.ffn_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
         self.ffn = (
             MoE(layer.ffn, hidden, dtype=dtype, rngs=rngs)
             if isinstance(layer.ffn, MoEConfig)
@@ -42,10 +43,10 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             rows = step.residual.all_rows(self.attention_norm(x), step.capacity)
             attended, cache = self.attention(rows, step, cache, repeat)
-            x = x + step.residual.sum_heads(attended)
+            x = x + step.residual.sum_heads(attended) * self.residual_scale
         with jax.named_scope("ffn"):
             y, load = self.ffn(self.ffn_norm(x), step.rows, step.combine)
-        return x + y, cache, load
+        return x + y * self.residual_scale, cache, load
 
 
 class Stack(nnx.Module):
@@ -81,16 +82,19 @@ class Stack(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.embedding_scale = config.embedding_scale
         self.embedding = Vocabulary(config, dtype=dtype, rngs=rngs)
         self.stacks = nnx.List([Stack(group, config, dtype=dtype, rngs=rngs) for group in group_layers(config.layers)])
-        self.norm = RMSNorm(config.hidden, config.norm_eps, dtype=dtype)
-        self.head = None if config.tied_embeddings else Vocabulary(config, dtype=dtype, rngs=rngs)
+        self.norm = row_norm(config.norm, config.hidden, config.norm_eps, dtype=dtype)
+        self.head = (
+            None if config.tied_embeddings else Vocabulary(config, bias=config.head_bias, dtype=dtype, rngs=rngs)
+        )
 
     def __call__(
         self, tokens: Int32[Array, "T"], step: Step, caches: Caches
     ) -> tuple[Float[Array, "T D"], Caches, list[Load]]:
         """The last hidden state of each row; the caches with the rows written; the load of each MoE layer."""
-        x = self.embedding.embed(tokens, step.residual)
+        x = self.embedding.embed(tokens, step.residual) * self.embedding_scale
         written, loads = [], []
         for stack, unit_caches in zip(self.stacks, caches, strict=True):
             x, unit_caches, unit_loads = stack(x, step, unit_caches)

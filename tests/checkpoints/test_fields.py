@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.config import DenseConfig, ModelConfig, MoEConfig
+from moe_jax.config import DenseConfig, ModelConfig, MoEConfig, QKNorm, RopeConfig, RouterConfig
 from moe_jax.errors import ConfigError
 
 HUB = {
@@ -62,11 +62,11 @@ def test_files_of_the_hub() -> None:
     qwen3, mixtral, qwen2 = (read(HUB[family]) for family in ("qwen3_moe", "mixtral", "qwen2_moe"))
     assert (len(qwen3.layers), qwen3.hidden, qwen3.max_positions) == (48, 2048, 40960)
     attention, moe = qwen3.layers[0].attention, qwen3.layers[0].ffn
-    assert (attention.heads, attention.kv_heads, attention.head_dim, attention.rope_theta) == (32, 4, 128, 1e6)
-    assert attention.qk_norm
+    assert (attention.heads, attention.kv_heads, attention.head_dim, attention.rope) == (32, 4, 128, RopeConfig(1e6))
+    assert attention.qk_norm is QKNorm.HEAD
     assert not attention.bias
-    assert moe == MoEConfig(experts=128, top_k=8, width=768, renormalise=True)
-    assert mixtral.layers[-1].ffn == MoEConfig(experts=8, top_k=2, width=14336, renormalise=True)
+    assert moe == MoEConfig(experts=128, top_k=8, width=768, router=RouterConfig(norm=1))
+    assert mixtral.layers[-1].ffn == MoEConfig(experts=8, top_k=2, width=14336, router=RouterConfig(norm=1))
     assert mixtral.layers[0].attention.head_dim == 128
     assert qwen2.layers[0].attention.bias
     assert isinstance(qwen2.layers[0].ffn, MoEConfig)
@@ -94,12 +94,14 @@ def test_dense_layers_and_windows() -> None:
         ("mixtral", {"logit_softcapping": 30.0}, "fields not understood.*logit_softcapping"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ("qwen3_moe", {"attention_bias": True}, "attention_bias=True is not supported"),
-        ("qwen3_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rotary embedding of type 'yarn'"),
-        ("qwen3_moe", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary embedding of type 'dynamic'"),
+        ("qwen3_moe", {"rope_scaling": {"type": "proportional"}}, "rotary embedding of type 'proportional'"),
+        ("qwen3_moe", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        ("qwen3_moe", {"rope_scaling": {"type": "yarn", "depth": 2}}, "fields not understood.*rope_scaling.depth"),
+        ("qwen3_moe", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.low_freq_factor is missing"),
         (
             "qwen3_moe",
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
-            "rotary embedding of type 'llama3'",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+            "64 frequencies need as many factors, got 1",
         ),
         ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window needs layer_types"),
         ("mixtral", {"hidden_size": "large"}, "hidden_size must be of type int, got 'large'"),
@@ -110,7 +112,7 @@ def test_dense_layers_and_windows() -> None:
         (
             "mixtral",
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}},
-            "rotary embedding of type 'yarn'",
+            "rope_scaling and rope_parameters are two descriptions of one thing",
         ),
         ("qwen3_moe", {"mlp_only_layers": ["first"]}, r"mlp_only_layers must be a list of int, got \['first'\]"),
         ("mixtral", {"num_key_value_heads": 5}, "32 attention heads cannot share 5 KV heads"),

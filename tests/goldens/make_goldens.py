@@ -35,6 +35,9 @@ STEPS = 8
 WEIGHT_GAIN = 1.5  # weights are randn * gain / sqrt(fan_in)
 MIN_TOKEN_GAP = 1e-3  # best to second-best logit, relative to the largest absolute logit
 MIN_ROUTER_GAP = 1e-3  # k-th to (k+1)-th router logit
+SELECTION_BIAS = "e_score_correction_bias"
+GIVES_ROUTER_LOGITS = ("qwen3_moe", "qwen2_moe", "mixtral")  # those of other families differ in form
+NUDGE, MOST_CHANGE = 1e-4, 2e-2  # of the embeddings and, if no expert is swapped, of the logits; relative
 MIN_CONTEXT_EFFECT = 0.5  # change of a logit when the context is dropped, relative to the spread of the logits
 
 
@@ -114,12 +117,17 @@ def build_model(settings: dict[str, Any]) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape)
-        if name.endswith("bias"):
+        if name.endswith(SELECTION_BIAS):
+            parameter.copy_(0.1 * noise)
+        elif name.endswith("bias"):
             parameter.copy_(0.5 * noise)
         elif parameter.ndim == 1:
             parameter.copy_(1 + 0.3 * noise)
         else:
             parameter.copy_(WEIGHT_GAIN * noise / parameter.shape[-1] ** 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith(SELECTION_BIAS):
+            buffer.copy_(0.1 * torch.randn(buffer.shape))
     return model
 
 
@@ -170,7 +178,10 @@ def find_faults(model: PreTrainedModel, prompts: list[torch.Tensor], reference: 
         without_context = model(prompt[None, -1:]).logits[0, 0].numpy()
         if len(prompt) > 1 and np.abs(with_context - without_context).mean() < MIN_CONTEXT_EFFECT * logits.std():
             yield "dropping the context hardly changes the logits"
-    yield from find_router_faults(model, prompts, reference["tokens"])
+    if model.config.model_type in GIVES_ROUTER_LOGITS:
+        yield from find_router_faults(model, prompts, reference["tokens"])
+    else:
+        yield from find_jumps(model, prompts, reference["tokens"])
 
 
 def find_router_faults(model: PreTrainedModel, prompts: list[torch.Tensor], tokens: np.ndarray) -> Iterator[str]:
@@ -184,6 +195,20 @@ def find_router_faults(model: PreTrainedModel, prompts: list[torch.Tensor], toke
             yield "two experts nearly tie"
         if 2 * len(experts[:, :top_k].unique()) < layer.shape[-1]:
             yield "less than half of the experts are used"
+
+
+def find_jumps(model: PreTrainedModel, prompts: list[torch.Tensor], tokens: np.ndarray) -> Iterator[str]:
+    """Whether logits jump when the embeddings are nudged, as they do where two experts nearly tie."""
+    sequences = [torch.cat([prompt, torch.from_numpy(row)]) for prompt, row in zip(prompts, tokens, strict=False)]
+    before = [model(sequence[None]).logits for sequence in sequences]
+    embedding = model.get_input_embeddings().weight
+    held = embedding.clone()
+    for _ in range(4):
+        embedding.copy_(held * (1 + NUDGE * torch.randn(held.shape)))
+        after = [model(sequence[None]).logits for sequence in sequences]
+        if any((a - b).abs().max() > MOST_CHANGE * b.abs().max() for a, b in zip(after, before, strict=True)):
+            yield "a nudge makes the logits jump"
+    embedding.copy_(held)
 
 
 def make_case(name: str) -> int:

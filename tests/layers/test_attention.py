@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import RopeConfig
 from moe_jax.layers import Grid, Packing, Table
 from moe_jax.layers.attention import attend
 from moe_jax.layers.cache import UNWRITTEN, PagedCache, Uncached
-from moe_jax.layers.rope import rotate
+from moe_jax.layers.rope import Rotary
 
 LINES, KV_HEADS, HEADS, WIDTH, PAGE, PAGES = 3, 2, 4, 4, 2, 7
 ONE, TWO = Grid(1, 1), Grid(2, 2)
@@ -87,7 +88,7 @@ def test_attend_is_grouped_softmax_attention() -> None:
     query, keys = draw(0, lines, 2, HEADS, WIDTH), draw(1, KV_HEADS, lines, positions, WIDTH)
     values = draw(2, KV_HEADS, lines, positions, WIDTH)
     seen = jnp.arange(positions) <= jnp.array([[3, 4], [0, 1], [7, 7]])[..., None]
-    got = attend(query, keys, values, seen)
+    got = attend(query, keys, values, seen, WIDTH**-0.5)
     for line, chunk, head in np.ndindex(lines, 2, HEADS):
         kv = head // (HEADS // KV_HEADS)
         upto = int(seen[line, chunk].sum())
@@ -101,8 +102,10 @@ def test_attend_is_grouped_softmax_attention() -> None:
 def test_rotated_products_depend_on_distance_only(shift: int) -> None:
     x, y = (jax.random.normal(jax.random.key(seed), (1, 1, 8)) for seed in (0, 1))
 
+    rotary = Rotary(RopeConfig(100.0), head_dim=8)
+
     def product(first: int, second: int) -> jax.Array:
-        return jnp.sum(rotate(x, jnp.array([first]), 100.0) * rotate(y, jnp.array([second]), 100.0))
+        return jnp.sum(rotary(x, jnp.array([first])) * rotary(y, jnp.array([second])))
 
     np.testing.assert_allclose(product(5, 3), product(5 + shift, 3 + shift), rtol=1e-4)
     assert abs(product(5, 3) - product(6, 3)) > 1e-2

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from placements import placement
 from reference import dense, moe
 
-from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
+from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_jax.layers import DenseMLP, MoE
 from moe_jax.sharding import (
     AllToAllCombine,
@@ -31,8 +31,8 @@ from moe_jax.sharding import (
 
 HIDDEN, CAPACITY = 16, 4
 # 24 experts and widths divide over every placement's sizes, six devices included.
-ROUTED = MoEConfig(experts=24, top_k=3, width=24, renormalise=True)
-SHARED = MoEConfig(experts=24, top_k=2, width=24, renormalise=False, shared=SharedExpertConfig(48, gated=True))
+ROUTED = MoEConfig(experts=24, top_k=3, width=24, router=RouterConfig(norm=1))
+SHARED = MoEConfig(experts=24, top_k=2, width=24, router=RouterConfig(), shared=SharedExpertConfig(48, gated=True))
 DENSE = DenseConfig(width=48)
 F32 = {"dtype": jnp.float32}
 

@@ -15,14 +15,16 @@ from flax import nnx
 from placements import legal
 from reference import Weights, dense, moe
 
-from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
+from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_jax.layers import DenseMLP, MoE
 from moe_jax.sharding import AllToAllCombine, Combine, Placement, Role, Rows
 from moe_jax.sharding.policy import STRATEGIES
 
 HIDDEN, CAPACITY = 8, 3
 # 24 experts and widths divide over 4, 6 and 8 devices.
-SHARED = MoEConfig(experts=24, top_k=2, width=24, renormalise=True, shared=SharedExpertConfig(24, gated=True))
+SHARED = MoEConfig(
+    experts=24, top_k=2, width=24, router=RouterConfig(norm=1), shared=SharedExpertConfig(24, gated=True)
+)
 ROUTED = replace(SHARED, shared=None)
 EVERY = [placement for devices in (8, 6, 4) for placement in legal(devices)]
 

@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, RouterConfig
 from moe_jax.layers.router import Router, Routing
 
 EXPERTS, HIDDEN, ROWS = 6, 8, 5
 VALID = jnp.array([True, True, False, True, False])
 
 
-def route(renormalise: bool = True, fill: float = 0.0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, Routing]:
-    router = Router(MoEConfig(EXPERTS, 2, 4, renormalise), HIDDEN, rngs=nnx.Rngs(0))
+def route(norm: float | None = 1, fill: float = 0.0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, Routing]:
+    router = Router(MoEConfig(EXPERTS, 2, 4, RouterConfig(norm=norm)), HIDDEN, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (ROWS, HIDDEN)).astype(dtype)
     x = jnp.where(VALID[:, None], x, fill)
     return x, router.weight[...], router(x, VALID)
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_the_best_experts_are_kept_with_their_softmax_scores(renormalise: bool) -> None:
-    x, weight, routing = route(renormalise)
+@pytest.mark.parametrize("norm", [1, None])
+def test_the_best_experts_are_kept_with_their_softmax_scores(norm: float | None) -> None:
+    x, weight, routing = route(norm)
     scores = jax.nn.softmax(x @ weight)
     for row in np.flatnonzero(VALID):
         best = np.argsort(-scores[row])[:2]
         assert routing.experts[row].tolist() == best.tolist()
-        expected = scores[row][best] / (scores[row][best].sum() if renormalise else 1)
+        expected = scores[row][best] / (scores[row][best].sum() if norm else 1)
         np.testing.assert_allclose(routing.weights[row], expected, rtol=1e-5)
 
 
@@ -44,7 +44,7 @@ def test_pad_rows_are_routed_to_no_expert_and_counted_nowhere(fill: float) -> No
 
 
 def test_scores_are_float32_whatever_the_rows() -> None:
-    x, weight, routing = route(renormalise=False, dtype="bfloat16")
+    x, weight, routing = route(norm=None, dtype="bfloat16")
     scores = jax.nn.softmax(x.astype(jnp.float32) @ weight)
     assert routing.weights.dtype == jnp.float32
     np.testing.assert_allclose(routing.weights[VALID, 0], scores[VALID].max(axis=-1), rtol=1e-6)

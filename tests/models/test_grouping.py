@@ -3,10 +3,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig
+from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, RopeConfig
 from moe_jax.models import group_layers
 
-KINDS = [LayerConfig(AttentionConfig(2, 2, 4, 1e4), DenseConfig(width)) for width in (8, 16, 24)]
+KINDS = [LayerConfig(AttentionConfig(2, 2, 4, RopeConfig(1e4)), DenseConfig(width)) for width in (8, 16, 24)]
 
 
 def groups(layers: str) -> list[tuple[str, int]]:

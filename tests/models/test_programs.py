@@ -9,14 +9,24 @@ import jax
 import pytest
 from placements import placement
 
-from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig, SharedExpertConfig
+from moe_jax.config import (
+    AttentionConfig,
+    DenseConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    QKNorm,
+    RopeConfig,
+    RouterConfig,
+    SharedExpertConfig,
+)
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.sharding import Combine, ReduceCombine, Role, Route, ScatterCombine
 from moe_jax.sharding.census import Collective, collectives, count
 
-ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=8, rope_theta=1e4, qk_norm=True)
-MOE = MoEConfig(experts=8, top_k=2, width=16, renormalise=True, shared=SharedExpertConfig(16, gated=True))
+ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=8, rope=RopeConfig(1e4), qk_norm=QKNorm.HEAD)
+MOE = MoEConfig(experts=8, top_k=2, width=16, router=RouterConfig(norm=1), shared=SharedExpertConfig(16, gated=True))
 
 
 def model(layers: int) -> ModelConfig:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from placements import placement
 
-from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
+from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_jax.errors import ReductionError
 from moe_jax.layers import DenseMLP, MoE, parameter
 from moe_jax.sharding import (
@@ -32,8 +32,8 @@ from moe_jax.sharding.collectives import all_gather, argsort, partial_sum, reduc
 HIDDEN, CAPACITY = 8, 2
 SHARED = SharedExpertConfig(16, gated=True)
 BLOCKS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
-    "moe": lambda rngs: MoE(MoEConfig(8, 2, 16, True), HIDDEN, dtype=jnp.float32, rngs=rngs),
-    "shared": lambda rngs: MoE(MoEConfig(8, 2, 16, True, SHARED), HIDDEN, dtype=jnp.float32, rngs=rngs),
+    "moe": lambda rngs: MoE(MoEConfig(8, 2, 16, RouterConfig(norm=1)), HIDDEN, dtype=jnp.float32, rngs=rngs),
+    "shared": lambda rngs: MoE(MoEConfig(8, 2, 16, RouterConfig(norm=1), SHARED), HIDDEN, dtype=jnp.float32, rngs=rngs),
     "dense": lambda rngs: DenseMLP(DenseConfig(16), HIDDEN, dtype=jnp.float32, rngs=rngs),
 }
 WHERE = placement("dp4_ep4_tp2")

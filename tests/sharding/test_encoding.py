@@ -9,7 +9,7 @@ import pytest
 from blocks import Block, collect, spread
 from placements import placement
 
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, RouterConfig
 from moe_jax.errors import ConfigError
 from moe_jax.layers import MoE
 from moe_jax.sharding import AllToAllCombine, Combine, RaggedCombine, ReduceCombine, Rows, ScatterCombine, as_encoding
@@ -52,7 +52,7 @@ def test_no_row_touches_another(name: str) -> None:
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_blocks_see_the_rows_that_were_sent(name: str) -> None:
     """Every strategy gathers rows as the encoding gives them back, and sums exactly."""
-    config, capacity, encoding = MoEConfig(8, 2, 16, True), 8, as_encoding(name)
+    config, capacity, encoding = MoEConfig(8, 2, 16, RouterConfig(norm=1)), 8, as_encoding(name)
     block = Block(lambda rngs: MoE(config, 24, dtype=jnp.float32, rngs=rngs), placement("dp8_ep8"))
     block.parameters["router"]["weight"].set_value(
         jax.device_put(jnp.ones((24, 8)) * jnp.arange(8), block.parameters["router"]["weight"].sharding)

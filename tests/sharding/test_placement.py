@@ -4,14 +4,23 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig, SharedExpertConfig
+from moe_jax.config import (
+    AttentionConfig,
+    DenseConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    RouterConfig,
+    SharedExpertConfig,
+)
 from moe_jax.errors import PlacementError
 from moe_jax.sharding import Placement, Role, as_placement, check_fit, make_mesh
 
 
 def model(heads: int = 8, kv_heads: int = 4, experts: int = 8, width: int = 16, shared: int = 16) -> ModelConfig:
-    attention = AttentionConfig(heads, kv_heads, 8, 1e4)
-    moe = MoEConfig(experts, 2, width, renormalise=True, shared=SharedExpertConfig(shared, gated=False))
+    attention = AttentionConfig(heads, kv_heads, 8, RopeConfig(1e4))
+    moe = MoEConfig(experts, 2, width, router=RouterConfig(norm=1), shared=SharedExpertConfig(shared, gated=False))
     layers = (LayerConfig(attention, DenseConfig(32)), LayerConfig(attention, moe))
     return ModelConfig(100, 16, layers, 1e-6, 64)
 

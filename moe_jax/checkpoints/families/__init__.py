@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from moe_jax.checkpoints.families import mixtral, qwen2_moe, qwen3_moe
+from moe_jax.checkpoints.families import (
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+)
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.names import Source
 from moe_jax.config import ModelConfig
@@ -18,9 +22,12 @@ class Family:
     """By parameter: those of a block as named inside it, the others by their full name."""
 
 
+_MODULES = (
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+)
 FAMILIES: Mapping[str, Family] = {
-    "mixtral": Family(mixtral.read, mixtral.SOURCES),
-    "qwen2_moe": Family(qwen2_moe.read, qwen2_moe.SOURCES),
-    "qwen3_moe": Family(qwen3_moe.read, qwen3_moe.SOURCES),
+    module.__name__.rpartition(".")[2]: Family(module.read, module.SOURCES) for module in _MODULES
 }
-"""By the `model_type` of `config.json`."""
+"""By the `model_type` of `config.json`, which each page of data is named after."""

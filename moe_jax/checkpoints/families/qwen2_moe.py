@@ -1,10 +1,13 @@
 """Qwen2-MoE (arXiv:2407.10671): biased query, key and value, and a sigmoid-gated shared expert."""
 
+from dataclasses import replace
+
+from moe_jax.checkpoints.families.llama_fields import attention, model
 from moe_jax.checkpoints.families.qwen_layers import feed_forwards
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.names import linear
-from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, SharedExpertConfig
+from moe_jax.config import LayerConfig, ModelConfig, SharedExpertConfig
 
 SHARED = MLP + "shared_expert."
 SOURCES = {
@@ -19,24 +22,11 @@ SOURCES = {
 
 
 def read(fields: Fields) -> ModelConfig:
-    hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
-    fields.expect("hidden_act", "silu")
-    kv_heads, head_dim = fields.take("num_key_value_heads", int), fields.take("head_dim", int, hidden // heads)
-    theta, bias = fields.rope_theta(default=1e4), fields.take("qkv_bias", bool, True)
-    shared = SharedExpertConfig(fields.take("shared_expert_intermediate_size", int), gated=True)
-    ffns = feed_forwards(fields, shared)
-    attentions = [
-        AttentionConfig(heads, kv_heads, head_dim, theta, bias=bias, window=window)
-        for window in _windows(fields, len(ffns))
-    ]
-    return ModelConfig(
-        vocab_size=fields.take("vocab_size", int),
-        hidden=hidden,
-        layers=tuple(LayerConfig(attention, ffn) for attention, ffn in zip(attentions, ffns, strict=True)),
-        norm_eps=fields.take("rms_norm_eps", float, 1e-6),
-        max_positions=fields.take("max_position_embeddings", int),
-        tied_embeddings=fields.take("tie_word_embeddings", bool, False),
-    )
+    ffns = feed_forwards(fields, SharedExpertConfig(fields.take("shared_expert_intermediate_size", int), gated=True))
+    attended = attention(fields, theta=1e4, bias=fields.take("qkv_bias", bool, True))
+    windows = _windows(fields, len(ffns))
+    layers = [LayerConfig(replace(attended, window=window), ffn) for window, ffn in zip(windows, ffns, strict=True)]
+    return model(fields, layers, eps=1e-6)
 
 
 def _windows(fields: Fields, layers: int) -> list[int | None]:

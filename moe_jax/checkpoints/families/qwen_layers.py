@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from moe_jax.checkpoints.families.llama_fields import experts
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.config import DenseConfig, MoEConfig, SharedExpertConfig
+from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
 
 
 def feed_forwards(fields: Fields, shared: SharedExpertConfig | None) -> list[DenseConfig | MoEConfig]:
     """Each layer's feed-forward: an MoE at every `decoder_sparse_step`-th layer unless listed in `mlp_only_layers`."""
     dense = DenseConfig(fields.take("intermediate_size", int))
     moe = MoEConfig(
-        experts=fields.take("num_experts" if fields.has("num_experts") else "num_local_experts", int),
+        experts=experts(fields),
         top_k=fields.take("num_experts_per_tok", int),
         width=fields.take("moe_intermediate_size", int),
-        renormalise=fields.take("norm_topk_prob", bool, False),
+        router=RouterConfig(norm=1 if fields.take("norm_topk_prob", bool, False) else None),
         shared=shared,
     )
     step, only_dense = fields.take("decoder_sparse_step", int, 1), fields.take_list("mlp_only_layers", int)

@@ -2,17 +2,19 @@
 
 from moe_jax.checkpoints.names import linear, plain
 
+ATTENTION = "model.layers.{layer}.self_attn."
 ATTENTION_BLOCK = {
     "attention_norm.weight": plain("model.layers.{layer}.input_layernorm.weight"),
-    "attention.query.weight": linear("model.layers.{layer}.self_attn.q_proj.weight"),
-    "attention.key.weight": linear("model.layers.{layer}.self_attn.k_proj.weight"),
-    "attention.value.weight": linear("model.layers.{layer}.self_attn.v_proj.weight"),
-    "attention.query.bias": plain("model.layers.{layer}.self_attn.q_proj.bias"),
-    "attention.key.bias": plain("model.layers.{layer}.self_attn.k_proj.bias"),
-    "attention.value.bias": plain("model.layers.{layer}.self_attn.v_proj.bias"),
-    "attention.query_norm.weight": plain("model.layers.{layer}.self_attn.q_norm.weight"),
-    "attention.key_norm.weight": plain("model.layers.{layer}.self_attn.k_norm.weight"),
-    "attention.output": linear("model.layers.{layer}.self_attn.o_proj.weight", inputs=2),
+    "attention.query.weight": linear(ATTENTION + "q_proj.weight"),
+    "attention.key.weight": linear(ATTENTION + "k_proj.weight"),
+    "attention.value.weight": linear(ATTENTION + "v_proj.weight"),
+    "attention.query.bias": plain(ATTENTION + "q_proj.bias"),
+    "attention.key.bias": plain(ATTENTION + "k_proj.bias"),
+    "attention.value.bias": plain(ATTENTION + "v_proj.bias"),
+    "attention.query_norm.weight": plain(ATTENTION + "q_norm.weight"),
+    "attention.key_norm.weight": plain(ATTENTION + "k_norm.weight"),
+    "attention.output": linear(ATTENTION + "o_proj.weight", inputs=2),
+    "attention.output_bias": plain(ATTENTION + "o_proj.bias"),
     "ffn_norm.weight": plain("model.layers.{layer}.post_attention_layernorm.weight"),
 }
 
@@ -31,4 +33,9 @@ MOE = {
     "ffn.router.weight": linear(MLP + "gate.weight"),
     "ffn.experts.gate_up": linear(MLP + "experts.{expert}.gate_proj.weight", MLP + "experts.{expert}.up_proj.weight"),
     "ffn.experts.down": linear(MLP + "experts.{expert}.down_proj.weight"),
+}
+SELECTION_BIAS = {"ffn.router.selection_bias": plain(MLP + "gate.e_score_correction_bias")}
+SHARED = {
+    "ffn.shared.swiglu.gate_up": linear(MLP + "shared_experts.gate_proj.weight", MLP + "shared_experts.up_proj.weight"),
+    "ffn.shared.swiglu.down": linear(MLP + "shared_experts.down_proj.weight"),
 }

@@ -1,0 +1,55 @@
+"""What a model is, as frozen data validated on birth. Nothing here imports jax.
+
+A checkpoint family (`moe_jax.checkpoints.families`) turns a Hugging Face `config.json` into a `ModelConfig`; every
+other module reads only the small choices below and knows no family by name.
+"""
+
+from moe_jax.config.attention import AttentionConfig, QKNorm
+from moe_jax.config.feed_forward import (
+    ClampedSwiGLUConfig,
+    DenseConfig,
+    GroupLimit,
+    GroupScore,
+    MoEConfig,
+    RouterConfig,
+    Score,
+    SharedExpertConfig,
+    SparseMixerConfig,
+    SwiGLUConfig,
+)
+from moe_jax.config.model import VOCAB_MULTIPLE, LayerConfig, ModelConfig, Norm
+from moe_jax.config.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NTKScaling,
+    RopeConfig,
+    RopeScaling,
+    YarnScaling,
+)
+
+__all__ = [
+    "VOCAB_MULTIPLE",
+    "AttentionConfig",
+    "ClampedSwiGLUConfig",
+    "DenseConfig",
+    "GroupLimit",
+    "GroupScore",
+    "LayerConfig",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "MoEConfig",
+    "ModelConfig",
+    "NTKScaling",
+    "Norm",
+    "QKNorm",
+    "RopeConfig",
+    "RopeScaling",
+    "RouterConfig",
+    "Score",
+    "SharedExpertConfig",
+    "SparseMixerConfig",
+    "SwiGLUConfig",
+    "YarnScaling",
+]

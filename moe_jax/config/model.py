@@ -1,0 +1,60 @@
+"""Layers, and the model around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from moe_jax.config.attention import AttentionConfig
+from moe_jax.config.feed_forward import DenseConfig, MoEConfig
+from moe_jax.config.numbers import check_positive
+from moe_jax.errors import ConfigError
+
+VOCAB_MULTIPLE = 128
+"""Embedding tables are padded to this many rows, so that their shape does not depend on the mesh that holds them."""
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    attention: AttentionConfig
+    ffn: DenseConfig | MoEConfig
+
+
+class Norm(Enum):
+    """What normalises rows before blocks and before the head."""
+
+    RMS = auto()
+    LAYER = auto()
+    """Layer norm without a bias."""
+    LAYER_WITH_BIAS = auto()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm decoder."""
+
+    vocab_size: int
+    hidden: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float
+    max_positions: int
+    """The longest sequence the model was made for, in tokens."""
+    tied_embeddings: bool = False
+    norm: Norm = Norm.RMS
+    head_bias: bool = False
+    """Whether the logits have a bias."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """By which the output of each block is multiplied before it is added."""
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "vocab_size", "hidden", "norm_eps", "max_positions")
+        check_positive(self, "embedding_scale", "residual_scale", "logit_scale")
+        if not self.layers:
+            raise ConfigError("a model needs at least one layer, got none")
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table as held in memory: the vocabulary rounded up to `VOCAB_MULTIPLE`."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -1,0 +1,23 @@
+"""How experts join their gates and ups.
+
+M  rows     F  width
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.config import ClampedSwiGLUConfig, SwiGLUConfig
+
+
+def gated(
+    activation: SwiGLUConfig | ClampedSwiGLUConfig, gate: Float[Array, "M F"], up: Float[Array, "M F"]
+) -> Float[Array, "M F"]:
+    match activation:
+        case SwiGLUConfig():
+            return jax.nn.silu(gate) * up
+        case ClampedSwiGLUConfig(limit, slope):
+            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+            return gate * jax.nn.sigmoid(slope * gate) * (up + 1)
