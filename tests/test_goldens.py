@@ -33,7 +33,9 @@ FAMILIES_ON = [
     ("tp8_ep4", "reduce"),
 ]
 """Attention with data and tensor parallelism, both, experts split by number and by width; for a case of each family."""
-FAMILIES: dict[str, dict[str, str]] = {}
+FAMILIES: dict[str, dict[str, str]] = {
+    "olmoe_gqa2_e8_top2_clip": {"olmoe_gqa8_e8_top3": "tensor=8"},
+}
 """With another case of the family, and where it runs."""
 MAIN_CASES = [*EVERYWHERE, *FAMILIES]
 """One of each family."""

@@ -106,6 +106,18 @@ CASES: dict[str, dict[str, Any]] = {
         "num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 8,
         "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "olmoe_gqa2_e8_top2_clip": {
+        "model_type": "olmoe", "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "clip_qkv": 1.0,
+        "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 8, "norm_topk_prob": False,
+        "pad_token_id": None,
+    },
+    "olmoe_gqa8_e8_top3": {
+        "model_type": "olmoe", "vocab_size": 70, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 1,
+        "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 8, "norm_topk_prob": True,
+        "pad_token_id": None, "tie_word_embeddings": True,
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

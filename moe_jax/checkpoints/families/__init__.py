@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
     mixtral,
+    olmoe,
     qwen2_moe,
     qwen3_moe,
 )
@@ -24,6 +25,7 @@ class Family:
 
 _MODULES = (
     mixtral,
+    olmoe,
     qwen2_moe,
     qwen3_moe,
 )
