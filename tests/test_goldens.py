@@ -35,6 +35,7 @@ FAMILIES_ON = [
 """Attention with data and tensor parallelism, both, experts split by number and by width; for a case of each family."""
 FAMILIES: dict[str, dict[str, str]] = {
     "olmoe_gqa2_e8_top2_clip": {"olmoe_gqa8_e8_top3": "tensor=8"},
+    "granitemoe_gqa2_e8_top3": {"granitemoe_gqa4_e4_top2_bias": "data=2,expert=2,tensor=2"},
 }
 """With another case of the family, and where it runs."""
 MAIN_CASES = [*EVERYWHERE, *FAMILIES]

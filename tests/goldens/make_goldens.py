@@ -118,6 +118,17 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 8, "norm_topk_prob": True,
         "pad_token_id": None, "tie_word_embeddings": True,
     },
+    "granitemoe_gqa2_e8_top3": {
+        "model_type": "granitemoe", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
+        "num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 16, "tie_word_embeddings": True,
+        "embedding_multiplier": 0.3, "logits_scaling": 0.5, "residual_multiplier": 1.3, "attention_multiplier": 0.4,
+    },
+    "granitemoe_gqa4_e4_top2_bias": {
+        "model_type": "granitemoe", "vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "attention_bias": True,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 8,
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

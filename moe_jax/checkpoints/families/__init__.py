@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
+    granitemoe,
     mixtral,
     olmoe,
     qwen2_moe,
@@ -24,6 +25,7 @@ class Family:
 
 
 _MODULES = (
+    granitemoe,
     mixtral,
     olmoe,
     qwen2_moe,
