@@ -129,6 +129,20 @@ CASES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8, "num_key_value_heads": 2, "attention_bias": True,
         "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 8,
     },
+    "glm4_moe_gqa2_e8_top2_groups": {  # dense, sparse, sparse
+        "model_type": "glm4_moe", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "attention_bias": True,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1,
+        "intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    },
+    "glm4_moe_gqa8_e8_top3_qk_norm": {  # dense, sparse
+        "model_type": "glm4_moe", "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16, "use_qk_norm": True,
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "n_shared_experts": 2,
+        "intermediate_size": 24, "norm_topk_prob": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25},
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
+    glm4_moe,
     granitemoe,
     mixtral,
     olmoe,
@@ -25,6 +26,7 @@ class Family:
 
 
 _MODULES = (
+    glm4_moe,
     granitemoe,
     mixtral,
     olmoe,
