@@ -143,6 +143,12 @@ CASES: dict[str, dict[str, Any]] = {
         "intermediate_size": 24, "norm_topk_prob": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.25},
     },
+    "hy_v3_gqa2_e8_top2": {  # dense, sparse
+        "model_type": "hy_v3", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_shared_experts": 2,
+        "intermediate_size": 24,
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_jax.checkpoints.families import (
     glm4_moe,
     granitemoe,
+    hy_v3,
     mixtral,
     olmoe,
     qwen2_moe,
@@ -28,6 +29,7 @@ class Family:
 _MODULES = (
     glm4_moe,
     granitemoe,
+    hy_v3,
     mixtral,
     olmoe,
     qwen2_moe,
