@@ -149,6 +149,17 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_shared_experts": 2,
         "intermediate_size": 24,
     },
+    "hunyuan_v1_moe_gqa2_e8_alpha": {
+        "model_type": "hunyuan_v1_moe", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "moe_topk": [2, 3],
+        "num_experts": 8, "intermediate_size": 8, "tie_word_embeddings": True, "pad_token_id": None,
+        "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 100.0},
+    },
+    "hunyuan_v1_moe_gqa1_e8_top1_bias": {
+        "model_type": "hunyuan_v1_moe", "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "moe_topk": 1, "attention_bias": True,
+        "num_experts": 8, "intermediate_size": 8, "pad_token_id": None,
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

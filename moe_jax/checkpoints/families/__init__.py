@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_jax.checkpoints.families import (
     glm4_moe,
     granitemoe,
+    hunyuan_v1_moe,
     hy_v3,
     mixtral,
     olmoe,
@@ -29,6 +30,7 @@ class Family:
 _MODULES = (
     glm4_moe,
     granitemoe,
+    hunyuan_v1_moe,
     hy_v3,
     mixtral,
     olmoe,
