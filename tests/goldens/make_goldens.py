@@ -160,6 +160,11 @@ CASES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "moe_topk": 1, "attention_bias": True,
         "num_experts": 8, "intermediate_size": 8, "pad_token_id": None,
     },
+    "minimax_m2_gqa2_e8_top2": {
+        "model_type": "minimax_m2", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "rotary_dim": 4,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16,
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

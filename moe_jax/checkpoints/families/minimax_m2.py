@@ -1,0 +1,29 @@
+"""MiniMax-M2: sigmoid scores with a bias for the choice; queries and keys normalised over all heads together."""
+
+from moe_jax.checkpoints.families.llama_fields import alike, attention, experts, model
+from moe_jax.checkpoints.families.mixtral import EXPERTS
+from moe_jax.checkpoints.families.mixtral import MOE as MIXTRAL_MOE
+from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import plain
+from moe_jax.config import ModelConfig, MoEConfig, QKNorm, RouterConfig, Score
+
+SELECTION_BIAS = {"ffn.router.selection_bias": plain(MIXTRAL_MOE + "e_score_correction_bias")}
+SOURCES = {**MODEL, **ATTENTION_BLOCK, **EXPERTS, **SELECTION_BIAS}
+
+
+def read(fields: Fields) -> ModelConfig:
+    for name, value in {"use_qk_norm": True, "qk_norm_type": "per_layer", "scoring_func": "sigmoid"}.items():
+        fields.expect(name, value)
+    fields.expect("use_routing_bias", True)
+    moe = MoEConfig(
+        experts=experts(fields),
+        top_k=fields.take("num_experts_per_tok", int),
+        width=fields.take("intermediate_size", int),
+        router=RouterConfig(Score.SIGMOID, selection_bias=True, norm=1),
+    )
+    head_dim = fields.take("head_dim", int, 128)
+    fraction = fields.take("rotary_dim", int, head_dim) / head_dim
+    return model(
+        fields, alike(fields, attention(fields, theta=5e6, fraction=fraction, qk_norm=QKNorm.PROJECTION), moe), eps=1e-6
+    )
