@@ -165,6 +165,12 @@ CASES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "rotary_dim": 4,
         "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16,
     },
+    "ernie4_5_moe_gqa2_e8_top3": {  # dense, sparse, dense, sparse
+        "model_type": "ernie4_5_moe", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "pad_token_id": None, "moe_layer_interval": 2,
+        "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 8, "moe_num_shared_experts": 2,
+        "intermediate_size": 24, "moe_layer_start_index": 1,
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
+    ernie4_5_moe,
     glm4_moe,
     granitemoe,
     hunyuan_v1_moe,
@@ -29,6 +30,7 @@ class Family:
 
 
 _MODULES = (
+    ernie4_5_moe,
     glm4_moe,
     granitemoe,
     hunyuan_v1_moe,
