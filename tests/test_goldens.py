@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "hunyuan_v1_moe_gqa2_e8_alpha": {"hunyuan_v1_moe_gqa1_e8_top1_bias": "data=2,expert=2,tensor=2"},
     "minimax_m2_gqa2_e8_top2": {},
     "ernie4_5_moe_gqa2_e8_top3": {},
+    "exaone_moe_gqa2_e8_top2_groups": {},
 }
 """With another case of the family, and where it runs."""
 MAIN_CASES = [*EVERYWHERE, *FAMILIES]

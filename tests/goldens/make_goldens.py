@@ -171,6 +171,13 @@ CASES: dict[str, dict[str, Any]] = {
         "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 8, "moe_num_shared_experts": 2,
         "intermediate_size": 24, "moe_layer_start_index": 1,
     },
+    "exaone_moe_gqa2_e8_top2_groups": {  # attention: window, full, window, full; dense, sparse, sparse, sparse
+        "model_type": "exaone_moe", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "pad_token_id": None,
+        "sliding_window": 4, "sliding_window_pattern": 2,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_shared_experts": 1,
+        "intermediate_size": 24, "n_group": 2, "topk_group": 1,
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
     ernie4_5_moe,
+    exaone_moe,
     glm4_moe,
     granitemoe,
     hunyuan_v1_moe,
@@ -31,6 +32,7 @@ class Family:
 
 _MODULES = (
     ernie4_5_moe,
+    exaone_moe,
     glm4_moe,
     granitemoe,
     hunyuan_v1_moe,
