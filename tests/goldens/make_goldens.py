@@ -178,6 +178,22 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_shared_experts": 1,
         "intermediate_size": 24, "n_group": 2, "topk_group": 1,
     },
+    "gpt_oss_gqa2_e8_top2_yarn": {  # attention: window, full
+        "model_type": "gpt_oss", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "sliding_window": 4,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 8, "swiglu_limit": 2.0,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 16, "rope_theta": 100.0,
+        },
+    },
+    "gpt_oss_gqa8_e4_top3": {
+        "model_type": "gpt_oss", "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "attention_bias": False,
+        "num_local_experts": 4, "num_experts_per_tok": 3, "intermediate_size": 8,
+        "layer_types": ["full_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file
