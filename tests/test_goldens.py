@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "ernie4_5_moe_gqa2_e8_top3": {},
     "exaone_moe_gqa2_e8_top2_groups": {},
     "gpt_oss_gqa2_e8_top2_yarn": {"gpt_oss_gqa8_e4_top3": "expert=4,tensor=2"},
+    "dbrx_gqa2_e8_top2_clip": {"dbrx_gqa8_e4_top3_norm2": "expert=2,tensor=4"},
 }
 """With another case of the family, and where it runs."""
 MAIN_CASES = [*EVERYWHERE, *FAMILIES]

@@ -194,6 +194,18 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "full_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
+    "dbrx_gqa2_e8_top2_clip": {
+        "model_type": "dbrx", "vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 8,
+        "attn_config": {"clip_qkv": 1.0, "kv_n_heads": 4, "rope_theta": 5e5},
+        "ffn_config": {"ffn_hidden_size": 8, "moe_num_experts": 8, "moe_top_k": 2},
+    },
+    "dbrx_gqa8_e4_top3_norm2": {
+        "model_type": "dbrx", "vocab_size": 70, "d_model": 64, "n_layers": 2, "n_heads": 8,
+        "attn_config": {"clip_qkv": 100.0, "kv_n_heads": 1, "rope_theta": 1e4},
+        "ffn_config": {
+            "ffn_hidden_size": 8, "moe_num_experts": 4, "moe_top_k": 3, "moe_normalize_expert_weights": 2.0,
+        },
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

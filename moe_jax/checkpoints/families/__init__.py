@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
+    dbrx,
     ernie4_5_moe,
     exaone_moe,
     glm4_moe,
@@ -32,6 +33,7 @@ class Family:
 
 
 _MODULES = (
+    dbrx,
     ernie4_5_moe,
     exaone_moe,
     glm4_moe,
