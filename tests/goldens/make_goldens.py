@@ -206,6 +206,21 @@ CASES: dict[str, dict[str, Any]] = {
             "ffn_hidden_size": 8, "moe_num_experts": 4, "moe_top_k": 3, "moe_normalize_expert_weights": 2.0,
         },
     },
+    "phimoe_gqa2_e8_bias": {
+        "model_type": "phimoe", "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "attention_bias": True, "lm_head_bias": True,
+        "num_local_experts": 8, "intermediate_size": 8, "router_jitter_noise": 0.3,
+    },
+    "phimoe_gqa4_e4_longrope": {
+        "model_type": "phimoe", "vocab_size": 70, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 2,
+        "num_local_experts": 4, "intermediate_size": 8, "router_jitter_noise": 0.3, "sliding_window": 6,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 100.0, "short_mscale": 1.2, "long_mscale": 1.3,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 4.0, 8.0, 16.0],
+        },
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file
