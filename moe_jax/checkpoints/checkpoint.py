@@ -26,8 +26,8 @@ from moe_jax.checkpoints import export, loading, orbax_store
 from moe_jax.checkpoints.families import FAMILIES, Family
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.names import Region, regions
+from moe_jax.checkpoints.quantization import FIELD, Dequantised, read_quantization
 from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
-from moe_jax.config import ModelConfig
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
 
@@ -54,7 +54,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / CONFIG} is missing: give a directory in Hugging Face layout")
         self._raw = raw
         self.family = family_of(raw)
-        self.config: ModelConfig = Fields(raw).read(self.family.read)
+        self._scales, self.config = Fields(raw).read(
+            lambda fields: (read_quantization(fields), self.family.read(fields))
+        )
         self.end_token_ids = self._end_token_ids()
 
     @cached_property
@@ -93,8 +95,9 @@ class Checkpoint:
             return parameters
         wanted = list(regions_of(self.family, decoder))
         with TensorFiles(self.path) as files:
-            loading.check(wanted, files, self._is_unused)
-            return loading.load(decoder.parameters, wanted, files)
+            tensors = files if self._scales is None else Dequantised(files, self._scales)
+            loading.check(wanted, tensors, self._is_unused)
+            return loading.load(decoder.parameters, wanted, tensors)
 
     def _is_unused(self, tensor: str) -> bool:
         """Whether a tensor may be there without being read: a tied head, and layers after the last, which guess further
@@ -125,6 +128,9 @@ class Checkpoint:
             for file in self.path.iterdir():
                 if file.suffix in DESCRIPTIONS and file.name != INDEX:
                     shutil.copy(file, new / file.name)
+            if self._scales is not None:  # what is written is dequantised
+                raw = {name: value for name, value in self._raw.items() if name != FIELD}
+                (new / CONFIG).write_text(json.dumps(raw, indent=2))
             yield new
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from tqdm import tqdm
 
 from moe_jax.checkpoints.names import Index, Region
-from moe_jax.checkpoints.tensor_files import TensorFiles
+from moe_jax.checkpoints.quantization import Tensors
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters
 
@@ -26,7 +26,7 @@ FLOATS = ("F32", "BF16", "F16")
 MOST_PROBLEMS_SHOWN = 20
 
 
-def check(regions: Iterable[Region], files: TensorFiles, is_unused: Callable[[str], bool]) -> None:
+def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], bool]) -> None:
     """Raise `CheckpointError`, naming them all, for tensors missing, left over, or of the wrong shape or dtype.
 
     Args:
@@ -52,7 +52,7 @@ def check(regions: Iterable[Region], files: TensorFiles, is_unused: Callable[[st
         )
 
 
-def load(abstract: Parameters, regions: Iterable[Region], files: TensorFiles) -> Parameters:
+def load(abstract: Parameters, regions: Iterable[Region], files: Tensors) -> Parameters:
     """Fill parameters of the given shapes, dtypes and shardings from the files.
 
     Raises:
@@ -82,7 +82,7 @@ def _finite(array: jax.Array) -> jax.Array:
     return jnp.isfinite(array).all()
 
 
-def _load_parameter(abstract: jax.ShapeDtypeStruct, regions: Sequence[Region], files: TensorFiles) -> jax.Array:
+def _load_parameter(abstract: jax.ShapeDtypeStruct, regions: Sequence[Region], files: Tensors) -> jax.Array:
     if len(regions) == 1 and regions[0].shape == abstract.shape:
         whole = _load_region(regions[0], abstract, files)
         _check_region(_finite(whole), regions[0], files)
@@ -99,7 +99,7 @@ def _put(whole: jax.Array, part: jax.Array, start: tuple[int, ...]) -> tuple[jax
     return lax.dynamic_update_slice(whole, part, start), jnp.isfinite(part).all()
 
 
-def _check_region(finite: jax.Array, region: Region, files: TensorFiles) -> None:
+def _check_region(finite: jax.Array, region: Region, files: Tensors) -> None:
     """Waits for the answer, so that no more than one region is on its way."""
     if not finite:
         names = [entry.name for entry in region.entries]
@@ -107,7 +107,7 @@ def _check_region(finite: jax.Array, region: Region, files: TensorFiles) -> None
         raise CheckpointError(f"weights among {', '.join(names[:8])} are too large for the dtype: choose a wider one")
 
 
-def _load_region(region: Region, parameter: jax.ShapeDtypeStruct, files: TensorFiles) -> jax.Array:
+def _load_region(region: Region, parameter: jax.ShapeDtypeStruct, files: Tensors) -> jax.Array:
     """The region as an array of its own, split as the parameter is."""
     shards, last, host = [], None, np.empty(0)
     for device, index in parameter.sharding.addressable_devices_indices_map(region.shape).items():
@@ -117,7 +117,7 @@ def _load_region(region: Region, parameter: jax.ShapeDtypeStruct, files: TensorF
     return jax.make_array_from_single_device_arrays(region.shape, parameter.sharding, shards)
 
 
-def _read_part(region: Region, index: tuple[slice, ...], dtype: np.dtype, files: TensorFiles) -> np.ndarray:
+def _read_part(region: Region, index: tuple[slice, ...], dtype: np.dtype, files: Tensors) -> np.ndarray:
     """The part `index` of a region; zero where no tensor reaches (padding of the vocabulary)."""
     spans = [range(*part.indices(size)) for part, size in zip(index, region.shape, strict=True)]
     out = np.zeros([len(span) for span in spans], dtype)

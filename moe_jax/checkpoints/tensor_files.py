@@ -8,11 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moe_jax.errors import CheckpointError
 
+EIGHT_BITS = "F8_E4M3"
+"""The dtype float8_e4m3fn, as safetensors writes it."""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -28,6 +31,7 @@ class TensorFiles:
         with ExitStack() as on_error:
             on_error.push(self._open_files)
             index = self._index(directory)
+            self._directory = directory
             files = {name: self._open(directory / name) for name in sorted(set(index.values())) or [SINGLE]}
             held = {(tensor, name) for name, file in files.items() for tensor in file.keys()}  # noqa: SIM118
             if index and (apart := sorted({tensor for tensor, _ in held ^ set(index.items())})):
@@ -35,6 +39,7 @@ class TensorFiles:
                     f"{directory / INDEX} and the files disagree on where these tensors are: {', '.join(apart[:8])}"
                 )
             self._file_of = {tensor: files[name] for tensor, name in held}
+            self._name_of_file = dict(held)
             on_error.pop_all()
 
     def __enter__(self) -> Self:
@@ -49,7 +54,18 @@ class TensorFiles:
         return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in slices.items()}
 
     def read(self, name: str) -> np.ndarray:
+        if self._file_of[name].get_slice(name).get_dtype() == EIGHT_BITS:
+            return self._read_eight_bits(name)
         return self._file_of[name].get_tensor(name)
+
+    def _read_eight_bits(self, name: str) -> np.ndarray:
+        """By the file format itself: safetensors (0.8) has no numpy dtype for such a tensor."""
+        with (self._directory / self._name_of_file[name]).open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(header_size))[name]
+            first, stop = entry["data_offsets"]
+            file.seek(8 + header_size + first)
+            return np.frombuffer(file.read(stop - first), ml_dtypes.float8_e4m3fn).reshape(entry["shape"])
 
     def _index(self, directory: Path) -> dict[str, str]:
         path = directory / INDEX

@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.config import DenseConfig, ModelConfig, MoEConfig, QKNorm, RopeConfig, RouterConfig
+from moe_jax.config import AttentionConfig, DenseConfig, ModelConfig, MoEConfig, QKNorm, RopeConfig, RouterConfig
 from moe_jax.errors import ConfigError
 
 HUB = {
@@ -58,34 +58,40 @@ def changed(family: str, **fields: Any) -> ModelConfig:
     return read({**HUB[family], **fields})
 
 
+def attended(config: ModelConfig, layer: int = 0) -> AttentionConfig:
+    attention = config.layers[layer].attention
+    assert isinstance(attention, AttentionConfig)
+    return attention
+
+
 def test_files_of_the_hub() -> None:
     qwen3, mixtral, qwen2 = (read(HUB[family]) for family in ("qwen3_moe", "mixtral", "qwen2_moe"))
     assert (len(qwen3.layers), qwen3.hidden, qwen3.max_positions) == (48, 2048, 40960)
-    attention, moe = qwen3.layers[0].attention, qwen3.layers[0].ffn
+    attention, moe = attended(qwen3), qwen3.layers[0].ffn
     assert (attention.heads, attention.kv_heads, attention.head_dim, attention.rope) == (32, 4, 128, RopeConfig(1e6))
     assert attention.qk_norm is QKNorm.HEAD
     assert not attention.bias
     assert moe == MoEConfig(experts=128, top_k=8, width=768, router=RouterConfig(norm=1))
     assert mixtral.layers[-1].ffn == MoEConfig(experts=8, top_k=2, width=14336, router=RouterConfig(norm=1))
-    assert mixtral.layers[0].attention.head_dim == 128
-    assert qwen2.layers[0].attention.bias
+    assert attended(mixtral).head_dim == 128
+    assert attended(qwen2).bias
     assert isinstance(qwen2.layers[0].ffn, MoEConfig)
     assert qwen2.layers[0].ffn.shared is not None
     assert qwen2.layers[0].ffn.shared.width == 5632
-    assert all(layer.attention.window is None for config in (qwen3, mixtral, qwen2) for layer in config.layers)
+    assert all(
+        attended(config, i).window is None for config in (qwen3, mixtral, qwen2) for i in range(len(config.layers))
+    )
 
 
 def test_dense_layers_and_windows() -> None:
     config = changed("qwen3_moe", mlp_only_layers=[2], decoder_sparse_step=2, num_hidden_layers=6)
     kinds = ["dense" if isinstance(layer.ffn, DenseConfig) else "moe" for layer in config.layers]
     assert kinds == ["dense", "moe", "dense", "moe", "dense", "moe"]
-    assert changed("mixtral", sliding_window=4096).layers[7].attention.window == 4096
-    assert changed("qwen3_moe", sliding_window=64, use_sliding_window=True).layers[0].attention.window == 64
+    assert attended(changed("mixtral", sliding_window=4096), 7).window == 4096
+    assert attended(changed("qwen3_moe", sliding_window=64, use_sliding_window=True)).window == 64
     kinds = ["sliding_attention", "full_attention"] * 12
-    windows = [
-        layer.attention.window for layer in changed("qwen2_moe", use_sliding_window=True, layer_types=kinds).layers
-    ]
-    assert windows == [32768, None] * 12
+    config = changed("qwen2_moe", use_sliding_window=True, layer_types=kinds)
+    assert [attended(config, layer).window for layer in range(24)] == [32768, None] * 12
 
 
 @pytest.mark.parametrize(
