@@ -4,7 +4,7 @@ A checkpoint family (`moe_jax.checkpoints.families`) turns a Hugging Face `confi
 other module reads only the small choices below and knows no family by name.
 """
 
-from moe_jax.config.attention import AttentionConfig, QKNorm
+from moe_jax.config.attention import AttentionConfig, LatentAttentionConfig, QKNorm
 from moe_jax.config.feed_forward import (
     ClampedSwiGLUConfig,
     DenseConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "DenseConfig",
     "GroupLimit",
     "GroupScore",
+    "LatentAttentionConfig",
     "LayerConfig",
     "LinearScaling",
     "Llama3Scaling",

@@ -44,12 +44,63 @@ class AttentionConfig:
     window: int | None = None
     """Sliding window: a position sees itself and the `window - 1` before it. `None` sees all before it."""
 
+    @property
+    def cached_widths(self) -> tuple[int, int]:
+        """Numbers that the cache holds of each KV head and position, as keys and as values."""
+        return self.head_dim, self.head_dim
+
     def __post_init__(self) -> None:
         check_positive(self, "heads", "kv_heads", "head_dim", "clip", "scale", "window")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} attention heads cannot share {self.kv_heads} KV heads evenly")
         if self.rope is not None:
             _check_rotated(self.rope, self.head_dim)
+
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434).
+
+    Keys and values of all heads are linear in one latent vector of each position; a part of each key, the same for all
+    heads, is rotated.
+    """
+
+    heads: int
+    query_rank: int | None
+    """Width of the latent vector of queries; `None` where they are projected at once."""
+    rank: int
+    """Width of the latent vector of keys and values."""
+    plain_width: int
+    """Of the part of each query and key that is not rotated."""
+    rotated_width: int
+    value_width: int
+    rope: RopeConfig
+    scale: float
+    """By which scores are multiplied."""
+    bias: bool = False
+    """Whether the projections to latents and to the output add biases."""
+    eps: float = 1e-6
+    """Of the norms of latents."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "heads", "query_rank", "rank", "plain_width", "rotated_width", "value_width")
+        check_positive(self, "scale", "eps")
+        _check_rotated(self.rope, self.rotated_width)
+
+    @property
+    def kv_heads(self) -> int:
+        """All heads share what is cached."""
+        return 1
+
+    @property
+    def window(self) -> None:
+        """Every position sees all before it."""
+        return None
+
+    @property
+    def cached_widths(self) -> tuple[int, int]:
+        """Numbers that the cache holds of each position: the rotated part of keys as a key, the latent as a value."""
+        return self.rotated_width, self.rank
 
 
 def _check_rotated(rope: RopeConfig, head_dim: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from moe_jax.config.attention import AttentionConfig
+from moe_jax.config.attention import AttentionConfig, LatentAttentionConfig
 from moe_jax.config.feed_forward import DenseConfig, MoEConfig
 from moe_jax.config.numbers import check_positive
 from moe_jax.errors import ConfigError
@@ -16,7 +16,7 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class LayerConfig:
-    attention: AttentionConfig
+    attention: AttentionConfig | LatentAttentionConfig
     ffn: DenseConfig | MoEConfig
 
 
@@ -51,6 +51,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "hidden", "norm_eps", "max_positions")
         check_positive(self, "embedding_scale", "residual_scale", "logit_scale")
+        if self.tied_embeddings and self.head_bias:
+            raise ConfigError("a head that is the embedding has no bias")
         if not self.layers:
             raise ConfigError("a model needs at least one layer, got none")
 

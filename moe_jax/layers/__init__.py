@@ -7,6 +7,7 @@ They run inside `shard_map`, see their own shard of every parameter and row, and
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.cache import Cache, PagedCache, Uncached
 from moe_jax.layers.embedding import Vocabulary
+from moe_jax.layers.latent_attention import LatentAttention
 from moe_jax.layers.mlp import DenseMLP
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.norm import LayerNorm, RMSNorm, row_norm
@@ -18,6 +19,7 @@ __all__ = [
     "Cache",
     "DenseMLP",
     "Grid",
+    "LatentAttention",
     "LayerNorm",
     "Load",
     "MoE",

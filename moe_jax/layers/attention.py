@@ -1,7 +1,7 @@
 """Grouped-query attention (Ainslie et al., arXiv:2305.13245) over a cache, on the heads that this device holds.
 
 T  rows   D  hidden   H  query heads, K  KV heads of this device   d  head width
-S  lines of a grid   C  their chunk   N  cached positions of a line
+S  lines of a grid   C  their chunk   N  cached positions of a line   G  H / K   v  width of values
 """
 
 from __future__ import annotations
@@ -141,12 +141,25 @@ def attend(
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "S C H d"]:
     """Softmax attention; each KV head serves `H / K` neighbouring query heads. Scores and softmax are float32."""
-    lines, chunk, heads, width = query.shape
+    return weighted_values(products(query, keys) * scale, values, seen, sinks)
+
+
+def products(query: Float[Array, "S C H d"], keys: Float[Array, "K S N d"]) -> Float[Array, "K S G C N"]:
+    """Of each query with the keys of its KV head, in float32."""
+    lines, chunk, _, width = query.shape
     grouped = query.reshape(lines, chunk, keys.shape[0], -1, width)
-    scores = jnp.einsum("sckgd,ksnd->ksgcn", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None], scores * scale, -jnp.inf)
-    weights = _softmax(scores, sinks).astype(values.dtype)
-    return jnp.einsum("ksgcn,ksnd->sckgd", weights, values).reshape(lines, chunk, heads, width)
+    return jnp.einsum("sckgd,ksnd->ksgcn", grouped, keys, preferred_element_type=jnp.float32)
+
+
+def weighted_values(
+    scores: Float[Array, "K S G C N"],
+    values: Float[Array, "K S N v"],
+    seen: Bool[Array, "S C N"],
+    sinks: Float[Array, "H"] | None = None,
+) -> Float[Array, "S C H v"]:
+    weights = _softmax(jnp.where(seen[:, None], scores, -jnp.inf), sinks).astype(values.dtype)
+    out = jnp.einsum("ksgcn,ksnd->sckgd", weights, values)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
 def _softmax(scores: Float[Array, "K S G C N"], sinks: Float[Array, "H"] | None) -> Float[Array, "K S G C N"]:

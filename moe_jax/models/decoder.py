@@ -14,8 +14,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.config import LayerConfig, ModelConfig, MoEConfig
-from moe_jax.layers import Attention, Cache, DenseMLP, Load, MoE, Step, Vocabulary, row_norm
+from moe_jax.config import LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from moe_jax.layers import Attention, Cache, DenseMLP, LatentAttention, Load, MoE, Step, Vocabulary, row_norm
 from moe_jax.models.grouping import Group, group_layers
 
 Caches = list[list[Cache]]
@@ -29,7 +29,11 @@ class Block(nnx.Module):
         hidden, eps = model.hidden, model.norm_eps
         self.residual_scale = model.residual_scale
         self.attention_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
-        self.attention = Attention(layer.attention, hidden, eps, dtype=dtype, rngs=rngs)
+        self.attention = (
+            LatentAttention(layer.attention, hidden, dtype=dtype, rngs=rngs)
+            if isinstance(layer.attention, LatentAttentionConfig)
+            else Attention(layer.attention, hidden, eps, dtype=dtype, rngs=rngs)
+        )
         self.ffn_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
         self.ffn = (
             MoE(layer.ffn, hidden, dtype=dtype, rngs=rngs)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoEConfig
 from moe_jax.errors import ConfigError
 from moe_jax.layers import Cache, PagedCache, Step, parameter
 from moe_jax.models.batch import Batch
@@ -118,16 +118,16 @@ class ShardedDecoder:
         each of the `windows`."""
         placement, shards = self.placement, self.placement.size(Role.TOKENS)
 
-        def abstract(repeats: int, attention: AttentionConfig) -> Cache:
+        def abstract(repeats: int, layer: LayerConfig, width: int) -> Any:
+            attention = layer.attention
             kv_heads = max(attention.kv_heads, placement.size(Role.HEADS))
-            shape = (repeats, kv_heads, shards * pages[attention.window], page, attention.head_dim)
-            array = jax.ShapeDtypeStruct(shape, self.dtype, sharding=placement.sharding(PagedCache.DIMS, shape))
-            return PagedCache(array, array)  # type: ignore[arg-type]
+            shape = (repeats, kv_heads, shards * pages[attention.window], page, width)
+            return jax.ShapeDtypeStruct(shape, self.dtype, sharding=placement.sharding(PagedCache.DIMS, shape))
 
-        return [
-            [abstract(group.repeats, layer.attention) for layer in group.unit]
-            for group in group_layers(self.config.layers)
-        ]
+        def cache(repeats: int, layer: LayerConfig) -> Cache:
+            return PagedCache(*(abstract(repeats, layer, width) for width in layer.attention.cached_widths))
+
+        return [[cache(group.repeats, layer) for layer in group.unit] for group in group_layers(self.config.layers)]
 
     def empty_caches(self, pages: Mapping[int | None, int], page: int) -> Caches:
         """Zeroed caches, as `abstract_caches`."""

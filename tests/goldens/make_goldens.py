@@ -221,6 +221,25 @@ CASES: dict[str, dict[str, Any]] = {
             "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 4.0, 8.0, 16.0],
         },
     },
+    "deepseek_v2_e8_top3": {  # dense, sparse
+        "model_type": "deepseek_v2", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "q_lora_rank": None, "kv_lora_rank": 12,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "n_shared_experts": 2,
+        "intermediate_size": 24, "first_k_dense_replace": 1,
+    },
+    "deepseek_v2_e8_top2_groups_yarn": {
+        "model_type": "deepseek_v2", "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "q_lora_rank": 16, "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1,
+        "intermediate_size": 24, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 3.0,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0, "mscale": 0.7,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 16, "rope_theta": 100.0,
+        },
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
     dbrx,
+    deepseek_v2,
     ernie4_5_moe,
     exaone_moe,
     glm4_moe,
@@ -35,6 +36,7 @@ class Family:
 
 _MODULES = (
     dbrx,
+    deepseek_v2,
     ernie4_5_moe,
     exaone_moe,
     glm4_moe,

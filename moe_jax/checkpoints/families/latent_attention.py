@@ -1,0 +1,48 @@
+"""Multi-head latent attention as DeepSeek's files describe and name it."""
+
+from __future__ import annotations
+
+from moe_jax.checkpoints.families.shared_names import ATTENTION, ATTENTION_BLOCK
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import linear, plain
+from moe_jax.checkpoints.rope_fields import read_rope, rope_object, yarn_magnitude
+from moe_jax.config import LatentAttentionConfig, YarnScaling
+
+SOURCES = {
+    "attention_norm.weight": ATTENTION_BLOCK["attention_norm.weight"],
+    "ffn_norm.weight": ATTENTION_BLOCK["ffn_norm.weight"],
+    "attention.query_down.weight": linear(ATTENTION + "q_a_proj.weight"),
+    "attention.query_down.bias": plain(ATTENTION + "q_a_proj.bias"),
+    "attention.query_norm.weight": plain(ATTENTION + "q_a_layernorm.weight"),
+    "attention.query_up.weight": linear(ATTENTION + "q_b_proj.weight"),
+    "attention.query.weight": ATTENTION_BLOCK["attention.query.weight"],
+    "attention.down.weight": linear(ATTENTION + "kv_a_proj_with_mqa.weight"),
+    "attention.down.bias": plain(ATTENTION + "kv_a_proj_with_mqa.bias"),
+    "attention.norm.weight": plain(ATTENTION + "kv_a_layernorm.weight"),
+    "attention.key_value": linear(ATTENTION + "kv_b_proj.weight"),
+    "attention.output": ATTENTION_BLOCK["attention.output"],
+    "attention.output_bias": ATTENTION_BLOCK["attention.output_bias"],
+}
+
+
+def latent_attention(fields: Fields, *, interleaved: bool) -> LatentAttentionConfig:
+    """YaRN scales the scores too, by the square of a magnitude of its own."""
+    for name in ("num_key_value_heads", "head_dim", "qk_head_dim"):  # said by the widths below
+        fields.any(name, None)
+    plain_width, rotated_width = (fields.take(f"qk_{kind}_head_dim", int) for kind in ("nope", "rope"))
+    rope = read_rope(fields, rotated_width, theta=1e4, interleaved=interleaved)
+    scale = (plain_width + rotated_width) ** -0.5
+    score_magnitude = rope_object(fields).take_optional("mscale_all_dim", float)
+    if isinstance(rope.scaling, YarnScaling) and score_magnitude is not None:
+        scale *= yarn_magnitude(rope.scaling.factor, score_magnitude) ** 2
+    return LatentAttentionConfig(
+        heads=fields.take("num_attention_heads", int),
+        query_rank=fields.take_optional("q_lora_rank", int),
+        rank=fields.take("kv_lora_rank", int),
+        plain_width=plain_width,
+        rotated_width=rotated_width,
+        value_width=fields.take("v_head_dim", int),
+        rope=rope,
+        scale=scale,
+        bias=fields.take("attention_bias", bool, False),
+    )

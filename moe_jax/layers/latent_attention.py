@@ -1,0 +1,140 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) over a cache of latents, which all heads share.
+
+T  rows     D  hidden     S  lines of a grid     C  their chunk     N  cached positions of a line
+H  heads of this device
+q  width of the latent of queries     r  width of the latent of keys and values
+n  width of the plain part of a head's query and key, t  of the rotated part     v  width of a head's value
+
+Two orders of the same products give the same output:
+
+    expanded    keys and values of each head are made of the latents, of every position; then as usual
+    absorbed    queries are taken to the latents, weighted latents to values: nothing is made of a position
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int32
+
+from moe_jax.config import LatentAttentionConfig
+from moe_jax.layers import parameter
+from moe_jax.layers.attention import HeadProjection, attend, products, weighted_values
+from moe_jax.layers.cache import Cache, Cached
+from moe_jax.layers.norm import RMSNorm
+from moe_jax.layers.rope import Rotary
+from moe_jax.layers.step import Grid, Packing, Step
+from moe_jax.sharding import PartialSum, Role
+from moe_jax.sharding.collectives import vary_alike
+
+C = TypeVar("C", bound=Cache)
+
+
+class Down(nnx.Module):
+    """Rows to latents: `[T, D] -> [T, r]`. Whole on every device."""
+
+    def __init__(self, hidden: int, rank: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.weight = parameter.normal(rngs, (hidden, rank), (None, None), fan_in=hidden, dtype=dtype)
+        self.bias = parameter.zeros((rank,), (None,), dtype=dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T r"]:
+        out = x @ self.weight[...]
+        return out if self.bias is None else out + self.bias[...]
+
+
+class LatentAttention(nnx.Module):
+    def __init__(self, config: LatentAttentionConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.config = config
+        heads, rank, out = config.heads, config.rank, config.value_width
+        like = {"bias": config.bias, "dtype": dtype, "rngs": rngs}
+        query_rank, query_width = config.query_rank, config.plain_width + config.rotated_width
+        query_like = {"bias": False, "dtype": dtype, "rngs": rngs}
+        if query_rank is None:
+            self.query = HeadProjection(hidden, heads, query_width, Role.HEADS, **query_like)
+        else:
+            self.query_down = Down(hidden, query_rank, **like)
+            self.query_norm = RMSNorm(query_rank, config.eps, dtype=dtype)
+            self.query_up = HeadProjection(query_rank, heads, query_width, Role.HEADS, **query_like)
+        self.down = Down(hidden, rank + config.rotated_width, **like)
+        self.norm = RMSNorm(rank, config.eps, dtype=dtype)
+        self.key_value = parameter.normal(
+            rngs, (rank, heads, config.plain_width + out), (None, Role.HEADS, None), fan_in=rank, dtype=dtype
+        )
+        self.rotary = Rotary(config.rope, config.rotated_width)
+        self.output = parameter.normal(
+            rngs, (heads, out, hidden), (Role.HEADS, None, None), fan_in=heads * out, dtype=dtype
+        )
+        self.output_bias = parameter.zeros((hidden,), (None,), dtype=dtype) if config.bias else None
+
+    def __call__(self, x: Float[Array, "T D"], step: Step, cache: C, layer: Int32[Array, ""]) -> tuple[PartialSum, C]:
+        """This device's heads' part of the output, and the cache with the rows' latents written."""
+        packing, placement = step.packing, step.residual.placement
+        query = self._query(x, packing.positions)
+        latent, rotated = self._latent(x, packing.positions)
+        latent, rotated, _ = vary_alike(latent, rotated, query)
+        view, cache = cache.write(layer, rotated, latent, packing, self.config.window)
+        with jax.named_scope("attend"):
+            out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
+        part = jnp.einsum("thv,hvd->td", out, self.output[...])
+        if self.output_bias is not None:
+            part += jnp.where(placement.index(Role.HEADS) == 0, self.output_bias[...], 0)
+        return step.residual.heads_partial_sum(part), cache
+
+    def _attend(
+        self, query: Float[Array, "T H _"], cached: Cached, grid: Grid, packing: Packing
+    ) -> Float[Array, "S C H v"]:
+        """Each row sees the positions up to its own."""
+        seen = cached.positions[:, None] <= packing.to_grid(packing.positions, grid)[..., None]
+        ordered = self.absorbed if self.absorbs(grid.chunk) else self.expanded
+        return ordered(packing.to_grid(query, grid), cached.values, cached.keys, seen)
+
+    def absorbs(self, chunk: int) -> bool:
+        """Whether fewer products are needed to go to the latents than to expand them, for so many queries a line."""
+        config = self.config
+        absorbed = chunk * (2 * config.rank + config.rotated_width)
+        heads = config.plain_width + config.value_width
+        return absorbed <= config.rank * heads + chunk * (heads + config.rotated_width)
+
+    def expanded(
+        self,
+        query: Float[Array, "S C H _"],
+        latents: Float[Array, "1 S N r"],
+        rotated: Float[Array, "1 S N t"],
+        seen: Bool[Array, "S C N"],
+    ) -> Float[Array, "S C H v"]:
+        made = jnp.einsum("snr,rhw->hsnw", latents[0], self.key_value[...])
+        keys, values = jnp.split(made, [self.config.plain_width], axis=-1)
+        shared = jnp.broadcast_to(rotated, (*keys.shape[:3], rotated.shape[3]))
+        return attend(query, jnp.concatenate([keys, shared], axis=-1), values, seen, self.config.scale)
+
+    def absorbed(
+        self,
+        query: Float[Array, "S C H _"],
+        latents: Float[Array, "1 S N r"],
+        rotated: Float[Array, "1 S N t"],
+        seen: Bool[Array, "S C N"],
+    ) -> Float[Array, "S C H v"]:
+        to_keys, to_values = jnp.split(self.key_value[...], [self.config.plain_width], axis=-1)
+        plain, turned = jnp.split(query, [self.config.plain_width], axis=-1)
+        in_latents = jnp.einsum("schn,rhn->schr", plain, to_keys)
+        scores = products(in_latents, latents) + products(turned, rotated)
+        weighted = weighted_values(scores * self.config.scale, latents, seen)
+        return jnp.einsum("schr,rhv->schv", weighted, to_values)
+
+    def _query(self, x: Float[Array, "T D"], positions: Int32[Array, "T"]) -> Float[Array, "T H _"]:
+        """Of this device's heads, the plain part and then the rotated one."""
+        through_latent = self.config.query_rank is not None
+        query = self.query_up(self.query_norm(self.query_down(x))) if through_latent else self.query(x)
+        plain, turned = jnp.split(query, [self.config.plain_width], axis=-1)
+        return jnp.concatenate([plain, self.rotary(turned, positions)], axis=-1)
+
+    def _latent(
+        self, x: Float[Array, "T D"], positions: Int32[Array, "T"]
+    ) -> tuple[Float[Array, "T 1 r"], Float[Array, "T 1 t"]]:
+        """The normalised latent, and the rotated part of the key."""
+        latent, turned = jnp.split(self.down(x)[:, None], [self.config.rank], axis=-1)
+        return self.norm(latent), self.rotary(turned, positions)
