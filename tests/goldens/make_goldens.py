@@ -240,6 +240,24 @@ CASES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0, "original_max_position_embeddings": 16, "rope_theta": 100.0,
         },
     },
+    "deepseek_v3_e8_top2_groups_yarn": {  # dense, sparse
+        "model_type": "deepseek_v3", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 16, "kv_lora_rank": 12,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1,
+        "intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 16, "rope_theta": 100.0,
+        },
+    },
+    "deepseek_v3_e4_top2_halves": {  # sparse, sparse
+        "model_type": "deepseek_v3", "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": None, "kv_lora_rank": 12,
+        "qk_nope_head_dim": 4, "qk_rope_head_dim": 8, "v_head_dim": 8, "rope_interleave": False,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1,
+        "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "attention_bias": True, "norm_topk_prob": False,
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

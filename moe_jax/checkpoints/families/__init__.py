@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moe_jax.checkpoints.families import (
     dbrx,
     deepseek_v2,
+    deepseek_v3,
     ernie4_5_moe,
     exaone_moe,
     glm4_moe,
@@ -37,6 +38,7 @@ class Family:
 _MODULES = (
     dbrx,
     deepseek_v2,
+    deepseek_v3,
     ernie4_5_moe,
     exaone_moe,
     glm4_moe,
