@@ -11,7 +11,20 @@ import pytest
 
 from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.config import AttentionConfig, DenseConfig, ModelConfig, MoEConfig, QKNorm, RopeConfig, RouterConfig
+from moe_jax.config import (
+    AttentionConfig,
+    DenseConfig,
+    GroupLimit,
+    GroupScore,
+    LongRopeScaling,
+    ModelConfig,
+    MoEConfig,
+    QKNorm,
+    RopeConfig,
+    RouterConfig,
+    Score,
+    YarnScaling,
+)
 from moe_jax.errors import ConfigError
 
 HUB = {
@@ -47,6 +60,79 @@ HUB = {
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.39.0.dev0",
         "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
     },
+    "olmoe": {
+        "attention_bias": False, "clip_qkv": None, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 1024,
+        "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 16,
+        "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 50304,
+    },
+    "granitemoe": {
+        "attention_bias": False, "attention_dropout": 0.1, "attention_multiplier": 0.015625,
+        "embedding_multiplier": 12.0, "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 512,
+        "logits_scaling": 6.0, "max_position_embeddings": 4096, "model_type": "granitemoe", "num_attention_heads": 16,
+        "num_experts_per_tok": 8, "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+        "residual_multiplier": 0.22, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000,
+        "tie_word_embeddings": True, "vocab_size": 49155,
+    },
+    "glm4_moe": {
+        "attention_bias": True, "eos_token_id": [151329, 151336], "first_k_dense_replace": 1, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 10944, "max_position_embeddings": 131072,
+        "model_type": "glm4_moe", "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 128,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8,
+        "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "topk_group": 1, "use_qk_norm": False,
+        "vocab_size": 151552,
+    },
+    "gpt_oss": {
+        "attention_bias": True, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
+        "initial_context_length": 4096, "intermediate_size": 2880, "max_position_embeddings": 131072,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "model_type": "gpt_oss",
+        "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+        "num_local_experts": 32, "rms_norm_eps": 1e-05, "rope_theta": 150000, "sliding_window": 128,
+        "rope_scaling": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+            "rope_type": "yarn", "truncate": False,
+        },
+        "swiglu_limit": 7.0, "tie_word_embeddings": False, "vocab_size": 201088,
+    },
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000}, "d_model": 6144,
+        "emb_pdrop": 0.0, "initializer_range": 0.02, "max_seq_len": 32768, "model_type": "dbrx", "n_heads": 48,
+        "ffn_config": {
+            "ffn_hidden_size": 10752, "model_type": "", "moe_jitter_eps": 0.01, "moe_loss_weight": 0.05,
+            "moe_num_experts": 16, "moe_top_k": 4,
+        },
+        "n_layers": 40, "resid_pdrop": 0.0, "tie_word_embeddings": False, "vocab_size": 100352,
+    },
+    "phimoe": {
+        "attention_bias": True, "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 4096,
+        "input_jitter_noise": 0.01, "intermediate_size": 6400, "lm_head_bias": True,
+        "max_position_embeddings": 131072, "model_type": "phimoe", "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 16,
+        "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+        "rope_scaling": {
+            "long_factor": [2.0] * 64, "long_mscale": 1.25, "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * 64, "short_mscale": 1.24, "type": "longrope",
+        },
+        "router_jitter_noise": 0.01, "sliding_window": 131072, "tie_word_embeddings": False, "vocab_size": 32064,
+    },
+    "deepseek_v3": {
+        "attention_bias": False, "aux_loss_alpha": 0.001, "ep_size": 1, "first_k_dense_replace": 3,
+        "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "pretraining_tp": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000,
+        "rope_scaling": {
+            "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096, "type": "yarn",
+        },
+        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False,
+        "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
+    },
 }  # fmt: skip
 
 
@@ -81,6 +167,23 @@ def test_files_of_the_hub() -> None:
     assert all(
         attended(config, i).window is None for config in (qwen3, mixtral, qwen2) for i in range(len(config.layers))
     )
+
+
+def test_more_files_of_the_hub() -> None:
+    glm, oss, phi, deepseek = (read(HUB[family]) for family in ("glm4_moe", "gpt_oss", "phimoe", "deepseek_v3"))
+    assert [isinstance(layer.ffn, DenseConfig) for layer in glm.layers[:3]] == [True, False, False]
+    assert attended(glm).rope == RopeConfig(1e6, width=64)
+    assert [attended(oss, layer).window for layer in range(3)] == [128, None, 128]
+    assert attended(oss).rope == RopeConfig(
+        1.5e5, scaling=YarnScaling(32.0, 4096, 0.1 * math.log(32) + 1, 32, 1, False)
+    )
+    assert attended(phi).rope == RopeConfig(1e4, scaling=LongRopeScaling((2.0,) * 64, 1.25))
+    assert deepseek.layers[0].attention.cached_widths == (512, 64)
+    moe = deepseek.layers[3].ffn
+    assert isinstance(moe, MoEConfig)
+    limit = GroupLimit(groups=8, kept=4, score=GroupScore.BEST_TWO)
+    assert moe.router == RouterConfig(Score.SIGMOID, selection_bias=True, limit=limit, norm=1, scale=2.5)
+    assert all(read(HUB[family]).hidden for family in HUB)
 
 
 def test_dense_layers_and_windows() -> None:

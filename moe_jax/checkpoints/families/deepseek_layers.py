@@ -31,7 +31,6 @@ def feed_forwards(
 def moe_of(fields: Fields, router: RouterConfig, *, experts: str, shared: str) -> MoEConfig:
     """Routed experts of one width, and shared ones that are one MLP of the width of all."""
     width = fields.take("moe_intermediate_size", int)
-    fields.any("ep_size", 1)  # of whoever trained it
     return MoEConfig(
         experts=fields.take(experts if fields.has(experts) else "num_local_experts", int),
         top_k=fields.take("num_experts_per_tok", int),

@@ -11,8 +11,6 @@ SOURCES = {**MODEL, **latent_attention.SOURCES, **DENSE_MLP, **MOE, **SHARED}
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name in ("aux_loss_alpha", "pretraining_tp", "seq_aux"):
-        fields.any(name, None)
     for name, value in {
         "scoring_func": "softmax",
         "moe_layer_freq": 1,

@@ -11,7 +11,6 @@ SOURCES = {**MODEL, **latent_attention.SOURCES, **DENSE_MLP, **MOE, **SELECTION_
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.any("pretraining_tp", None)
     for name, value in {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}.items():
         fields.expect(name, value)
     attended = latent_attention.latent_attention(fields, interleaved=fields.take("rope_interleave", bool, True))

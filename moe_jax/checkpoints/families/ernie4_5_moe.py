@@ -18,7 +18,9 @@ SOURCES = {
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.expect("use_bias", False)
+    for name, value in {"use_bias": False, "moe_gate": "topk", "moe_use_aux_free": True}.items():
+        fields.expect(name, value)
+    fields.any("moe_capacity", None)  # in training; here no row is dropped
     fields.any("moe_norm_min", 1e-12)  # far below the sum of any chosen scores
     attended = attention(fields, theta=5e5, interleaved=True)
     width, shared = fields.take("moe_intermediate_size", int), fields.any("moe_num_shared_experts", 2)

@@ -20,7 +20,7 @@ SOURCES = {
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name in ("pretraining_tp", "eod_token_id", "sep_token_id"):
+    for name in ("eod_token_id", "sep_token_id"):
         fields.any(name, None)
     bias = fields.take("attention_bias", bool, False)
     attended = attention(fields, theta=1e4, qk_norm=QKNorm.ROTATED_HEAD, bias=bias, output_bias=bias)

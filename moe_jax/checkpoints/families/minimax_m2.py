@@ -11,11 +11,28 @@ from moe_jax.config import ModelConfig, MoEConfig, QKNorm, RouterConfig, Score
 SELECTION_BIAS = {"ffn.router.selection_bias": plain(MIXTRAL_MOE + "e_score_correction_bias")}
 SOURCES = {**MODEL, **ATTENTION_BLOCK, **EXPERTS, **SELECTION_BIAS}
 
+ONLY = {
+    "layernorm_full_attention_beta": 1.0,
+    "layernorm_linear_attention_beta": 1.0,
+    "layernorm_mlp_beta": 1.0,
+    "qk_norm_type": "per_layer",
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "sliding_window": None,
+    "use_qk_norm": True,
+    "use_routing_bias": True,
+}
+"""Fields that files of older families of this maker share, and the value of which each is understood."""
+
 
 def read(fields: Fields) -> ModelConfig:
-    for name, value in {"use_qk_norm": True, "qk_norm_type": "per_layer", "scoring_func": "sigmoid"}.items():
+    for name in ("mlp_intermediate_size", "mtp_transformer_layers", "num_mtp_modules", "shared_moe_mode", "use_mtp"):
+        fields.any(name, None)  # of layers that this family does not have
+    for name, value in ONLY.items():
         fields.expect(name, value)
-    fields.expect("use_routing_bias", True)
+    kinds = fields.take_list("attn_type_list", int)
+    if set(kinds) - {1}:
+        fields.problem(f"attn_type_list={kinds} is not supported (only 1, softmax attention)")
     moe = MoEConfig(
         experts=experts(fields),
         top_k=fields.take("num_experts_per_tok", int),
