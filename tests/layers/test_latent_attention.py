@@ -12,7 +12,7 @@ from test_goldens import test_parity_with_transformers as assert_parity
 from moe_jax.config import LatentAttentionConfig, RopeConfig
 from moe_jax.layers import LatentAttention
 
-SLOTS, CHUNK, POSITIONS, HEADS, RANK, ROTATED = 2, 3, 7, 4, 6, 4
+LINES, CHUNK, POSITIONS, HEADS, RANK, ROTATED = 2, 3, 7, 4, 6, 4
 CONFIG = LatentAttentionConfig(HEADS, 8, RANK, 5, ROTATED, 3, RopeConfig(100.0), scale=0.4)
 
 
@@ -22,12 +22,12 @@ def attention(config: LatentAttentionConfig) -> LatentAttention:
 
 def test_both_orders_give_the_same() -> None:
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
-    query = draw(0, SLOTS, CHUNK, HEADS, 5 + ROTATED)
-    latents, rotated = draw(1, SLOTS, 1, POSITIONS, RANK), draw(2, SLOTS, 1, POSITIONS, ROTATED)
+    query = draw(0, LINES, CHUNK, HEADS, 5 + ROTATED)
+    latents, rotated = draw(1, 1, LINES, POSITIONS, RANK), draw(2, 1, LINES, POSITIONS, ROTATED)
     seen = jnp.arange(POSITIONS) <= jnp.array([[0, 3, 6], [2, 2, 5]])[..., None]
     made = attention(CONFIG)
     one, other = made.expanded(query, latents, rotated, seen), made.absorbed(query, latents, rotated, seen)
-    assert one.shape == (SLOTS, CHUNK, HEADS, 3)
+    assert one.shape == (LINES, CHUNK, HEADS, 3)
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(one).max()))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import MoEConfig, RouterConfig
+from moe_jax.config import GroupLimit, GroupScore, MoEConfig, RouterConfig, Score, SparseMixerConfig
+from moe_jax.layers.choice import Scored, SparseMixer
 from moe_jax.layers.router import Router, Routing
 
 EXPERTS, HIDDEN, ROWS = 6, 8, 5
@@ -48,3 +49,28 @@ def test_scores_are_float32_whatever_the_rows() -> None:
     scores = jax.nn.softmax(x.astype(jnp.float32) @ weight)
     assert routing.weights.dtype == jnp.float32
     np.testing.assert_allclose(routing.weights[VALID, 0], scores[VALID].max(axis=-1), rtol=1e-6)
+
+
+def test_sigmoid_scores_are_chosen_with_a_bias_from_the_best_groups_and_weighed_without() -> None:
+    limit = GroupLimit(groups=3, kept=2, score=GroupScore.BEST_TWO)
+    config = RouterConfig(Score.SIGMOID, selection_bias=True, limit=limit, norm=2, scale=1.5)
+    logits = jnp.array([[2.0, -1.0, 1.5, 1.4, 3.0, -9.0]])
+    bias = jnp.array([-0.8, 0.0, 0.0, 0.0, 0.0, 0.0])
+    chosen = Scored(config, 2)(logits, bias)
+    # Groups by their two best biased scores: (0.08, 0.27), (0.82, 0.80), (0.95, 0.00).
+    assert chosen.experts.tolist() == [[4, 2]]
+    scores = 1 / (1 + np.exp([-3.0, -1.5]))
+    np.testing.assert_allclose(chosen.weights[0], 1.5 * scores / np.sqrt((scores**2).sum()), rtol=1e-6)
+
+
+def test_a_group_may_be_judged_by_its_best() -> None:
+    limit = GroupLimit(groups=2, kept=1, score=GroupScore.BEST)
+    chosen = Scored(RouterConfig(limit=limit), 2)(jnp.array([[3.0, 0.0, 2.9, 2.8]]), None)
+    assert chosen.experts.tolist() == [[0, 1]]
+
+
+def test_sparse_mixer_weighs_each_choice_against_its_near_rivals() -> None:
+    chosen = SparseMixer(SparseMixerConfig(tolerance=0.2), 2)(jnp.array([[4.0, 3.5, 3.3, 1.0]]), None)
+    assert chosen.experts.tolist() == [[0, 1]]
+    near = np.exp([4.0, 3.5, 3.3])
+    np.testing.assert_allclose(chosen.weights[0], [near[0] / near.sum(), near[1] / near[1:].sum()], rtol=1e-6)
