@@ -90,7 +90,7 @@ def devices(
     """Decode Mixture-of-Experts language models in batches on a JAX mesh."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA otherwise reports its progress on standard error
     jax.config.update("jax_num_cpu_devices", cpu_devices)
-    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR says otherwise
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "moe_jax"))
 
 
