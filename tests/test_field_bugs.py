@@ -41,7 +41,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import decoders
 import jax
@@ -54,17 +53,15 @@ from flax import nnx
 from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.stages import Wrapped
 from placements import placement
+from recorder import recorded
 from reference import moe
 
 from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
-from moe_jax.engine import Engine, Generation, News, Options
-from moe_jax.engine.executor import Executor
-from moe_jax.engine.orders import Order
+from moe_jax.engine import Generation, News
 from moe_jax.layers import DenseMLP, MoE, experts
-from moe_jax.programs import PAGE, Drawn, Programs, Turn
 from moe_jax.requests import SamplingParams
-from moe_jax.scheduler import CacheGroup, Limits, Request, Scheduler
+from moe_jax.scheduler import Request
 from moe_jax.sharding import (
     AllToAllCombine,
     Combine,
@@ -76,7 +73,6 @@ from moe_jax.sharding import (
     ScatterCombine,
     as_hardware,
 )
-from moe_jax.sharding.rows import on_host
 
 STRATEGIES = (ScatterCombine, ReduceCombine, RaggedCombine, AllToAllCombine)
 HIDDEN, CAPACITY = 16, 4
@@ -322,31 +318,13 @@ def test_pad_rows_of_idle_shards_are_not_computed() -> None:
     assert flops([0] * 7 + [rows]) < 1.2 * even
 
 
-class Recorder(Executor):
-    """Remembers the steps that an engine asks for, in place of having them run."""
-
-    def __init__(self) -> None:
-        self.programs = Programs(decoders.decoder("dp8_ep8"))
-        self.steps: list[Turn] = []
-
-    def run(self, order: Order) -> Any:
-        self.steps.append(order.turn)
-        tokens = np.zeros((len(order.turn.slots), 8), np.int32)
-        given = order.budgets if order.budgets is not None else order.turn.draws
-        parts = (tokens, tokens.astype(np.float32), tokens[..., :0], tokens[..., :0], np.asarray(given, np.int32))
-        return Drawn(*map(on_host, parts)), None
-
-
 def test_decode_steps_are_not_padded_to_a_prefill() -> None:
     """Decode steps that shared their buffers with a peer's prefill took as long as it did."""
-    recorder, placement = Recorder(), decoders.decoder("dp8_ep8").placement
-    sizes = Options(64, max_batch_size=32, prefill_tokens=64).sizes(recorder.programs.decoder)
-    limits = Limits(8, 4, PAGE, (CacheGroup(16, None),), 64, 4, 64, 8, True)
-    engine = Engine(Scheduler(limits), recorder, sizes, placement)
+    engine, recorder = recorded(positions=64, slots=4, pages=16)
     greedy = SamplingParams(temperature=0)
     for number, prompt in enumerate([[1] * 12, *[[1]] * 7]):
         engine.add(Generation(Request(number, prompt, 4), greedy, 0, frozenset(), None, News()))
     while engine.has_work:
         engine.step()
     assert engine.stats.generated_tokens == 4 * 8
-    assert [turn.batch.rows.capacity for turn in recorder.steps] == [16, 1]
+    assert recorder.capacities == [16, 1]
