@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +21,7 @@ from moe_jax.bundled import ADDER
 from moe_jax.calibration import measure
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.checkpoint import check_new
+from moe_jax.distributed import Alone, Crew, join
 from moe_jax.errors import ConfigError, MoEJaxError, RequestError
 from moe_jax.evaluation import evaluate, held_out
 from moe_jax.explain import explain
@@ -78,6 +81,15 @@ HardwareOption = Annotated[
     str | None,
     typer.Option(help="What the policy reckons with: a name such as h100, or a file.", show_default="the devices"),
 ]
+Distributed = Annotated[
+    bool,
+    typer.Option("--distributed", help="One of several processes, as JAX detects them (SLURM, Open MPI, Kubernetes)."),
+]
+Coordinator = Annotated[
+    str | None, typer.Option(help="One of several processes: HOST:PORT of the first.", show_default="none, or detected")
+]
+NumProcesses = Annotated[int | None, typer.Option(help="How many processes there are.", show_default="detected")]
+ProcessId = Annotated[int | None, typer.Option(help="Which of them this is, from 0.", show_default="detected")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -122,6 +134,10 @@ def generate(
         int | None, typer.Option(help="Of 16 positions, on each token shard.", show_default="as memory allows")
     ] = None,
     hardware: HardwareOption = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts, and show how the mesh was used."""
@@ -130,26 +146,30 @@ def generate(
     )
     if (input is None) != (output is None) or (input and prompts):
         raise RequestError("--input and --output go together, in place of prompts")
-    if input and output:
-        check_paths(input, output)
-    elif not prompts and model != ADDER:
+    if not input and not prompts and model != ADDER:
         raise RequestError("give prompts to continue: the built-in ones are sums for the bundled model")
-    llm = LLM(
-        model,
-        mesh=mesh,
-        dtype=dtype,
-        hardware=hardware,
-        combine=combine.value,
-        residual=residual.value,
-        gather_dtype=gather_dtype.value,
-        max_length=max_length,
-        max_batch_size=max_batch_size,
-        cache_pages=cache_pages,
-    )
-    if input and output:
-        _generate_file(llm, input, output, params, as_json=as_json)
-    else:
-        _generate_texts(llm, prompts or BUILT_IN_PROMPTS, params, as_json=as_json)
+    with _crew(distributed, coordinator, num_processes, process_id) as crew:
+        if input and output and crew.leads:
+            check_paths(input, output)
+        llm = LLM(
+            model,
+            mesh=mesh,
+            dtype=dtype,
+            hardware=hardware,
+            combine=combine.value,
+            residual=residual.value,
+            gather_dtype=gather_dtype.value,
+            max_length=max_length,
+            max_batch_size=max_batch_size,
+            cache_pages=cache_pages,
+            crew=crew,
+        )
+        if not crew.leads:
+            llm.follow()
+        elif input and output:
+            _generate_file(llm, input, output, params, as_json=as_json)
+        else:
+            _generate_texts(llm, prompts or BUILT_IN_PROMPTS, params, as_json=as_json)
 
 
 def _generate_file(llm: LLM, source: Path, output: Path, params: SamplingParams, *, as_json: bool) -> None:
@@ -177,6 +197,33 @@ def _generate_texts(llm: LLM, asked: list[str], params: SamplingParams, *, as_js
     for prompt, output in zip(asked, outputs, strict=True):
         typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
     typer.echo(f"\n{explanation}\nspeed        " + (str(stats) if stats.generated_tokens else "nothing generated"))
+
+
+@contextmanager
+def _crew(
+    distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> Iterator[Crew]:
+    if not distributed and coordinator is num_processes is process_id is None:
+        yield Alone()
+        return
+    with _results_apart(), join(coordinator, num_processes, process_id) as crew:
+        yield crew
+
+
+@contextmanager
+def _results_apart() -> Iterator[None]:
+    """What libraries print goes to standard error, which is where Gloo's greetings belong; what this program prints
+    stays on standard output."""
+    sys.stdout.flush()
+    out, results = os.dup(1), sys.stdout
+    with open(out, "w", encoding=results.encoding) as sys.stdout:  # noqa: PTH123
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(out, 1)
+            sys.stdout = results
 
 
 @app.command(name="eval")

@@ -24,5 +24,9 @@ class RequestError(MoEJaxError):
     """A prompt or sampling parameter that cannot be served."""
 
 
+class CrewError(MoEJaxError):
+    """Processes that cannot be joined, or that were started or are used otherwise than the others."""
+
+
 class ReductionError(MoEJaxError):
     """A sum over devices done twice, never, or on a value that is no partial sum; raised while tracing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from reprlib import repr as shortened
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from moe_jax.bundled import ADDER
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.config import ModelConfig
-from moe_jax.engine import Generation, News, Options, Stats
+from moe_jax.distributed import Alone, Crew
+from moe_jax.engine import Generation, News, Options, Order, Stats
 from moe_jax.errors import RequestError
 from moe_jax.explain import Explanation, evenly, explain
 from moe_jax.jobs import Ends, Job
@@ -27,6 +29,13 @@ from moe_jax.requests import RequestOutput, SamplingParams, StreamEvent
 from moe_jax.sharding import Hardware, Placement, Residual, Role, Strategy, as_hardware, as_placement
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Explain:
+    """An order to compile what `LLM.explain` looks at: compilers of several processes may work together."""
+
+    batch_size: int
 
 
 class LLM:
@@ -55,9 +64,11 @@ class LLM:
         once, or as `cache_memory` allows.
       cache_memory: the share of a device's memory beside its weights that the cache may take.
       prefix_cache: whether prompts that begin alike share what was computed of it.
+      crew: what `moe_jax.distributed.join` gave, where several processes hold the mesh: each makes the same `LLM`, then
+        process 0 uses it and the others `follow`.
 
     Raises:
-      CheckpointError, ConfigError, PlacementError: see `moe_jax.errors`.
+      CheckpointError, ConfigError, PlacementError, CrewError: see `moe_jax.errors`.
     """
 
     def __init__(
@@ -77,6 +88,7 @@ class LLM:
         cache_pages: int | None = None,
         cache_memory: float = 0.8,
         prefix_cache: bool = True,
+        crew: Crew | None = None,
     ) -> None:
         self._checkpoint = Checkpoint(checkpoint)
         self.config, self.tokenizer = self._checkpoint.config, self._checkpoint.tokenizer
@@ -87,7 +99,9 @@ class LLM:
         decoder = ShardedDecoder(self.config, as_placement(mesh), _name(dtype or self._checkpoint.dtype))
         self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
         self._programs = Programs(decoder)
-        self.engine = options.engine(self._programs, self._checkpoint.load(decoder), self._policy)
+        self._crew = crew or Alone()
+        self._crew.agree(_facts(decoder, options, combine, residual, gather_dtype))
+        self.engine = options.engine(self._programs, self._checkpoint.load(decoder), self._policy, self._crew)
         self.ends = Ends(self.tokenizer, self._checkpoint.end_token_ids)
         self.max_batch_size = max_batch_size
 
@@ -143,6 +157,19 @@ class LLM:
         """
         self.engine.warm_up([Asked(), Asked(knobs=True)] if sampling else [Asked()], progress=progress)
 
+    def follow(self) -> None:
+        """In all processes but the first: do what that one asks of all, until it leaves the crew.
+
+        Raises:
+          CrewError: this is the first, or the only one.
+        """
+        for order in self._crew.orders():
+            match order:
+                case Order():
+                    self.engine.obey(order)
+                case Explain(batch_size):
+                    self._explain(batch_size)
+
     def stats(self) -> Stats:
         """Speed, latencies, balance and use of the cache since this was made."""
         return self.engine.stats
@@ -151,6 +178,10 @@ class LLM:
         """What a decode step of this many sequences does: the combine and its reason, the collectives, the bytes."""
         if batch_size < 1:
             raise RequestError(f"a decode step needs at least one sequence, got {batch_size}")
+        self._crew.tell(Explain(batch_size))
+        return self._explain(batch_size)
+
+    def _explain(self, batch_size: int) -> Explanation:
         counts = evenly(batch_size, self._policy.placement.size(Role.TOKENS))
         return explain(self._programs, self._policy, counts, self.max_length)
 
@@ -244,6 +275,17 @@ class LLM:
             raise RequestError(
                 f"prompt {number} must be a text or a list of token ids, got {shortened(prompt)}"
             ) from error
+
+
+def _facts(decoder: ShardedDecoder, options: Options, *route: object) -> dict[str, str]:
+    """What all processes must have been given alike."""
+    return {
+        "the model": shortened(decoder.config),
+        "the mesh": str(decoder.placement),
+        "the dtype": decoder.dtype,
+        "the route": ", ".join(map(str, route)),
+        "the options": str(options),
+    }
 
 
 def checked_length(config: ModelConfig, asked: int | None) -> int:

@@ -27,6 +27,7 @@ ARROW = [
     "programs",
     "roofline",
     "explain",
+    "distributed",
     "engine",
     "jobs",
     "llm",

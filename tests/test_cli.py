@@ -19,6 +19,7 @@ from moe_jax.sharding.policy import STRATEGIES
 from moe_jax.sharding.residual import RESIDUALS
 
 GOLDEN = str(Path(__file__).parent / "goldens" / "qwen3_moe_gqa4_e8_top2")
+MEMBER = ("--num-processes", "2", "--process-id")
 
 
 class Run:
@@ -155,6 +156,17 @@ def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
         (["generate", "1" * 65], "prompt 0 has 65 tokens, a sequence can have 64"),
         (["generate", ""], "prompt 0 is empty"),
         (["convert", GOLDEN, GOLDEN, "--to", "orbax"], "exists already"),
+        (["generate", "--coordinator", "localhost:1"], "the number of processes and the number of this one together"),
+        (["generate", "--distributed", "--num-processes", "2"], "and the number of this one together, or none"),
+        (
+            ["generate", *MEMBER, "2", "--coordinator", "localhost:1"],
+            "of 2 processes the numbers go from 0 to 1, got 2",
+        ),
+        (
+            ["generate", *MEMBER, "0", "--coordinator", "localhost"],
+            "the coordinator is the HOST:PORT of process 0, got",
+        ),
+        (["generate", "--distributed"], "the processes cannot be joined"),
         (["plan", "--model", GOLDEN, "--mesh", "tensor=3"], "8 attention heads do not divide over 3 devices"),
     ],
 )

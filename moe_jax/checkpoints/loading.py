@@ -59,7 +59,8 @@ def load(abstract: Parameters, regions: Iterable[Region], files: Tensors) -> Par
       CheckpointError: a weight is NaN or infinite, in the file or in the parameter's dtype.
     """
     by_path = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
-    parameters = tqdm(nnx.to_flat_state(abstract), desc="loading", unit=" parameters", disable=None, leave=False)
+    hidden = jax.process_index() > 0 or None
+    parameters = tqdm(nnx.to_flat_state(abstract), desc="loading", unit=" parameters", disable=hidden, leave=False)
     return nnx.from_flat_state(
         (path, param.replace(_load_parameter(param.get_value(), by_path[path], files))) for path, param in parameters
     )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.generation import Candidates, Generation, Landing, Need
-from moe_jax.engine.orders import Claims, Piece, idle_order, order
+from moe_jax.engine.orders import Claims, Order, Piece, idle_order, order
 from moe_jax.engine.sizes import Sizes
 from moe_jax.engine.stats import Latency, Meter, Stats
 from moe_jax.programs import Asked, Drawn, Scored
@@ -74,6 +74,10 @@ class Engine:
         if before:
             self._land(before)
         self._meter.busy_seconds += self._now() - began
+
+    def obey(self, order: Order) -> None:
+        """In a process that follows: what the engine of process 0 has its executor run."""
+        self._executor.obey(order)
 
     @property
     def stats(self) -> Stats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
+from moe_jax.distributed import Crew
 from moe_jax.engine.orders import Order
 from moe_jax.engine.sizes import Sizes
 from moe_jax.models import Parameters
@@ -13,7 +14,7 @@ from moe_jax.sharding import Policy, Role, Route
 
 
 class Executor:
-    """Every process has one, and gives it the same orders."""
+    """Every process has one; they carry out the same orders, those of process 0."""
 
     def __init__(
         self,
@@ -22,19 +23,26 @@ class Executor:
         policy: Policy,
         sizes: Sizes,
         pages: Mapping[int | None, int],
+        crew: Crew,
     ) -> None:
         """
         Args:
           pages: of each token shard, for each of the decoder's windows.
         """
         self.programs = programs
+        self._crew = crew
         self._parameters, self._policy, self._sizes = parameters, policy, sizes
         self._caches = programs.decoder.empty_caches(pages, PAGE)
         self._slots = self.programs.empty_slots(sizes.slots, sizes.positions)
         self._route = cache(self._decide)
 
     def run(self, order: Order) -> tuple[Drawn, Scored | None]:
-        """Have it run; the results are waited for when they are read."""
+        """Have it run by all processes; the results are waited for when they are read."""
+        self._crew.tell(order)
+        return self.obey(order)
+
+    def obey(self, order: Order) -> tuple[Drawn, Scored | None]:
+        """This process's part of it."""
         route, state = self._route(order.turn.batch.rows.capacity), (self._parameters, self._caches, self._slots)
         if order.budgets is None:
             run = self.programs.advance(*state, order.turn, route=route, asked=order.asked)

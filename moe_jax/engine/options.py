@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_jax.distributed import Crew
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.sizes import Sizes
@@ -79,7 +80,7 @@ class Options:
             )
         return pages
 
-    def engine(self, programs: Programs, parameters: Parameters, policy: Policy) -> Engine:
+    def engine(self, programs: Programs, parameters: Parameters, policy: Policy, crew: Crew) -> Engine:
         decoder = programs.decoder
         sizes = self.sizes(decoder)
         pages = self.pages(decoder, policy, sizes)
@@ -94,7 +95,7 @@ class Options:
             decode_steps=sizes.decode_steps,
             prefix_cache=self.prefix_cache,
         )
-        executor = Executor(programs, parameters, policy, sizes, pages)
+        executor = Executor(programs, parameters, policy, sizes, pages, crew)
         return Engine(Scheduler(limits), executor, sizes, decoder.placement)
 
 

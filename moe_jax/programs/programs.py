@@ -113,7 +113,10 @@ class Programs:
             rows, caches = self.decoder.rows_spec, self.decoder.cache_spec
             program = self.decoder.per_device(step, (caches, rows, *specs), (rows, rows, rows, caches))
             program.__name__ = key[0].__name__  # what profiles call it
-            self._compiled[key] = jax.jit(program, donate_argnums=(1, 2)).lower(*args).compile(self._options)
+            results = PartitionSpec() if jax.process_count() > 1 else rows  # each process can read its own devices
+            kept = self._shardings((results, results, rows, caches))
+            step = jax.jit(program, donate_argnums=(1, 2), out_shardings=kept)
+            self._compiled[key] = step.lower(*args).compile(self._options)
             self.compile_seconds += time.perf_counter() - began
             self.compilations += 1
         return self._compiled[key]
@@ -128,7 +131,13 @@ class Programs:
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
     def _on_devices(self, tree: Any, specs: Any) -> Any:
-        return jax.device_put(tree, jax.tree.broadcast(self._shardings(specs), tree))
+        shardings = jax.tree.broadcast(self._shardings(specs), tree)
+        return jax.device_put(tree, shardings) if jax.process_count() == 1 else jax.tree.map(_own_part, tree, shardings)
+
+
+def _own_part(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """An array over the devices of all processes, each of which has the whole on its host."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _is_spec(leaf: Any) -> bool:

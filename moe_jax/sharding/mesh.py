@@ -61,4 +61,9 @@ def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[De
             f"mesh {written} needs {needed} devices, there are {len(devices)}: ask for a smaller mesh, or run on more "
             "devices (on a CPU: --cpu-devices N, or jax.config.update('jax_num_cpu_devices', N) before JAX is used)"
         )
+    if idle := {device.process_index for device in devices} - {device.process_index for device in devices[:needed]}:
+        raise PlacementError(
+            f"mesh {written} leaves processes without devices ({', '.join(map(str, sorted(idle)))}): ask for a larger "
+            "one, or start fewer processes"
+        )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])

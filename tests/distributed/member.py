@@ -1,0 +1,45 @@
+"""One of several processes that hold one mesh, through the Python interface.
+
+python member.py COORDINATOR PROCESSES PROCESS MESH once|forever
+
+Process 0 prints a line of JSON for each call of `generate`, with what `once` is to compare; the others print nothing.
+All print that they have joined.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+
+from moe_jax import LLM, RequestOutput, SamplingParams, distributed
+
+PROMPTS = ["12+34=", "999+1=", "7+8="]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0),
+    SamplingParams(temperature=2, seed=3, max_tokens=4, ignore_eos=True),
+    SamplingParams(temperature=2, seed=4, max_tokens=4, ignore_eos=True),
+]
+OPTIONS = {"dtype": "float32", "max_batch_size": 8, "decode_steps": 4}
+
+
+def readable(outputs: list[RequestOutput]) -> str:
+    return json.dumps([(output.token_ids, output.logprobs, output.prompt_logprobs) for output in outputs])
+
+
+def main(coordinator: str, processes: str, process: str, mesh: str, how_often: str) -> None:
+    jax.config.update("jax_num_cpu_devices", 2)
+    with distributed.join(coordinator, int(processes), int(process)) as crew:
+        print("joined", flush=True)
+        llm = LLM(mesh=mesh, crew=crew, **OPTIONS)
+        if not crew.leads:
+            llm.follow()
+            return
+        print(readable(llm.generate(PROMPTS, PARAMS)), flush=True)
+        while how_often == "forever":
+            print(readable(llm.generate(PROMPTS, PARAMS)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,213 @@
+"""Several processes on one machine, two virtual devices each, against one process; and what they do when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import Pipe
+from pathlib import Path
+
+import member
+import numpy as np
+import pytest
+
+from moe_jax import LLM, SamplingParams
+from moe_jax.distributed import Alone, Follower, Leader
+from moe_jax.errors import CrewError
+
+MEMBER = str(Path(member.__file__))
+COMMAND = "from moe_jax.cli import main; main()"
+QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+PATIENCE = 240
+"""Seconds for a busy machine to start and compile."""
+
+
+class Process:
+    """One that runs, with what it has printed so far."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | QUICKLY_COMPILED,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.out, self.err = "", ""
+        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_out, self._read_err)]
+        for reader in self._readers:
+            reader.start()
+
+    def _read_out(self) -> None:
+        for line in self._process.stdout or ():
+            self.out += line
+
+    def _read_err(self) -> None:
+        for line in self._process.stderr or ():
+            self.err += line
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def status(self, seconds: float) -> int:
+        """How it ended, within so many seconds."""
+        status = self._process.wait(seconds)
+        for reader in self._readers:
+            reader.join()
+        return status
+
+    def wait_for(self, text: str) -> None:
+        until = time.monotonic() + PATIENCE
+        while text not in self.out:
+            assert self._process.poll() is None, self.err
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+Start = Callable[[list[list[str]]], list[Process]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts processes; those that are left are killed."""
+    started: list[Process] = []
+
+    def start(commands: list[list[str]]) -> list[Process]:
+        started.extend(map(Process, commands))
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def coordinator() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def members(processes: int, mesh: str, how_often: str) -> list[list[str]]:
+    where = coordinator()
+    return [[MEMBER, where, str(processes), str(process), mesh, how_often] for process in range(processes)]
+
+
+def generating(*own: list[str]) -> list[list[str]]:
+    """`moe-jax generate`, each process with arguments of its own."""
+    joined = ["--coordinator", coordinator(), "--num-processes", str(len(own)), "--process-id"]
+    return [
+        ["-c", COMMAND, "--cpu-devices", "2", "generate", *arguments, "--dtype", "float32", *joined, str(process)]
+        for process, arguments in enumerate(own)
+    ]
+
+
+def test_two_processes_give_the_tokens_of_one(start: Start) -> None:
+    asked = ["12+34=", "999+1=", "--mesh", "data=2,expert=2", "--temperature", "2", "--seed", "3", "--json"]
+    first, second = start(generating(asked, asked))
+    assert [first.status(PATIENCE), second.status(PATIENCE)] == [0, 0], first.err + second.err
+    assert second.out == ""
+    printed = json.loads(first.out)
+    assert printed["devices"] == "4 x cpu (virtual)"
+    expected = LLM(mesh="data=2,expert=2", dtype="float32").generate(asked[:2], SamplingParams(temperature=2, seed=3))
+    assert [output["token_ids"] for output in printed["outputs"]] == [output.token_ids for output in expected]
+
+
+def test_four_processes_give_the_tokens_of_one(start: Start) -> None:
+    mesh = "expert=4,tensor=2"
+    first, *others = start(members(4, mesh, "once"))
+    assert [process.status(PATIENCE) for process in (first, *others)] == [0] * 4, first.err
+    assert [process.out for process in others] == ["joined\n"] * 3
+    got = json.loads(first.out.splitlines()[-1])
+    outputs = LLM(mesh=mesh, **member.OPTIONS).generate(member.PROMPTS, member.PARAMS)
+    for (tokens, *logprobs), (same, *close) in zip(got, json.loads(member.readable(outputs)), strict=True):
+        assert tokens == same
+        for here, there in zip(logprobs, close, strict=True):
+            np.testing.assert_allclose(np.array(here, float), np.array(there, float), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("moment", "victim"), [("joined", 1), ("[[", 1), ("[[", 0)], ids=["loading", "in_mid_run", "leader_in_mid_run"]
+)
+def test_all_end_where_one_dies(start: Start, moment: str, victim: int) -> None:
+    processes = start(members(3 if victim else 2, "expert=4", "forever"))
+    processes[0].wait_for(moment)
+    processes[victim].wait_for("joined")
+    processes[victim].kill()
+    began = time.monotonic()
+    for process in processes:
+        assert process.status(60) != 0
+    assert time.monotonic() - began < 60
+    for survivor in (process for process in processes if process is not processes[victim]):
+        (line,) = [line for line in survivor.err.splitlines() if line.startswith("moe-jax:")]
+        assert line.startswith(f"moe-jax: process {victim} has died, so all end: start them again")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (["1" * 65], ["1" * 65], "prompt 0 has 65 tokens, a sequence can have 64"),
+        (
+            ["1+1="],
+            ["1+1=", "--combine", "reduce"],
+            "process 1 was given the route reduce, auto, exact, process 0 auto",
+        ),
+        (
+            ["1+1=", "--mesh", "expert=2"],
+            ["1+1="],
+            "mesh data=1,expert=2,tensor=1 leaves processes without devices (1)",
+        ),
+    ],
+    ids=["bad_prompt", "other_options", "mesh_too_small"],
+)
+def test_a_mistake_ends_all_with_status_2(start: Start, first: list[str], second: list[str], message: str) -> None:
+    for process in start(generating(first, second)):
+        assert process.status(PATIENCE) == 2, process.err
+        assert process.out == ""
+        assert message in process.err
+        assert "Traceback" not in process.err
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Leader, Follower]]:
+    """Both ends in this process, which neither may end."""
+    here, there = Pipe()
+    leader, follower = Leader({here: 1}), Follower(1, there)
+    yield leader, follower
+    leader._leave()
+
+
+def test_orders_reach_followers_until_the_leader_is_done(pair: tuple[Leader, Follower]) -> None:
+    leader, follower = pair
+    leader.tell("one")
+    leader.tell([2])
+    leader._leave()
+    assert list(follower.orders()) == ["one", [2]]
+    assert follower._leave() is None
+
+
+def test_who_leaves_early_is_told(pair: tuple[Leader, Follower]) -> None:
+    leader, follower = pair
+    leader.tell("one")
+    assert "process 1 left while process 0 went on" in str(follower._leave())
+
+
+def test_who_does_what(pair: tuple[Leader, Follower]) -> None:
+    leader, follower = pair
+    with pytest.raises(CrewError, match="call follow here, and all else there"):
+        follower.tell("one")
+    for crew in (leader, Alone()):
+        with pytest.raises(CrewError, match="call generate"):
+            crew.orders()
+
+
+def test_all_must_have_been_given_the_same(pair: tuple[Leader, Follower]) -> None:
+    leader, follower = pair
+    for dtype in ("float32", "float32"):
+        leader.agree({"the dtype": dtype})
+    follower.agree({"the dtype": "float32"})
+    with pytest.raises(CrewError, match="process 1 was given the dtype bfloat16, process 0 float32"):
+        follower.agree({"the dtype": "bfloat16"})
