@@ -2,8 +2,7 @@
 
 python member.py COORDINATOR PROCESSES PROCESS MESH once|forever
 
-Process 0 prints a line of JSON for each call of `generate`, with what `once` is to compare; the others print nothing.
-All print that they have joined.
+Process 0 prints a line of JSON for each call of `generate`. All print that they have joined, and so does Gloo.
 """
 
 from __future__ import annotations
