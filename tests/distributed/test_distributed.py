@@ -18,8 +18,12 @@ import numpy as np
 import pytest
 
 from moe_jax import LLM, SamplingParams
+from moe_jax.bundled import ADDER
+from moe_jax.checkpoints import Checkpoint
 from moe_jax.distributed import Alone, Follower, Leader
 from moe_jax.errors import CrewError
+from moe_jax.models import ShardedDecoder
+from moe_jax.sharding import as_placement
 
 MEMBER = str(Path(member.__file__))
 COMMAND = "from moe_jax.cli import main; main()"
@@ -105,9 +109,13 @@ def generating(*own: list[str]) -> list[list[str]]:
     ]
 
 
-def test_two_processes_give_the_tokens_of_one(start: Start) -> None:
+def test_two_processes_give_the_tokens_of_one(start: Start, tmp_path: Path) -> None:
+    """With weights that orbax restores on several processes."""
+    checkpoint, model = Checkpoint(ADDER), tmp_path / "model"
+    one_device = ShardedDecoder(checkpoint.config, as_placement("data=1"), "float32")
+    checkpoint.save_orbax(model, checkpoint.load(one_device))
     asked = ["12+34=", "999+1=", "--mesh", "data=2,expert=2", "--temperature", "2", "--seed", "3", "--json"]
-    first, second = start(generating(asked, asked))
+    first, second = start(generating(*[[*asked, "--model", str(model)]] * 2))
     assert [first.status(PATIENCE), second.status(PATIENCE)] == [0, 0], first.err + second.err
     assert second.out == ""
     printed = json.loads(first.out)
