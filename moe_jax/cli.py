@@ -206,6 +206,8 @@ def _crew(
     if not distributed and coordinator is num_processes is process_id is None:
         yield Alone()
         return
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compilers that work together all compile, or all find it done
+        jax.config.update("jax_compilation_cache_dir", None)
     with _results_apart(), join(coordinator, num_processes, process_id) as crew:
         yield crew
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from moe_jax import LLM, SamplingParams
+from moe_jax.batch_files import generate_file
 from moe_jax.bundled import ADDER
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.distributed import Alone, Follower, Leader
@@ -64,12 +65,16 @@ class Process:
             reader.join()
         return status
 
-    def wait_for(self, text: str) -> None:
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Something that it does."""
         until = time.monotonic() + PATIENCE
-        while text not in self.out:
+        while not happened():
             assert self._process.poll() is None, self.err
             assert time.monotonic() < until
-            time.sleep(0.05)
+            time.sleep(0.02)
+
+    def wait_for(self, text: str) -> None:
+        self.wait_until(lambda: text in self.out)
 
 
 Start = Callable[[list[list[str]]], list[Process]]
@@ -81,8 +86,9 @@ def start() -> Iterator[Start]:
     started: list[Process] = []
 
     def start(commands: list[list[str]]) -> list[Process]:
-        started.extend(map(Process, commands))
-        return started
+        new = [Process(command) for command in commands]
+        started.extend(new)
+        return new
 
     yield start
     for process in started:
@@ -153,6 +159,35 @@ def test_all_end_where_one_dies(start: Start, moment: str, victim: int) -> None:
     for survivor in (process for process in processes if process is not processes[victim]):
         (line,) = [line for line in survivor.err.splitlines() if line.startswith("moe-jax:")]
         assert line.startswith(f"moe-jax: process {victim} has died, so all end: start them again")
+
+
+def test_a_file_is_gone_on_with_after_a_death(start: Start, tmp_path: Path) -> None:
+    """The results are those of a single process that nobody disturbed."""
+    source, output, undisturbed = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "undisturbed.jsonl"))
+    lines = [{"prompt": f"{n}+{n}=", "seed": n, "temperature": 2, "ignore_eos": True} for n in range(48)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sizes = ["--mesh", "data=2,expert=2", "--max-batch-size", "4", "--max-tokens", "32"]
+    asked = ["--input", str(source), "--output", str(output), *sizes]
+    journal = output.with_name("out.jsonl.partial")
+
+    first, second = start(generating(asked, asked))
+    first.wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 4)
+    second.kill()
+    assert first.status(60) != 0
+    assert "process 1 has died" in first.err
+    assert 4 < journal.read_bytes().count(b"\n") <= len(lines)
+    assert not output.exists()
+
+    for process in start(generating(asked, asked)):
+        assert process.status(PATIENCE) == 0, process.err
+    assert not journal.exists()
+    llm = LLM(mesh="data=2,expert=2", dtype="float32", max_batch_size=4)
+    generate_file(llm, source, undisturbed, SamplingParams(temperature=0, max_tokens=32))
+    tokens = [
+        [json.loads(line)["samples"][0]["token_ids"] for line in path.read_text().splitlines()]
+        for path in (output, undisturbed)
+    ]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize(
