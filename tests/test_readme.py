@@ -16,11 +16,12 @@ TABLE = re.findall(r"^\| `([^`]+)` \| [^|]+ \| (\w+) over ([^|]*?) \|$", README,
 
 
 def test_its_python_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = "".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed.startswith("46 stop [")
     assert "(5, 16)" in printed
     assert "4 reduce-scatter" in printed
+    assert printed.endswith("6912")
 
 
 def test_the_table_of_placements_is_found() -> None:
