@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any
 
 import member
 import numpy as np
@@ -222,6 +224,31 @@ def pair() -> Iterator[tuple[Leader, Follower]]:
     leader, follower = Leader({here: 1}), Follower(1, there)
     yield leader, follower
     leader._leave()
+
+
+class Script(Alone):
+    """Writes down what is told, and has another follow it."""
+
+    def __init__(self) -> None:
+        self.told: list[bytes] = []
+
+    def tell(self, order: Any) -> None:
+        self.told.append(pickle.dumps(order))
+
+    def orders(self) -> Iterator[Any]:
+        return map(pickle.loads, self.told)
+
+
+def test_who_follows_the_orders_ends_with_the_same_sequences() -> None:
+    script = Script()
+    leader, follower = (LLM(mesh="expert=2", crew=script, **member.OPTIONS) for _ in range(2))
+    leader.generate(member.PROMPTS, member.PARAMS)
+    leader.explain(2)
+    follower.follow()
+    tapes = [np.asarray(llm.engine._executor._slots.tape) for llm in (leader, follower)]
+    assert tapes[0].any()
+    np.testing.assert_array_equal(tapes[0], tapes[1])
+    assert [llm._programs.compilations for llm in (leader, follower)] == [len(leader._programs._compiled)] * 2
 
 
 def test_orders_reach_followers_until_the_leader_is_done(pair: tuple[Leader, Follower]) -> None:
