@@ -20,13 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench import script
+from bench import model, script
 from bench.step import SCOPES, Decode, prepared
 from bench.timing import interleaved, written
-from moe_jax.checkpoints import Checkpoint
-from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, QKNorm, RopeConfig, RouterConfig
 from moe_jax.models import ShardedDecoder
-from moe_jax.models.sharded import DTYPES
 from moe_jax.sharding import ReduceCombine, Role, ScatterCombine
 
 QUICK = {"repeats": 3, "sequences": 2, "positions": 8, "layers": 2, "hidden": 32, "experts": 8, "width": 16}
@@ -86,7 +83,7 @@ def main() -> None:
     options, placement = script.begin(arguments(), QUICK)
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)
-    decoder = ShardedDecoder(described(options), placement, options.dtype)
+    decoder = model.decoder(options, placement)
     result = {"model": str(options.model or "synthetic"), "dtype": options.dtype, **measure(decoder, options)}
     show(result)
     differ = result["different_tokens"]
@@ -103,21 +100,8 @@ def arguments() -> ArgumentParser:
     parser = script.parser("decode", "Profiles the decode step: reduce-and-slice beside scatter.", repeats=30)
     parser.add_argument("--sequences", type=script.positive, default=8, help="on each token shard")
     parser.add_argument("--positions", type=script.positive, default=128, help="of the caches, at least")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="write a jax.profiler trace of some more steps")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="its config.json instead of the sizes below")
-    for name, default in {"layers": 4, "hidden": 256, "experts": 32, "width": 128}.items():
-        parser.add_argument(f"--{name}", type=script.positive, default=default, help="of the synthetic model")
-    return parser
-
-
-def described(options: Namespace) -> ModelConfig:
-    if options.model:
-        return Checkpoint(options.model).config
-    attention = AttentionConfig(heads=8, kv_heads=8, head_dim=32, rope=RopeConfig(1e4), qk_norm=QKNorm.HEAD)
-    experts = MoEConfig(options.experts, min(4, options.experts), options.width, router=RouterConfig(norm=1))
-    layers = (LayerConfig(attention, experts),) * options.layers
-    return ModelConfig(1024, options.hidden, layers, 1e-6, 2**20)
+    return model.options(parser, layers=4, hidden=256, experts=32, width=128)
 
 
 def draw(axes: script.Axes, variants: Mapping[str, Any]) -> None:

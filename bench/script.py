@@ -47,6 +47,17 @@ def above_one(text: str) -> int:
     return int(text)
 
 
+def above_zero(text: str) -> float:
+    """A number above 0, infinity too."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     try:

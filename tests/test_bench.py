@@ -108,3 +108,22 @@ def test_schedule(tmp_path: Path) -> None:
     for result in printed["results"]:
         check_time(result["plan"])
         check_time(result["landed"])
+
+
+def test_serve(tmp_path: Path) -> None:
+    printed, shown, messages = bench("serve", tmp_path)
+    check_plot(tmp_path, "serve", messages)
+    assert "times the tokens/s" in shown
+    assert printed["requests"] == 24
+    for variant in printed["variants"].values():
+        check_time(variant["makespan"])
+        seconds = variant["makespan"]["ms"] / 1e3
+        assert variant["tokens_per_second"] == pytest.approx(printed["output_tokens"] / seconds)
+        assert variant["requests_per_second"] == pytest.approx(printed["requests"] / seconds)
+        for name in ("first_token_ms", "between_tokens_ms"):
+            assert 0 < variant[name]["p50"] <= variant[name]["p90"] <= variant[name]["p99"]
+        assert 0 < variant["balance"] <= 1
+        assert 0 <= variant["pad_share"] < 1
+        assert 0 < variant["cache_use"] <= 1
+        assert variant["preemptions"] == 0
+    assert printed["speedup"]["lowest"] <= printed["speedup"]["median"] <= printed["speedup"]["highest"]
