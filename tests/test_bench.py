@@ -127,3 +127,14 @@ def test_serve(tmp_path: Path) -> None:
         assert 0 < variant["cache_use"] <= 1
         assert variant["preemptions"] == 0
     assert printed["speedup"]["lowest"] <= printed["speedup"]["median"] <= printed["speedup"]["highest"]
+
+
+def test_host(tmp_path: Path) -> None:
+    printed, shown, messages = bench("host", tmp_path)
+    check_plot(tmp_path, "host", messages)
+    assert "landing ms" in shown
+    assert [result["decode_steps"] for result in printed["results"]] == [1, 8]
+    for result in printed["results"]:
+        parts = [result[part] for part in ("plan", "order", "put", "landing", "total")]
+        for part in parts:
+            check_time(part)
