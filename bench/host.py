@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding
 
 from bench import model, script
 from bench.timing import Times, written
-from moe_jax.engine import Engine, Generation, Options
+from moe_jax.engine import Engine, Generation, News, Options
 from moe_jax.engine.engine import Flight
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.orders import Order
@@ -112,7 +112,7 @@ def measure(decoder: ShardedDecoder, options: Namespace, steps: int) -> dict[str
     engine = WatchedEngine(WatchedScheduler(limits, watch), executor, sizes, decoder.placement, watch)
     for number in range(options.requests):
         request = Request(number, range(number, number + PROMPT + number % PAGE), positions - 2 * PROMPT)
-        engine.add(Generation(request, GREEDY, 0, frozenset(), None, deque(maxlen=1)))
+        engine.add(Generation(request, GREEDY, 0, frozenset(), None, News()))
     while engine.stats.rows_per_shard != (sizes.slots,) * shards:
         engine.step()
     watch.seconds.clear()

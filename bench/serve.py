@@ -19,7 +19,6 @@ from __future__ import annotations
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +28,7 @@ import numpy as np
 
 from bench import model, script
 from bench.timing import Times
-from moe_jax.engine import Engine, Generation, Options, Stats
+from moe_jax.engine import Engine, Generation, News, Options, Stats
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Asked, Programs
 from moe_jax.requests import SamplingParams
@@ -99,7 +98,7 @@ VARIANTS: dict[str, Callable[[Engine, int], int]] = {"static": static, "continuo
 
 
 def serve(engine: Engine, coming: Sequence[Arrival], places: Callable[[], int]) -> Pass:
-    done, news = Pass(), deque[Generation]()
+    done, news = Pass(), News()
     heard = {number: arrival.seconds for number, arrival in enumerate(coming)}
     came = admitted = tokens = 0
     began = time.perf_counter()
@@ -117,8 +116,8 @@ def serve(engine: Engine, coming: Sequence[Arrival], places: Callable[[], int]) 
         engine.step()
         now = time.perf_counter() - began
         done.cache_use = max(done.cache_use, engine.stats.cache_use)
-        while news:
-            tokens += _hear(news.popleft(), now, heard, done)
+        for generation in news.read():
+            tokens += _hear(generation, now, heard, done)
         done.curve.append((now, tokens))
     done.stats = engine.stats
     return done
