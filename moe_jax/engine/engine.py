@@ -133,24 +133,27 @@ class Engine:
             for request, line in flight.claims.draws
         }
         self._scheduler.landed(flight.plan, {request: landing.tokens for request, landing in landings.items()})
+        heirs = [(self._generations.get(request), landing) for request, landing in landings.items()]
+        took = [(generation, landing) for generation, landing in heirs if generation]
+        self._hear(took)
+        for generation, landing in took:
+            if generation.wants_candidates:
+                generation.candidates += _candidates(drawn, landing, generation.params.logprobs)
+            self._take(generation, landing)
+
+    def _hear(self, took: Sequence[tuple[Generation, Landing]]) -> None:
         now = self._now()
-        for request, landing in landings.items():
-            if generation := self._generations.get(request):
-                if generation.wants_candidates:
-                    generation.candidates += _candidates(drawn, landing, generation.params.logprobs)
-                self._take(generation, landing, now)
+        waits = now - np.array([generation.last_heard for generation, _ in took])
+        first = np.array([not generation.tokens for generation, _ in took], bool)
+        self._meter.land(waits, np.array([len(landing.tokens) for _, landing in took], int), first)
+        for generation, _ in took:
+            generation.last_heard = now
 
     def _now(self) -> float:
         """Seconds, those of compilation left out."""
         return time.perf_counter() - self._executor.programs.compile_seconds
 
-    def _take(self, generation: Generation, landing: Landing, now: float) -> None:
-        first = not generation.tokens
-        histogram = self._meter.first_token if first else self._meter.between_tokens
-        count = len(landing.tokens)
-        histogram.add((now - generation.last_heard) / (1 if first else count), 1 if first else count)
-        generation.last_heard = now
-        self._meter.generated_tokens += count
+    def _take(self, generation: Generation, landing: Landing) -> None:
         if not math.isfinite(math.fsum(landing.logprobs)):
             self._end(generation, "error", "the model's logits are not numbers: its weights, or their dtype, are unfit")
             return

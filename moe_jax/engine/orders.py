@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import NamedTuple
 
 import jax
@@ -102,7 +102,7 @@ class _Writer:
     def shard(self, decodes: Decodes, chunks: Sequence[Chunk]) -> None:
         """The lines of the next token shard."""
         shard = len(self._segments)
-        decoding = [self._decode(shard, line, *decode) for line, decode in enumerate(decodes)]
+        decoding = self._decoding(shard, decodes)
         prompts: list[Segment] = []
         row = len(decodes)
         for chunk in chunks:
@@ -129,10 +129,15 @@ class _Writer:
             targets=on_host(self._targets.reshape(-1)) if self.claims.pieces else None,
         )
 
-    def _decode(self, shard: int, line: int, request: Request, position: int, steps: int) -> Segment:
-        self._slots[shard, line] = request.slot
-        self._draw(shard, line, request, steps)
-        return Segment(position, (ON_TAPE,), self._tables(request, position, position + steps))
+    def _decoding(self, shard: int, decodes: Decodes) -> list[Segment]:
+        lines = slice(len(decodes))
+        self._slots[shard, lines] = [request.slot for request in decodes.requests]
+        self._draws[shard, lines], self._budgets[shard, lines] = True, decodes.steps
+        self.claims.draws.extend(map(Draw, decodes.requests, count(shard * self._size.lines)))
+        return [
+            Segment(position, (ON_TAPE,), self._tables(request, position, position + steps))
+            for request, position, steps in decodes
+        ]
 
     def _prompt(self, shard: int, number: int, row: int, chunk: Chunk, start: int, end: int) -> Segment:
         request, line = chunk.request, self._size.decoding + number
@@ -140,17 +145,14 @@ class _Writer:
         self._slots[shard, line] = request.slot
         self._knobs[shard][number] = generation.knobs
         if chunk.samples and end == chunk.end:
-            self._draw(shard, line, request, 1)
+            self._draws[shard, line] = True
+            self.claims.draws.append(Draw(request, shard * self._size.lines + line))
         if generation.tells_prompt:
             first = shard * self._size.shape.capacity + row
             self.claims.pieces.append(Piece(request, start, slice(first, first + end - start)))
             following = request.sequence(start + 1, end + 1)
             self._targets[shard, row : row + len(following)] = following
         return Segment(start, request.sequence(start, end), self._tables(request, start, end))
-
-    def _draw(self, shard: int, line: int, request: Request, budget: int) -> None:
-        self._draws[shard, line], self._budgets[shard, line] = True, budget
-        self.claims.draws.append(Draw(request, shard * self._size.lines + line))
 
     def _tables(self, request: Request, start: int, end: int) -> list[PageRange]:
         """Of each group, the pages that positions from `start` up to `end` see."""

@@ -16,9 +16,10 @@ class Histogram:
     def __init__(self) -> None:
         self._counts = np.zeros(self.BINS, np.int64)
 
-    def add(self, seconds: float, times: int = 1) -> None:
-        place = int(math.log(max(seconds, self.LOWEST) / self.LOWEST) / self.STEP)
-        self._counts[min(place, self.BINS - 1)] += times
+    def add(self, seconds: np.ndarray, times: np.ndarray | int) -> None:
+        """Each of them, so many times."""
+        places = np.log(np.maximum(seconds, self.LOWEST) / self.LOWEST) / self.STEP
+        np.add.at(self._counts, np.minimum(places.astype(int), self.BINS - 1), times)
 
     def percentile(self, percent: float) -> float:
         """Seconds that so many percent are not above; 0 where nothing was added."""
@@ -97,6 +98,12 @@ class Meter:
         self._rows += sum(rows) * steps
         self._even_rows += max(rows) * len(rows) * steps
         self._buffered_rows += capacity * len(rows) * steps
+
+    def land(self, waits: np.ndarray, counts: np.ndarray, first: np.ndarray) -> None:
+        """Of each request that got tokens: the seconds that it waited, for how many, and whether they are its first."""
+        self.generated_tokens += int(counts.sum())
+        self.first_token.add(waits[first], 1)
+        self.between_tokens.add((waits / counts)[~first], counts[~first])
 
     @property
     def balance(self) -> float:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,8 +29,7 @@ class Batch:
     rows: Rows
 
 
-@dataclass(frozen=True)
-class PageRange:
+class PageRange(NamedTuple):
     """Where some consecutive positions of a sequence lie: pages of a token shard, for layers that look back equally
     far."""
 
@@ -37,8 +38,7 @@ class PageRange:
     pages: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive tokens of one sequence in one step: a line."""
 
     start: int
@@ -65,35 +65,53 @@ Lines = Sequence[Sequence[Segment]]
 
 def pack(shards: Sequence[Lines], shape: Shape, placement: Placement) -> tuple[Batch, list[int]]:
     """The arrays of a step, and the row, over all shards, at which each segment begins, in order."""
-    places, capacity, lines = len(shards), shape.capacity, sum(grid.lines for grid in shape.grids)
-    assert places == placement.size(Role.TOKENS)
-    tokens, positions = np.zeros((2, places, capacity), np.int32)
-    line_of = np.full((places, capacity), lines, np.int32)
-    starts, lengths = np.zeros((2, places, lines), np.int32)
-    pages = [np.zeros((places, lines, length), np.int32) for _, length in shape.tables]
-    firsts = np.zeros((len(shape.tables), places, lines), np.int32)
-    counts, first_rows = [0] * places, []
-    for shard, of_shard in enumerate(shards):
-        line, row = 0, 0
-        for grid, segments in zip(shape.grids, of_shard, strict=True):
-            assert len(segments) <= grid.lines
-            for place, segment in enumerate(segments, line):
-                length = len(segment.tokens)
-                rows = slice(row, row + length)
-                tokens[shard, rows], line_of[shard, rows] = segment.tokens, place
-                positions[shard, rows] = range(segment.start, segment.start + length)
-                starts[shard, place], lengths[shard, place] = row, length
-                for number, table in enumerate(segment.tables):
-                    firsts[number, shard, place] = table.first
-                    pages[number][shard, place, : len(table.pages)] = table.pages
-                first_rows.append(shard * capacity + row)
-                row += length
-            line += grid.lines
-        counts[shard] = row
+    places, capacity = placement.size(Role.TOKENS), shape.capacity
+    segments = [segment for of_shard in shards for of_grid in of_shard for segment in of_grid]
+    owners, into, lines = _places(shards, shape.grids)
+    lengths = np.fromiter((len(segment.tokens) for segment in segments), np.int32, len(segments))
+    counts = np.bincount(owners, lengths, places).astype(np.int32)
+    first_rows = np.cumsum(lengths) - lengths + (np.arange(places) * capacity - np.cumsum(counts) + counts)[owners]
+
+    rows = _runs(first_rows, lengths)
+    tokens, positions = np.zeros((2, places * capacity), np.int32)
+    line_of = np.full(places * capacity, lines, np.int32)
+    tokens[rows] = list(chain.from_iterable(segment.tokens for segment in segments))
+    positions[rows] = _runs(np.array([segment.start for segment in segments], np.int32), lengths)
+    line_of[rows] = np.repeat(into % lines, lengths)
+    starts, rows_of = np.zeros((2, places * lines), np.int32)
+    starts[into], rows_of[into] = first_rows - owners * capacity, lengths
     tables = tuple(
-        Table(on_host(of_lines.reshape(-1, of_lines.shape[-1])), on_host(first.reshape(-1)), window)
-        for of_lines, first, (window, _) in zip(pages, firsts, shape.tables, strict=True)
+        _table(
+            [segment.tables[number] for segment in segments], into, np.zeros((places * lines, length), np.int32), window
+        )
+        for number, (window, length) in enumerate(shape.tables)
     )
-    flat = [on_host(array.reshape(-1)) for array in (line_of, positions, starts, lengths)]
-    packing = Packing(*flat, tables=tables, grids=shape.grids)
-    return Batch(on_host(tokens.reshape(-1)), packing, Rows.of(counts, placement, capacity)), first_rows
+    packing = Packing(*map(on_host, (line_of, positions, starts, rows_of)), tables=tables, grids=shape.grids)
+    return Batch(on_host(tokens), packing, Rows.of(counts.tolist(), placement, capacity)), first_rows.tolist()
+
+
+def _places(shards: Sequence[Lines], grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of each segment its shard, and its line over all shards; and how many lines a shard has."""
+    taken = np.array([[len(segments) for segments in of_shard] for of_shard in shards], np.int32)
+    sizes = np.array([grid.lines for grid in grids], np.int32)
+    assert taken.shape == (len(shards), len(grids))
+    assert (taken <= sizes).all()
+    firsts = np.arange(len(shards))[:, None] * sizes.sum() + np.cumsum(sizes) - sizes
+    owners = np.repeat(np.arange(len(shards)), taken.sum(axis=1))
+    return owners, _runs(firsts.reshape(-1), taken.reshape(-1)), int(sizes.sum())
+
+
+def _table(ranges: Sequence[PageRange], into: np.ndarray, pages: np.ndarray, window: int | None) -> Table:
+    """The ranges written into their lines of `pages`."""
+    held = np.fromiter((len(each.pages) for each in ranges), np.int32, len(ranges))
+    assert held.max(initial=0) <= pages.shape[1]
+    pages.reshape(-1)[_runs(into * pages.shape[1], held)] = list(chain.from_iterable(each.pages for each in ranges))
+    firsts = np.zeros(len(pages), np.int32)
+    firsts[into] = [each.first for each in ranges]
+    return Table(on_host(pages), on_host(firsts), window)
+
+
+def _runs(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers from each first on, as many as its length, one run after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(firsts - ends + lengths, lengths) + np.arange(lengths.sum())
