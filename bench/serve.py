@@ -28,6 +28,7 @@ import numpy as np
 
 from bench import model, script
 from bench.timing import Times
+from moe_jax.distributed import Alone
 from moe_jax.engine import Engine, Generation, News, Options, Stats
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Asked, Programs
@@ -140,12 +141,12 @@ def _hear(generation: Generation, now: float, heard: dict[int, float], done: Pas
 def measure(decoder: ShardedDecoder, options: Namespace) -> tuple[dict[str, Any], dict[str, list[Pass]]]:
     sizes = Options(options.positions, options.slots, options.prefill, options.decode_steps)
     programs, parameters, policy = Programs(decoder), decoder.init(seed=0), decoder.policy(as_hardware(None))
-    sizes.engine(programs, parameters, policy).warm_up([Asked()], progress=True)
+    sizes.engine(programs, parameters, policy, Alone()).warm_up([Asked()], progress=True)
     compiled, coming = programs.compilations, arrivals(options, decoder.config.vocab_size)
     passes: dict[str, list[Pass]] = {name: [] for name in VARIANTS}
     for number in range(options.repeats + 1):  # the first warms up
         for name, places in VARIANTS.items():
-            engine = sizes.engine(programs, parameters, policy)
+            engine = sizes.engine(programs, parameters, policy, Alone())
             done = serve(engine, coming, partial(places, engine, options.slots))
             if number:
                 passes[name].append(done)
