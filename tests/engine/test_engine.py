@@ -108,11 +108,11 @@ TestCrowd.settings = settings(
 
 
 def test_the_crowd_was_crowded() -> None:
-    """What the machine above is to try did happen."""
-    llm = crowded()
-    params = SamplingParams(temperature=0, max_tokens=16)
-    outputs = llm.generate(PROMPTS * 2, params)
-    assert [output.token_ids for output in outputs] == [alone(prompt, 0) for prompt in range(len(PROMPTS))] * 2
+    """What the machine above is to try does happen: shared beginnings, and two on a shard that want seven pages."""
+    llm, params = crowded(), SamplingParams(temperature=0, max_tokens=16)
+    prompts = [*PROMPTS, *PROMPTS, *([number, *BEGINNING[:39]] for number in range(8))]
+    outputs = [output.token_ids for output in llm.generate(prompts, params)]
+    assert outputs == [output.token_ids for output in lonely().generate(prompts, params)]
     stats = llm.stats()
     assert stats.preemptions > 0
     assert stats.prefix_hits > 0
