@@ -6,7 +6,7 @@
     landing    the results read, and the tokens given to their requests
     total      all of them
 
-Times are those of processors, added up over all threads of this process, so that other work on the machine does not
+Times are those that a processor spends on the engine's thread, so that waiting for other work on the machine does not
 count. One dispatch is several decode steps, which share them: all are milliseconds of a single decode step.
 
 python -m bench.host [--requests 256] [--decode-steps 1,8] [--quick]; --help lists the rest.

@@ -3,15 +3,17 @@
     static       a batch of those that wait, as many as there are slots, until all of it has ended; then another
     continuous   each joins as soon as there is a slot: the engine as it is
 
-Lengths of prompts and outputs are drawn from log-normal laws, as long-tailed as those of real users. Both ways run the
-same compiled programs, over the same arrivals, in turn; nothing is compiled while they do.
+Lengths of prompts and outputs are drawn from log-normal laws, outputs twice as long as prompts, which is as in
+conversations (Kwon et al., arXiv:2309.06180, of ShareGPT). Both ways run the same compiled programs, over the same
+arrivals, in turn; nothing is compiled while they do. A static batch has what else the engine does: prompts in chunks,
+smaller steps as its requests end.
 
     tokens/s     output tokens over the time from the first arrival to the last token
     first        from the arrival of a request to its first token, whether it waits in the engine or before it
     between      from one token to the next; tokens that come together share the time since the last
     pad share    of the rows that steps took time for; `balance` is mean over largest rows of a token shard
 
-python -m bench.serve [--rate inf] [--requests 256] [--slots 32] [--model DIR] [--quick]; --help lists the rest.
+python -m bench.serve [--rate inf] [--requests 128] [--slots 16] [--model DIR] [--quick]; --help lists the rest.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class Pass:
     between: list[float] = field(default_factory=list)
     """Seconds before each token but the first."""
     curve: list[tuple[float, int]] = field(default_factory=list)
-    """After each dispatch that gave tokens, the seconds, and the tokens so far."""
+    """After each dispatch, the seconds, and the tokens so far."""
     outputs: dict[int, list[int]] = field(default_factory=dict)
     """The tokens of each request."""
     cache_use: float = 0.0
@@ -233,12 +235,12 @@ def main() -> None:
 
 
 def arguments() -> ArgumentParser:
-    parser = script.parser("serve", "Serves requests: continuous batching beside static batches.", repeats=5)
-    parser.add_argument("--requests", type=script.positive, default=256)
+    parser = script.parser("serve", "Serves requests: continuous batching beside static batches.", repeats=3)
+    parser.add_argument("--requests", type=script.positive, default=128)
     parser.add_argument(
         "--rate", type=script.above_zero, default="inf", help="requests a second; inf: all come at once"
     )
-    parser.add_argument("--slots", type=script.positive, default=32, help="requests that are decoded together")
+    parser.add_argument("--slots", type=script.positive, default=16, help="requests that are decoded together")
     parser.add_argument("--positions", type=script.above_one, default=256, help="of a sequence, at most")
     parser.add_argument("--prompt", type=script.positive, default=16, help="median tokens of a prompt")
     parser.add_argument("--output", type=script.positive, default=32, help="median tokens of an output")

@@ -65,7 +65,8 @@ Lines = Sequence[Sequence[Segment]]
 
 def pack(shards: Sequence[Lines], shape: Shape, placement: Placement) -> tuple[Batch, list[int]]:
     """The arrays of a step, and the row, over all shards, at which each segment begins, in order."""
-    places, capacity = placement.size(Role.TOKENS), shape.capacity
+    places, capacity = len(shards), shape.capacity
+    assert places == placement.size(Role.TOKENS)
     segments = [segment for of_shard in shards for of_grid in of_shard for segment in of_grid]
     owners, into, lines = _places(shards, shape.grids)
     lengths = np.fromiter((len(segment.tokens) for segment in segments), np.int32, len(segments))
@@ -80,13 +81,11 @@ def pack(shards: Sequence[Lines], shape: Shape, placement: Placement) -> tuple[B
     line_of[rows] = np.repeat(into % lines, lengths)
     starts, rows_of = np.zeros((2, places * lines), np.int32)
     starts[into], rows_of[into] = first_rows - owners * capacity, lengths
-    tables = tuple(
-        _table(
-            [segment.tables[number] for segment in segments], into, np.zeros((places * lines, length), np.int32), window
-        )
-        for number, (window, length) in enumerate(shape.tables)
-    )
-    packing = Packing(*map(on_host, (line_of, positions, starts, rows_of)), tables=tables, grids=shape.grids)
+    tables = []
+    for number, (window, length) in enumerate(shape.tables):
+        pages = np.zeros((places * lines, length), np.int32)
+        tables.append(_table([segment.tables[number] for segment in segments], into, pages, window))
+    packing = Packing(*map(on_host, (line_of, positions, starts, rows_of)), tables=tuple(tables), grids=shape.grids)
     return Batch(on_host(tokens), packing, Rows.of(counts.tolist(), placement, capacity)), first_rows.tolist()
 
 
