@@ -24,7 +24,7 @@ from bench import model, script
 from bench.step import SCOPES, Decode, prepared
 from bench.timing import interleaved, written
 from moe_jax.models import ShardedDecoder
-from moe_jax.sharding import ReduceCombine, Role, ScatterCombine
+from moe_jax.sharding import ReduceCombine, Role, Rows, ScatterCombine
 
 QUICK = {"repeats": 3, "sequences": 2, "positions": 8, "layers": 2, "hidden": 32, "experts": 8, "width": 16}
 STRATEGIES = {"reduce": ReduceCombine, "scatter": ScatterCombine}
@@ -39,14 +39,15 @@ def measure(decoder: ShardedDecoder, options: Namespace) -> dict[str, Any]:
     turns = prepared(decoder, options.sequences, positions, steps)
     counts = [options.sequences] * here.size(Role.TOKENS)
     sized = {name: strategy.sized(here, counts, options.sequences) for name, strategy in STRATEGIES.items()}
-    decodes = {name: Decode(decoder, parameters, turns, positions, combine) for name, combine in sized.items()}
+    rows = Rows.of(counts, here, options.sequences)
+    decodes = {name: Decode(decoder, parameters, turns, rows, positions, combine) for name, combine in sized.items()}
     alone = {f"{name} alone": decode.alone for name, decode in decodes.items() if decode.is_alike}
     times = interleaved({**decodes, **alone}, options.repeats)
     if options.trace:
         trace(decodes, options.trace)
     reduced, scattered = (np.array(decode.tokens) for decode in decodes.values())
     return {
-        "sequences": len(turns[0].slots),
+        "sequences": sum(counts),
         "steps": steps,
         "variants": {name: decode.profile(times[name], times.get(f"{name} alone")) for name, decode in decodes.items()},
         "different_tokens": int(np.sum(reduced != scattered)),

@@ -21,7 +21,7 @@ from moe_jax.config import LayerConfig, MoEConfig
 from moe_jax.engine.orders import ON_TAPE
 from moe_jax.layers import Grid
 from moe_jax.models import PageRange, Parameters, Segment, Shape, ShardedDecoder, group_layers, pack
-from moe_jax.programs import PAGE, Programs, Turn
+from moe_jax.programs import PAGE, Parcel, Programs, Turn
 from moe_jax.sharding import Combine, Role, Route, Rows
 from moe_jax.sharding.census import Collective, collectives
 from moe_jax.sharding.rows import on_host
@@ -33,14 +33,20 @@ class Decode:
     """Greedy decode from empty caches, a step in each call; and a program of its `gather_and_combine` alone."""
 
     def __init__(
-        self, decoder: ShardedDecoder, parameters: Parameters, turns: list[Turn], positions: int, combine: Combine
+        self,
+        decoder: ShardedDecoder,
+        parameters: Parameters,
+        turns: list[Parcel],
+        rows: Rows,
+        positions: int,
+        combine: Combine,
     ) -> None:
-        rows, programs = turns[0].batch.rows, Programs(decoder)
-        lines = rows.capacity
+        """`turns`: what each step takes."""
+        programs, lines = Programs(decoder), rows.capacity
         self.compiled = programs.decode_step(lines, positions, Route.whole(combine))
         self.collectives = collectives(self.compiled.as_text() or "")
         self.alone = gather_and_combine(decoder, rows, combine)
-        self.tokens = [turns[0].batch.tokens]
+        self.tokens: list[Int[Array, "shards*T"]] = []
         self._parameters, self._turns = parameters, turns
         pages = dict.fromkeys(decoder.windows, lines * -(-positions // PAGE))
         self._caches = decoder.empty_caches(pages, PAGE)
@@ -48,7 +54,7 @@ class Decode:
 
     def __call__(self) -> Int[Array, "shards*T"]:
         """The next token of every sequence."""
-        turn = self._turns[len(self.tokens) - 1]
+        turn = self._turns[len(self.tokens)]
         drawn, _, self._slots, self._caches = self.compiled(self._parameters, self._caches, self._slots, turn)
         self.tokens.append(drawn.tokens[:, 0])
         return self.tokens[-1]
@@ -114,7 +120,7 @@ def gather_and_combine(decoder: ShardedDecoder, rows: Rows, combine: Combine) ->
     return Program.of(mapped, x, own, rows)
 
 
-def prepared(decoder: ShardedDecoder, sequences: int, positions: int, steps: int) -> list[Turn]:
+def prepared(decoder: ShardedDecoder, sequences: int, positions: int, steps: int) -> list[Parcel]:
     """What goes into each step, on the devices already; of all but the first, the tokens are known to them alone."""
     here, random, each = decoder.placement, np.random.default_rng(0), -(-positions // PAGE)
     shards, programs = here.size(Role.TOKENS), Programs(decoder)

@@ -5,6 +5,7 @@ T  rows of a token shard     L  lines of a token shard     N  pages of a line, i
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -104,7 +105,10 @@ def _table(ranges: Sequence[PageRange], into: np.ndarray, pages: np.ndarray, win
     """The ranges written into their lines of `pages`."""
     held = np.fromiter((len(each.pages) for each in ranges), np.int32, len(ranges))
     assert held.max(initial=0) <= pages.shape[1]
-    pages.reshape(-1)[_runs(into * pages.shape[1], held)] = list(chain.from_iterable(each.pages for each in ranges))
+    ids = array("i")
+    for each in ranges:
+        ids.extend(each.pages)
+    pages.reshape(-1)[_runs(into * pages.shape[1], held)] = np.frombuffer(ids, np.int32)
     firsts = np.zeros(len(pages), np.int32)
     firsts[into] = [each.first for each in ranges]
     return Table(on_host(pages), on_host(firsts), window)

@@ -6,7 +6,7 @@ S  slots of a token shard     P  positions of a sequence
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,13 +19,17 @@ from jax.stages import Compiled
 from jaxtyping import Array, Int32
 
 from moe_jax.layers import Grid
-from moe_jax.models import Caches, Parameters, Shape, ShardedDecoder, pack
+from moe_jax.models import Batch, Caches, Parameters, Shape, ShardedDecoder, pack
+from moe_jax.models.decoder import Decoder
+from moe_jax.programs.parcel import Parcel
 from moe_jax.programs.steps import Asked, Drawn, Scored, Slots, Turn, advance, decode
 from moe_jax.sampling import Knobs
 from moe_jax.sharding import Role, Route
 
 PAGE = 16
 """Positions of a page."""
+SPLIT: Any = (Turn(Batch(True, True, False), True, True, True, True), True)  # type: ignore[arg-type]
+"""Of a turn and budgets: what is split by token shard. All but the counts of rows."""
 
 
 class Programs:
@@ -44,8 +48,7 @@ class Programs:
     ) -> tuple[Drawn, Scored | None, Slots, Caches]:
         """One step: `steps.advance`. The caches and slots given are overwritten: use those returned."""
         run = partial(advance, route=route, asked=asked)
-        args = (parameters, caches, slots, self.on_devices(turn))
-        return self._compile((advance, route, asked), run, (self._turn_specs,), *args)(*args)
+        return self._run(run, parameters, caches, slots, self.on_devices(turn))
 
     def decode(
         self,
@@ -61,9 +64,8 @@ class Programs:
     ) -> tuple[Drawn, None, Slots, Caches]:
         """Several steps: `steps.decode`. The caches and slots given are overwritten: use those returned."""
         asked = replace(asked, logits=False)  # there are no prompts
-        run, specs = partial(decode, most=most, route=route, asked=asked), (self._turn_specs, self.decoder.rows_spec)
-        args = (parameters, caches, slots, *self._on_devices((turn, budgets), specs))
-        return self._compile((decode, most, route, asked), run, specs, *args)(*args)
+        run = partial(decode, most=most, route=route, asked=asked)
+        return self._run(run, parameters, caches, slots, self.on_devices(turn, budgets))
 
     def decode_step(self, lines: int, positions: int, route: Route) -> Compiled:
         """The program that gives the likeliest next token of as many sequences on each token shard, over full caches.
@@ -75,15 +77,13 @@ class Programs:
         shards = decoder.placement.size(Role.TOKENS)
         batch, _ = pack([[[]]] * shards, Shape((Grid(lines, 1),), lines, tables), decoder.placement)
         turn = Turn(batch, np.zeros(shards * lines, np.int32), np.ones(shards * lines, bool), None)  # type: ignore[arg-type]
+        parcel = self._parcel(turn)
         abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            turn,
-            jax.tree.broadcast(self._shardings(self._turn_specs), turn),
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), parcel, self._shardings(parcel)
         )
         caches = decoder.abstract_caches(dict.fromkeys(decoder.windows, lines * pages), PAGE)
-        run = partial(advance, route=route, asked=Asked())
-        args = (decoder.parameters, caches, self.abstract_slots(lines, positions), abstract)
-        return self._compile((advance, route, Asked()), run, (self._turn_specs,), *args)
+        step = partial(advance, route=route, asked=Asked())
+        return self._compile(step, decoder.parameters, caches, self.abstract_slots(lines, positions), abstract)
 
     def abstract_slots(self, slots: int, positions: int) -> Slots:
         """Shapes, dtypes and shardings for `slots` requests on each token shard."""
@@ -100,45 +100,56 @@ class Programs:
         abstract = self.abstract_slots(slots, positions)
         return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), abstract)
 
-    def on_devices(self, turn: Turn) -> Turn:
-        """Its arrays on the devices that take them."""
-        return self._on_devices(turn, self._turn_specs)
+    def on_devices(self, turn: Turn, *budgets: Int32[Array, "shards*L"]) -> Parcel:
+        """What a step takes, on the devices that take it."""
+        parcel = self._parcel(turn, *budgets)
+        shardings = self._shardings(parcel)
+        if jax.process_count() == 1:
+            return jax.device_put(parcel, shardings)
+        return jax.tree.map(_own_part, parcel, shardings)
 
-    def _compile(self, key: Any, step: Callable[..., Any], specs: tuple[Any, ...], *args: Any) -> Compiled:
-        """The program of a step, written for one device, over parameters, caches, slots and what `specs` split."""
+    def _parcel(self, *contents: Any) -> Parcel:
+        return Parcel.wrap(contents, SPLIT[: len(contents)], self.decoder.placement.size(Role.TOKENS))
+
+    def _run(self, step: partial[Any], parameters: Parameters, *args: Any) -> Any:
+        return self._compile(step, parameters, *args)(parameters, *args)
+
+    def _compile(self, step: partial[Any], parameters: Parameters, *args: Any) -> Compiled:
+        """The program of a step, written for one device, over parameters, caches, slots and a parcel."""
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
-        key = (*key, jax.tree.structure(args), shapes)
+        key = (step.func, *step.keywords.values(), jax.tree.structure(args), shapes)
         if key not in self._compiled:
             began = time.perf_counter()
-            rows, caches = self.decoder.rows_spec, self.decoder.cache_spec
-            program = self.decoder.per_device(step, (caches, rows, *specs), (rows, rows, rows, caches))
-            program.__name__ = key[0].__name__  # what profiles call it
-            results = PartitionSpec() if jax.process_count() > 1 else rows  # each process can read its own devices
-            kept = self._shardings((results, results, rows, caches))
-            step = jax.jit(program, donate_argnums=(1, 2), out_shardings=kept)
-            self._compiled[key] = step.lower(*args).compile(self._options)
+            program = self._program(step, args[-1])
+            self._compiled[key] = program.lower(parameters, *args).compile(self._options)
             self.compile_seconds += time.perf_counter() - began
             self.compilations += 1
         return self._compiled[key]
 
-    @property
-    def _turn_specs(self) -> Turn:
-        rows = self.decoder.rows_spec
-        return Turn(self.decoder.batch_specs, rows, rows, rows, rows)  # type: ignore[arg-type]
+    def _program(self, step: partial[Any], parcel: Parcel) -> Any:
+        def run(decoder: Decoder, caches: Caches, slots: Slots, parcel: Parcel) -> Any:
+            return step(decoder, caches, slots, *parcel.open())
 
-    def _shardings(self, specs: Any) -> Any:
+        rows, caches = self.decoder.rows_spec, self.decoder.cache_spec
+        program = self.decoder.per_device(run, (caches, rows, self._specs(parcel)), (rows, rows, rows, caches))
+        program.__name__ = step.func.__name__  # what profiles call it
+        results = PartitionSpec() if jax.process_count() > 1 else rows  # each process can read its own devices
+        kept = self._named((results, results, rows, caches))
+        return jax.jit(program, donate_argnums=(1, 2), out_shardings=kept)
+
+    def _specs(self, parcel: Parcel) -> Parcel:
+        return replace(parcel, split=self.decoder.rows_spec, same=PartitionSpec())
+
+    def _shardings(self, parcel: Parcel) -> Parcel:
+        return self._named(self._specs(parcel))
+
+    def _named(self, specs: Any) -> Any:
         mesh = self.decoder.placement.mesh
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
-
-    def _on_devices(self, tree: Any, specs: Any) -> Any:
-        shardings = jax.tree.broadcast(self._shardings(specs), tree)
-        return jax.device_put(tree, shardings) if jax.process_count() == 1 else jax.tree.map(_own_part, tree, shardings)
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+        )
 
 
 def _own_part(array: np.ndarray, sharding: NamedSharding) -> Array:
     """An array over the devices of all processes, each of which has the whole on its host."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)

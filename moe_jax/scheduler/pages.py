@@ -5,6 +5,7 @@ Tables, and their pages of a fixed number of positions, are those of PagedAttent
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from moe_jax.scheduler.limits import Limits
@@ -59,7 +60,7 @@ class Pages:
             request.node = hit[-1] if hit else self._root
             request.node.uses += 1
         for number, pool in enumerate(self.pools):
-            ids = self._shared(hit, number)
+            ids = array("i", self._shared(hit, number))
             table = Table(pool, len(hit) - len(ids), ids)
             for page in ids:
                 pool.hold(page)

@@ -6,6 +6,7 @@ arXiv:2312.07104).
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -73,9 +74,9 @@ class Pool:
         """Pages that requests hold."""
         return len(self.references) - self.available
 
-    def take(self, count: int, into: list[int]) -> bool:
-        """Add pages to write to a list: free ones, then the idle ones that were not used for longest. Returns whether
-        there were so many; else none is taken."""
+    def take(self, count: int, into: array[int]) -> bool:
+        """Add pages to write to those of a request: free ones, then the idle ones that were not used for longest.
+        Returns whether there were so many; else none is taken."""
         free = self._free
         if len(free) < count and not self._forget(count - len(free)):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ class Table:
 
     __slots__ = ("first", "ids", "pool")
 
-    def __init__(self, pool: Pool, first: int, ids: list[int]) -> None:
+    def __init__(self, pool: Pool, first: int, ids: array[int]) -> None:
         self.pool = pool
         """Where they are from."""
         self.first = first
@@ -105,8 +106,8 @@ class Request:
         """Positions of the cache that it can come to fill."""
         return len(self.prompt) + self.most_tokens - 1
 
-    def table(self, group: int) -> tuple[int, list[int]]:
-        """How many pages of the sequence come before those it has, and those it has, in a list that lives on."""
+    def table(self, group: int) -> tuple[int, array[int]]:
+        """How many pages of the sequence come before those it has, and those it has, in an array that lives on."""
         table = self.pages[group]
         return table.first, table.ids
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
@@ -138,7 +139,7 @@ class Serving:
             assert request.tokens == (right if request in self.whole else right[: len(request.tokens)])
         for shard in self.scheduler._shards:
             for pool in shard.pages.pools:
-                assert pool.take(pool.group.pages, [])
+                assert pool.take(pool.group.pages, array("i"))
             assert not shard.pages._root.children, "no page, no node"
 
 
