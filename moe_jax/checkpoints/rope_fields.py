@@ -31,11 +31,23 @@ def read_rope(
       theta: the base, where the file has none.
       fraction: how much of a head is rotated, where the file does not say.
     """
-    rope = rope_object(fields)
+    theta = fields.take("rope_theta", float, theta)
+    fraction = fields.take("partial_rotary_factor", float, fraction)
+    return _read(fields, rope_object(fields), head_dim, theta, fraction, interleaved)
+
+
+def read_rope_of(fields: Fields, layers: str, head_dim: int, *, fraction: float = 1.0) -> RopeConfig:
+    """That of layers of a kind, where `rope_parameters` has an object for each kind."""
+    rope = fields.inner(NEW).inner(layers)
+    return _read(fields, rope, head_dim, rope.take("rope_theta", float), fraction, interleaved=False)
+
+
+def _read(fields: Fields, rope: Fields, head_dim: int, theta: float, fraction: float, interleaved: bool) -> RopeConfig:
+    """From the object that describes it; base and fraction are those where it does not say."""
     kind = rope.any("rope_type", rope.any("type", "default"))
     rope.any("type", None)
-    theta = rope.take("rope_theta", float, fields.take("rope_theta", float, theta))
-    fraction = rope.take("partial_rotary_factor", float, fields.take("partial_rotary_factor", float, fraction))
+    theta = rope.take("rope_theta", float, theta)
+    fraction = rope.take("partial_rotary_factor", float, fraction)
     width = int(head_dim * fraction)
     if not isinstance(kind, str) or kind not in SCALINGS:
         fields.problem(f"rotary embedding of type {kind!r} is not supported (only {', '.join(SCALINGS)})")

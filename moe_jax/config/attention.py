@@ -30,6 +30,10 @@ class AttentionConfig:
     head_dim: int
     rope: RopeConfig | None
     """`None` where positions are not embedded."""
+    value_dim: int | None = None
+    """Width of a head's value; `None` for `head_dim`."""
+    value_scale: float = 1.0
+    """By which values are multiplied."""
     bias: bool = False
     """Whether the query, key and value projections add a bias."""
     output_bias: bool = False
@@ -47,10 +51,10 @@ class AttentionConfig:
     @property
     def cached_widths(self) -> tuple[int, int]:
         """Numbers that the cache holds of each KV head and position, as keys and as values."""
-        return self.head_dim, self.head_dim
+        return self.head_dim, self.value_dim or self.head_dim
 
     def __post_init__(self) -> None:
-        check_positive(self, "heads", "kv_heads", "head_dim", "clip", "scale", "window")
+        check_positive(self, "heads", "kv_heads", "head_dim", "value_dim", "value_scale", "clip", "scale", "window")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} attention heads cannot share {self.kv_heads} KV heads evenly")
         if self.rope is not None:

@@ -45,17 +45,17 @@ class HeadProjection(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, config: AttentionConfig, hidden: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
-        heads, kv_heads, width = config.heads, config.kv_heads, config.head_dim
+        heads, kv_heads, (width, value_width) = config.heads, config.kv_heads, config.cached_widths
         like = {"bias": config.bias, "dtype": dtype, "rngs": rngs}
         self.query = HeadProjection(hidden, heads, width, Role.HEADS, **like)
         self.key = HeadProjection(hidden, kv_heads, width, Role.KV_HEADS, **like)
-        self.value = HeadProjection(hidden, kv_heads, width, Role.KV_HEADS, **like)
+        self.value = HeadProjection(hidden, kv_heads, value_width, Role.KV_HEADS, **like)
         self.query_norm, self.key_norm = _qk_norms(config, eps, dtype=dtype)
         self.rotary = Rotary(config.rope, width) if config.rope else None
         self.scale = config.scale or width**-0.5
         self.sinks = parameter.zeros((heads,), (Role.HEADS,), dtype=dtype) if config.sinks else None
         self.output = parameter.normal(
-            rngs, (heads, width, hidden), (Role.HEADS, None, None), fan_in=heads * width, dtype=dtype
+            rngs, (heads, value_width, hidden), (Role.HEADS, None, None), fan_in=heads * value_width, dtype=dtype
         )
         self.output_bias = parameter.zeros((hidden,), (None,), dtype=dtype) if config.output_bias else None
 
@@ -66,14 +66,14 @@ class Attention(nnx.Module):
         view, cache = cache.write(layer, key, value, packing, self.config.window)
         with jax.named_scope("attend"):
             out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
-        part = jnp.einsum("thk,hkd->td", out, self.output[...])
+        part = jnp.einsum("thv,hvd->td", out, self.output[...])
         if self.output_bias is not None:
             part += jnp.where(placement.index(Role.HEADS) == 0, self.output_bias[...], 0)
         return step.residual.heads_partial_sum(part), cache
 
     def _project(
         self, x: Float[Array, "T D"], positions: Int32[Array, "T"], placement: Placement
-    ) -> tuple[Float[Array, "T H d"], Float[Array, "T K d"], Float[Array, "T K d"]]:
+    ) -> tuple[Float[Array, "T H d"], Float[Array, "T K d"], Float[Array, "T K v"]]:
         """Queries, keys and values, as they meet."""
         only = self._only_kv_head(placement)
         query, key, value = self.query(x), self.key(x, only), self.value(x, only)
@@ -86,7 +86,7 @@ class Attention(nnx.Module):
             query, key = self.rotary(query, positions), self.rotary(key, positions)
         if rotated_first:
             query, key = self._normalise(query, key, placement, only)
-        return query, key, value
+        return query, key, value * self.config.value_scale
 
     def _normalise(
         self,
@@ -101,7 +101,7 @@ class Attention(nnx.Module):
 
     def _attend(
         self, query: Float[Array, "T H d"], cached: Cached, grid: Grid, packing: Packing
-    ) -> Float[Array, "S C H d"]:
+    ) -> Float[Array, "S C H v"]:
         """Each row sees the positions up to its own, within the window."""
         own, positions = packing.to_grid(packing.positions, grid)[..., None], cached.positions[:, None]
         seen = positions <= own
@@ -135,11 +135,11 @@ def _qk_norms(
 def attend(
     query: Float[Array, "S C H d"],
     keys: Float[Array, "K S N d"],
-    values: Float[Array, "K S N d"],
+    values: Float[Array, "K S N v"],
     seen: Bool[Array, "S C N"],
     scale: float,
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "S C H d"]:
+) -> Float[Array, "S C H v"]:
     """Softmax attention; each KV head serves `H / K` neighbouring query heads. Scores and softmax are float32."""
     return weighted_values(products(query, keys) * scale, values, seen, sinks)
 

@@ -1,7 +1,7 @@
 """Where attention finds keys and values.
 
 G  stacked layers     K  KV heads of a device     P  pages of a token shard     p  positions of a page
-T  rows               S  lines of a grid          N  cached positions of a line     d  head width
+T  rows               S  lines of a grid          N  cached positions of a line     d, v  widths of keys and of values
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Cached(NamedTuple):
     """What the rows of a grid may look at."""
 
     keys: Float[Array, "K S N d"]
-    values: Float[Array, "K S N d"]
+    values: Float[Array, "K S N v"]
     """Zero, whatever the cache held, where nothing of the line was written."""
     positions: Int32[Array, "S N"]
     """Beyond every row's where nothing was written."""
@@ -52,7 +52,7 @@ class PagedCache:
     """
 
     keys: Float[Array, "G K P p d"]
-    values: Float[Array, "G K P p d"]
+    values: Float[Array, "G K P p v"]
 
     DIMS = (None, Role.HEADS, Role.TOKENS, None, None)
 

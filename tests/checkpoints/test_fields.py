@@ -133,6 +133,40 @@ HUB = {
         "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False,
         "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
     },
+    "mimo_v2_flash": {
+        "add_full_attention_sink_bias": False, "add_swa_attention_sink_bias": True, "attention_bias": False,
+        "attention_chunk_size": 128, "attention_value_scale": 0.707, "head_dim": 192, "hidden_act": "silu",
+        "hidden_size": 4096, "hybrid_layer_pattern": [int(i > 0 and (i + 1) % 6 > 0) for i in range(48)],
+        "intermediate_size": 16384, "layernorm_epsilon": 1e-05, "max_position_embeddings": 262144,
+        "model_type": "mimo_v2_flash", "moe_intermediate_size": 2048, "moe_layer_freq": [0] + [1] * 47, "n_group": 1,
+        "n_routed_experts": 256, "n_shared_experts": None, "norm_topk_prob": True, "num_attention_heads": 64,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "partial_rotary_factor": 0.334,
+        "rope_theta": 5000000, "routed_scaling_factor": None, "scoring_func": "sigmoid", "sliding_window": 128,
+        "sliding_window_size": 128, "swa_head_dim": 192, "swa_num_attention_heads": 64, "swa_num_key_value_heads": 8,
+        "swa_rope_theta": 10000, "swa_v_head_dim": 128, "tie_word_embeddings": False, "topk_group": 1,
+        "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 152576,
+    },
+}  # fmt: skip
+
+DEFAULT = {"rope_type": "default"}
+REWRITTEN: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    # The fields that transformers 5 leaves out of the file above, and those that it writes instead.
+    "mimo_v2_flash": (
+        (
+            "hybrid_layer_pattern", "moe_layer_freq", "layernorm_epsilon", "rope_theta", "partial_rotary_factor",
+            "swa_rope_theta", "sliding_window_size", "swa_num_key_value_heads",
+        ),
+        {
+            "layer_types": [
+                "sliding_attention" if i > 0 and (i + 1) % 6 > 0 else "full_attention" for i in range(48)
+            ],
+            "mlp_layer_types": ["dense"] + ["sparse"] * 47, "rms_norm_eps": 1e-5, "sliding_window": 129,
+            "rope_parameters": {
+                "full_attention": {**DEFAULT, "rope_theta": 5e6, "partial_rotary_factor": 0.334},
+                "sliding_attention": {**DEFAULT, "rope_theta": 1e4, "partial_rotary_factor": 0.334},
+            },
+        },
+    ),
 }  # fmt: skip
 
 
@@ -186,6 +220,15 @@ def test_more_files_of_the_hub() -> None:
     assert all(read(HUB[family]).hidden for family in HUB)
 
 
+def test_files_of_the_hub_whose_layers_differ() -> None:
+    mimo = read(HUB["mimo_v2_flash"])
+    assert [attended(mimo, layer).window for layer in range(7)] == [None, 129, 129, 129, 129, None, 129]
+    full, slides = attended(mimo, 0), attended(mimo, 1)
+    assert (full.kv_heads, slides.kv_heads, full.sinks, slides.sinks) == (4, 8, False, True)
+    assert (full.rope, slides.rope) == (RopeConfig(5e6, width=64), RopeConfig(1e4, width=64))
+    assert (slides.cached_widths, slides.value_scale) == ((192, 128), 0.707)
+
+
 def test_dense_layers_and_windows() -> None:
     config = changed("qwen3_moe", mlp_only_layers=[2], decoder_sparse_step=2, num_hidden_layers=6)
     kinds = ["dense" if isinstance(layer.ffn, DenseConfig) else "moe" for layer in config.layers]
@@ -225,6 +268,9 @@ def test_dense_layers_and_windows() -> None:
         ),
         ("qwen3_moe", {"mlp_only_layers": ["first"]}, r"mlp_only_layers must be a list of int, got \['first'\]"),
         ("mixtral", {"num_key_value_heads": 5}, "32 attention heads cannot share 5 KV heads"),
+        ("mimo_v2_flash", {"moe_layer_freq": [0, 2]}, r"moe_layer_freq must say 0 or 1 for each layer, got \[0, 2\]"),
+        ("mimo_v2_flash", {"hybrid_layer_pattern": [0]}, "layer_types must say .* for each of 48 layers"),
+        ("mimo_v2_flash", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.full_attention.rope_theta is mis"),
         ("mixtral", {"num_experts_per_tok": 9}, "top_k 9 exceeds the number of experts, 8"),
     ],
 )
@@ -256,6 +302,13 @@ def test_new_and_old_spellings_of_the_rope_base() -> None:
     raw = {**HUB["qwen3_moe"], "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     del raw["rope_theta"]
     assert read(raw) == old
+
+
+@pytest.mark.parametrize("family", REWRITTEN)
+def test_what_transformers_makes_of_a_file_of_the_hub_is_the_same(family: str) -> None:
+    left_out, written = REWRITTEN[family]
+    raw = {name: value for name, value in HUB[family].items() if name not in left_out}
+    assert read(raw | written) == read(HUB[family])
 
 
 def test_goldens_are_read() -> None:

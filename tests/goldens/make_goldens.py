@@ -258,6 +258,28 @@ CASES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1,
         "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "attention_bias": True, "norm_topk_prob": False,
     },
+    "mimo_v2_flash_gqa4_e8_top2": {  # attention: full, window, window, full; dense, sparse, sparse, sparse
+        "model_type": "mimo_v2_flash", "vocab_size": 70, "hidden_size": 24, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12, "v_head_dim": 8, "sliding_window": 4,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 16,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.334},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.334},
+        },
+    },
+    "mimo_v2_flash_gqa8_e8_top2_groups_bias": {  # attention: window, full; sparse, sparse
+        "model_type": "mimo_v2_flash", "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 6, "v_head_dim": 10, "sliding_window": 5,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "intermediate_size": 16,
+        "layer_types": ["sliding_attention", "full_attention"], "mlp_layer_types": ["sparse", "sparse"],
+        "n_group": 4, "topk_group": 2, "norm_topk_prob": False, "routed_scaling_factor": 2.5,
+        "attention_value_scale": None, "attention_bias": True,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.67},
+        },
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file

@@ -15,28 +15,32 @@ def feed_forwards(
       experts, shared: the fields that count them; shared experts are one MLP of the width of all.
       scale, dense, groups, kept: what the file may leave out.
     """
-    limit = group_limit(fields, GroupScore.BEST_TWO, groups, kept)
-    router = RouterConfig(
-        Score.SIGMOID,
-        selection_bias=True,
-        limit=limit,
-        norm=1 if fields.take("norm_topk_prob", bool, True) else None,
-        scale=fields.take("routed_scaling_factor", float, scale),
-    )
+    router = sigmoid_router(fields, scale=scale, groups=groups, kept=kept)
     moe = moe_of(fields, router, experts=experts, shared=shared)
     first = DenseConfig(fields.take("intermediate_size", int))
     return [first if is_dense else moe for is_dense in dense_layers(fields, dense)]
 
 
-def moe_of(fields: Fields, router: RouterConfig, *, experts: str, shared: str) -> MoEConfig:
-    """Routed experts of one width, and shared ones that are one MLP of the width of all."""
+def sigmoid_router(fields: Fields, *, scale: float, groups: int = 1, kept: int = 1) -> RouterConfig:
+    """Sigmoid scores, the choice made with a bias; the arguments are what the file may leave out."""
+    return RouterConfig(
+        Score.SIGMOID,
+        selection_bias=True,
+        limit=group_limit(fields, GroupScore.BEST_TWO, groups, kept),
+        norm=1 if fields.take("norm_topk_prob", bool, True) else None,
+        scale=fields.take("routed_scaling_factor", float, scale),
+    )
+
+
+def moe_of(fields: Fields, router: RouterConfig, *, experts: str, shared: str | None) -> MoEConfig:
+    """Routed experts of one width, and shared ones, where a field counts them, that are one MLP of the width of all."""
     width = fields.take("moe_intermediate_size", int)
     return MoEConfig(
         experts=fields.take(experts if fields.has(experts) else "num_local_experts", int),
         top_k=fields.take("num_experts_per_tok", int),
         width=width,
         router=router,
-        shared=SharedExpertConfig(width * fields.take(shared, int, 1), gated=False),
+        shared=None if shared is None else SharedExpertConfig(width * fields.take(shared, int, 1), gated=False),
     )
 
 

@@ -9,6 +9,9 @@ from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.rope_fields import read_rope
 from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""Kinds of layers, as `layer_types` names them."""
+
 
 def attention(
     fields: Fields, *, theta: float, fraction: float = 1.0, interleaved: bool = False, **choices: Any
@@ -64,9 +67,15 @@ def layer_windows(fields: Fields, layers: int, pattern: list[str]) -> list[int |
     Args:
       pattern: the types where the file has none.
     """
-    kinds = fields.take_list("layer_types", str) or pattern
-    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        fields.problem(f"layer_types must say sliding_attention or full_attention for each of {layers} layers")
-        return [None] * layers
     window = fields.take_optional("sliding_window", int)
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [window if kind == SLIDING else None for kind in layer_kinds(fields, layers, pattern)]
+
+
+def layer_kinds(fields: Fields, layers: int, pattern: list[str], near: str = SLIDING) -> list[str]:
+    """What `layer_types` says of each layer, or the pattern where the file has none; `near` is the kind of those that
+    are not full."""
+    kinds = fields.take_list("layer_types", str) or pattern
+    if len(kinds) != layers or not set(kinds) <= {near, FULL}:
+        fields.problem(f"layer_types must say {near} or {FULL} for each of {layers} layers")
+        return [FULL] * layers
+    return kinds
