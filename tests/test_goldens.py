@@ -47,6 +47,8 @@ FAMILIES: dict[str, dict[str, str]] = {
     "phimoe_gqa2_e8_bias": {"phimoe_gqa4_e4_longrope": "data=2,expert=2,tensor=2"},
     "deepseek_v2_e8_top3": {"deepseek_v2_e8_top2_groups_yarn": "data=2,expert=2,tensor=2"},
     "deepseek_v3_e8_top2_groups_yarn": {"deepseek_v3_e4_top2_halves": "expert=4,tensor=2"},
+    "llama4_text_gqa2_e8_top1": {},
+    "llama4_gqa4_e4_top2_bias": {},
     "mimo_v2_flash_gqa4_e8_top2": {"mimo_v2_flash_gqa8_e8_top2_groups_bias": "data=2,expert=2,tensor=2"},
 }
 """With another case of the family, and where it runs."""

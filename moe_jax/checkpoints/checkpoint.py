@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from moe_jax.checkpoints import export, loading, orbax_store
 from moe_jax.checkpoints.families import FAMILIES, Family
-from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.fields import TEXT, VISION, Fields
 from moe_jax.checkpoints.names import Region, regions
 from moe_jax.checkpoints.quantization import FIELD, Dequantised, read_quantization
 from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
@@ -34,6 +34,9 @@ from moe_jax.models import Parameters, ShardedDecoder
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
 DESCRIPTIONS = (".json", ".jinja", ".txt", ".model", ".md")
 """Files beside the weights that a converted checkpoint keeps: tokenizers, chat templates, licences."""
+
+PICTURES = ("vision_model.", "multi_modal_projector.", "vit_large_projector.")
+"""How the names of tensors begin that only pictures need."""
 
 
 class Checkpoint:
@@ -52,7 +55,7 @@ class Checkpoint:
         raw = _read_json(self.path / CONFIG)
         if raw is None:
             raise CheckpointError(f"{self.path / CONFIG} is missing: give a directory in Hugging Face layout")
-        self._raw = raw
+        self._raw, self._of_text = raw, _of_text(raw)
         self.family = family_of(raw)
         self._scales, self.config = Fields(raw).read(
             lambda fields: (read_quantization(fields), self.family.read(fields))
@@ -72,7 +75,7 @@ class Checkpoint:
     def _end_token_ids(self) -> frozenset[int]:
         """The tokens that end a sequence."""
         ids = (_read_json(self.path / GENERATION) or {}).get("eos_token_id")
-        ids = self._raw.get("eos_token_id") if ids is None else ids
+        ids = self._of_text.get("eos_token_id") if ids is None else ids
         listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if not all(type(token) is int for token in listed):
             raise CheckpointError(f"{self.path}: eos_token_id must be a token id or a list of them, got {ids!r}")
@@ -81,7 +84,7 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """The dtype that the weights were saved in, as config.json says."""
-        return str(self._raw.get("dtype") or self._raw.get("torch_dtype") or "bfloat16")
+        return str(self._of_text.get("dtype") or self._of_text.get("torch_dtype") or "bfloat16")
 
     def load(self, decoder: ShardedDecoder) -> Parameters:
         """The weights, on the decoder's mesh and in its dtype.
@@ -100,12 +103,14 @@ class Checkpoint:
             return loading.load(decoder.parameters, wanted, tensors)
 
     def _is_unused(self, tensor: str) -> bool:
-        """Whether a tensor may be there without being read: a tied head, and layers after the last, which guess further
-        tokens."""
+        """Whether a tensor may be there without being read: a tied head, layers after the last, which guess further
+        tokens, and what takes pictures."""
+        if self._raw.get(VISION) is not None and tensor.startswith(PICTURES):
+            return True
         if self.config.tied_embeddings and tensor in self.family.sources["head.table"].names:
             return True
         layer = re.match(r"model\.layers\.(\d+)\.", tensor)
-        extra = any(self._raw.get(name) for name in ("num_mtp_layers", "num_nextn_predict_layers"))
+        extra = any(self._of_text.get(name) for name in ("num_mtp_layers", "num_nextn_predict_layers"))
         return bool(extra and layer and int(layer[1]) >= len(self.config.layers))
 
     def save_orbax(self, path: str | Path, parameters: Parameters) -> None:
@@ -132,6 +137,13 @@ class Checkpoint:
                 raw = {name: value for name, value in self._raw.items() if name != FIELD}
                 (new / CONFIG).write_text(json.dumps(raw, indent=2))
             yield new
+
+
+def _of_text(raw_config: dict[str, Any]) -> dict[str, Any]:
+    """The fields, those of the part for text before those around it."""
+    inner = raw_config.get(TEXT)
+    said = {name: value for name, value in inner.items() if value is not None} if isinstance(inner, dict) else {}
+    return raw_config | said
 
 
 def family_of(raw_config: dict[str, Any]) -> Family:

@@ -72,6 +72,12 @@ def joined(name: str, *parameters: str) -> dict[str, Source]:
     return {parameter: replace(linear(name), joined=parameters) for parameter in parameters}
 
 
+def within(prefix: str, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The sources of a model that is a part of another."""
+    named = {name: tuple(prefix + each for each in source.names) for name, source in sources.items()}
+    return {name: replace(source, names=named[name]) for name, source in sources.items()}
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of the file, or some of its rows, and their place in a region."""

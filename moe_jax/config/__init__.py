@@ -4,7 +4,7 @@ A checkpoint family (`moe_jax.checkpoints.families`) turns a Hugging Face `confi
 other module reads only the small choices below and knows no family by name.
 """
 
-from moe_jax.config.attention import AttentionConfig, LatentAttentionConfig, QKNorm
+from moe_jax.config.attention import AttentionConfig, LatentAttentionConfig, QKNorm, TemperatureConfig, Window
 from moe_jax.config.feed_forward import (
     ClampedSwiGLUConfig,
     DenseConfig,
@@ -16,6 +16,7 @@ from moe_jax.config.feed_forward import (
     SharedExpertConfig,
     SparseMixerConfig,
     SwiGLUConfig,
+    Weighted,
 )
 from moe_jax.config.model import VOCAB_MULTIPLE, LayerConfig, ModelConfig, Norm
 from moe_jax.config.rope import (
@@ -52,5 +53,8 @@ __all__ = [
     "SharedExpertConfig",
     "SparseMixerConfig",
     "SwiGLUConfig",
+    "TemperatureConfig",
+    "Weighted",
+    "Window",
     "YarnScaling",
 ]

@@ -17,8 +17,31 @@ class QKNorm(Enum):
     """Each head, before the rotary embedding."""
     ROTATED_HEAD = auto()
     """Each head, after the rotary embedding."""
+    ROTATED_UNIT = auto()
+    """Each head, after the rotary embedding, to unit mean square: without a weight."""
     PROJECTION = auto()
     """All heads together, before the rotary embedding."""
+
+
+class Window(Enum):
+    """Which positions up to its own a position sees, where it does not see all."""
+
+    SLIDING = auto()
+    """The last ones, its own included, as many as the window has."""
+    CHUNKED = auto()
+    """Those of its chunk: chunks of the window's size follow each other from position 0 on."""
+
+
+@dataclass(frozen=True)
+class TemperatureConfig:
+    """Queries that grow with their position p, times `1 + strength * ln(1 + floor((p + 1) / interval))` (Nakanishi,
+    arXiv:2501.19399): a softmax over more positions would be flatter."""
+
+    interval: int
+    strength: float
+
+    def __post_init__(self) -> None:
+        check_positive(self, "interval", "strength")
 
 
 @dataclass(frozen=True)
@@ -45,8 +68,10 @@ class AttentionConfig:
     sinks: bool = False
     """Whether each head has one more score, a parameter, in its softmax, that goes to no value (Xiao et al.,
     arXiv:2309.17453)."""
+    temperature: TemperatureConfig | None = None
     window: int | None = None
-    """Sliding window: a position sees itself and the `window - 1` before it. `None` sees all before it."""
+    """A position sees no further back than the `window - 1` before it. `None` sees all before it."""
+    window_kind: Window = Window.SLIDING
 
     @property
     def cached_widths(self) -> tuple[int, int]:

@@ -111,6 +111,13 @@ class ClampedSwiGLUConfig:
         check_positive(self, "limit", "slope")
 
 
+class Weighted(Enum):
+    """What of an expert the router's weight multiplies."""
+
+    OUTPUT = auto()
+    INPUT = auto()
+
+
 @dataclass(frozen=True)
 class MoEConfig:
     """Routed experts and, in some models, a shared one."""
@@ -124,6 +131,7 @@ class MoEConfig:
     """Of the routed experts."""
     bias: bool = False
     """Whether the routed experts' projections add biases."""
+    weighted: Weighted = Weighted.OUTPUT
 
     def __post_init__(self) -> None:
         check_positive(self, "experts", "top_k", "width")

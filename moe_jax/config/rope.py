@@ -76,8 +76,8 @@ class Llama3Scaling:
 
     def __post_init__(self) -> None:
         check_positive(self, "factor", "low", "high", "original_positions")
-        if self.low >= self.high:
-            raise ConfigError(f"Llama3Scaling.low must be less than high, got {self.low} and {self.high}")
+        if self.low > self.high:
+            raise ConfigError(f"Llama3Scaling.low must not be more than high, got {self.low} and {self.high}")
 
 
 RopeScaling = LinearScaling | NTKScaling | YarnScaling | LongRopeScaling | Llama3Scaling

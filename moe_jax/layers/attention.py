@@ -15,13 +15,14 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
-from moe_jax.config import AttentionConfig, QKNorm
+from moe_jax.config import AttentionConfig, QKNorm, Window
 from moe_jax.layers import parameter
 from moe_jax.layers.cache import Cache, Cached
-from moe_jax.layers.norm import HeadNorm, ProjectionNorm
+from moe_jax.layers.norm import HeadNorm, ProjectionNorm, UnitHeadNorm
 from moe_jax.layers.parameter import HeadNumber, one_head
 from moe_jax.layers.rope import Rotary
 from moe_jax.layers.step import Grid, Packing, Step
+from moe_jax.layers.temperature import growth
 from moe_jax.sharding import PartialSum, Placement, Role
 
 C = TypeVar("C", bound=Cache)
@@ -77,7 +78,7 @@ class Attention(nnx.Module):
         """Queries, keys and values, as they meet."""
         only = self._only_kv_head(placement)
         query, key, value = self.query(x), self.key(x, only), self.value(x, only)
-        rotated_first = self.config.qk_norm is QKNorm.ROTATED_HEAD
+        rotated_first = self.config.qk_norm in (QKNorm.ROTATED_HEAD, QKNorm.ROTATED_UNIT)
         if not rotated_first:
             query, key = self._normalise(query, key, placement, only)
         if self.config.clip is not None:
@@ -86,6 +87,8 @@ class Attention(nnx.Module):
             query, key = self.rotary(query, positions), self.rotary(key, positions)
         if rotated_first:
             query, key = self._normalise(query, key, placement, only)
+        if self.config.temperature is not None:
+            query = (query * growth(self.config.temperature, positions)).astype(query.dtype)
         return query, key, value * self.config.value_scale
 
     def _normalise(
@@ -106,7 +109,7 @@ class Attention(nnx.Module):
         own, positions = packing.to_grid(packing.positions, grid)[..., None], cached.positions[:, None]
         seen = positions <= own
         if self.config.window is not None:
-            seen &= positions > own - self.config.window
+            seen &= positions >= first_seen(own, self.config.window, self.config.window_kind)
         sinks = None if self.sinks is None else self.sinks[...]
         return attend(packing.to_grid(query, grid), cached.keys, cached.values, seen, self.scale, sinks)
 
@@ -118,7 +121,12 @@ class Attention(nnx.Module):
 
 def _qk_norms(
     config: AttentionConfig, eps: float, *, dtype: DTypeLike
-) -> tuple[HeadNorm, HeadNorm] | tuple[ProjectionNorm, ProjectionNorm] | tuple[None, None]:
+) -> (
+    tuple[HeadNorm, HeadNorm]
+    | tuple[UnitHeadNorm, UnitHeadNorm]
+    | tuple[ProjectionNorm, ProjectionNorm]
+    | tuple[None, None]
+):
     """Those of queries and of keys."""
     match config.qk_norm:
         case None:
@@ -130,6 +138,17 @@ def _qk_norms(
             )
         case QKNorm.HEAD | QKNorm.ROTATED_HEAD:
             return HeadNorm(config.head_dim, eps, dtype=dtype), HeadNorm(config.head_dim, eps, dtype=dtype)
+        case QKNorm.ROTATED_UNIT:
+            return UnitHeadNorm(eps), UnitHeadNorm(eps)
+
+
+def first_seen(own: Int32[Array, "..."], window: int, kind: Window) -> Int32[Array, "..."]:
+    """The first position that a row sees from its own."""
+    match kind:
+        case Window.SLIDING:
+            return own - window + 1
+        case Window.CHUNKED:
+            return own // window * window
 
 
 def attend(

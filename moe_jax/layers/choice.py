@@ -38,14 +38,22 @@ class Scored:
 
     def __call__(self, logits: Float[Array, "T E"], selection_bias: Float[Array, "E"] | None) -> Chosen:
         scores = SCORES[self.config.score](logits)
-        judged = scores if selection_bias is None else scores + selection_bias
-        if self.config.limit is not None:
-            judged = within_best_groups(judged, self.config.limit)
+        judged = self._judged(logits, scores, selection_bias)
         _, experts = lax.top_k(judged, self.top_k)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.config.norm is not None:
             weights = weights / (_p_norm(weights, self.config.norm) + TINY)
         return Chosen(experts, weights * self.config.scale, scores)
+
+    def _judged(
+        self, logits: Float[Array, "T E"], scores: Float[Array, "T E"], selection_bias: Float[Array, "E"] | None
+    ) -> Float[Array, "T E"]:
+        """What the best are found by: the logits, where nothing but scores counts, as high scores of a sigmoid are all
+        rounded to 1."""
+        if selection_bias is None and self.config.limit is None:
+            return logits
+        judged = scores if selection_bias is None else scores + selection_bias
+        return judged if self.config.limit is None else within_best_groups(judged, self.config.limit)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, Weighted
 from moe_jax.layers import parameter
 from moe_jax.layers.activation import gated
 from moe_jax.layers.grouped_matmul import grouped_matmul
@@ -32,7 +32,7 @@ class Experts(nnx.Module):
         self.down = parameter.normal(
             rngs, (experts, width, hidden), (Role.EXPERTS, Role.FFN, None), fan_in=width, dtype=dtype
         )
-        self.activation = config.activation
+        self.activation, self.weighted = config.activation, config.weighted
         of_width, of_hidden = (Role.EXPERTS, None, Role.FFN), (Role.EXPERTS, None)
         self.gate_up_bias = parameter.zeros((experts, 2, width), of_width, dtype=dtype) if config.bias else None
         self.down_bias = parameter.zeros((experts, hidden), of_hidden, dtype=dtype) if config.bias else None
@@ -49,7 +49,7 @@ class Experts(nnx.Module):
         weights: Float[Array, "N k"],
         placement: Placement,
     ) -> Float[Array, "N D"]:
-        """The weighted outputs of the experts held here, summed per row: this device's part of the output."""
+        """The outputs of the experts held here, weighted, summed per row: this device's part of the output."""
         held = self.held
         local = experts - placement.index(Role.EXPERTS) * held
         here = (local >= 0) & (local < held)
@@ -59,7 +59,11 @@ class Experts(nnx.Module):
         sizes = jnp.bincount(assigned, length=held + 1)[:-1]
 
         with jax.named_scope("grouped_gated_mlp"):
-            out = self._outputs(x[order // experts.shape[1]], assigned[order], sizes, placement)
+            rows = x[order // experts.shape[1]]
+            if self.weighted is Weighted.INPUT:
+                rows *= weights.reshape(-1)[order, None].astype(x.dtype)
+                weights = jnp.ones_like(weights)
+            out = self._outputs(rows, assigned[order], sizes, placement)
 
         place = argsort(order).reshape(experts.shape)
         y = jnp.zeros(x.shape, jnp.float32)

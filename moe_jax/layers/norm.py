@@ -66,6 +66,18 @@ class HeadNorm(nnx.Module):
         return _unit(x, _mean_square(x, -1), self.eps) * self.weight[...]
 
 
+class UnitHeadNorm(nnx.Module):
+    """Scales each head by itself to unit mean square."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def __call__(
+        self, x: Float[Array, "T H d"], placement: Placement, only: HeadNumber | None = None
+    ) -> Float[Array, "T H d"]:
+        return _unit(x, _mean_square(x, -1), self.eps)
+
+
 class ProjectionNorm(nnx.Module):
     """RMS norm of all heads together, those of other devices too."""
 

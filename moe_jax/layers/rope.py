@@ -82,7 +82,7 @@ def stretched(frequencies: Float[np.ndarray, "f"], config: RopeConfig) -> Float[
             return frequencies / np.array(factors)
         case Llama3Scaling(factor, low, high, original_positions):
             waves = original_positions * frequencies / (2 * math.pi)
-            return _mix(frequencies, factor, kept=(waves - low) / (high - low))
+            return _mix(frequencies, factor, kept=(waves - low) / max(high - low, 1e-9))
         case YarnScaling(factor):
             return _mix(frequencies, factor, kept=1 - _yarn_ramp(scaling, config.theta, width))
 

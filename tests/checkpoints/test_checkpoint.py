@@ -23,6 +23,7 @@ from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import as_placement
 
 ONE, SHARDED = "qwen3_moe_gqa4_e8_top2", "mixtral_gqa8_e16_top4_sharded"
+PICTURES = "llama4_gqa4_e4_top2_bias"
 Tensors = dict[str, np.ndarray]
 
 
@@ -61,6 +62,19 @@ def test_to_orbax_and_back_gives_the_tensors_that_came_in(case: str, tmp_path: P
         assert got[name].dtype == value.dtype
         np.testing.assert_array_equal(got[name], value, err_msg=name)
     assert Checkpoint(tmp_path / "out").config == checkpoint.config
+
+
+def test_of_a_model_that_takes_pictures_the_text_is_read(tmp_path: Path) -> None:
+    case = Path(shutil.copytree(GOLDENS / PICTURES, tmp_path / PICTURES))
+    rewrite(case, lambda held: held.update({"vision_model.class_embedding": np.zeros(8, np.float32)}))
+    assert_equal(load(case), load(GOLDENS / PICTURES))
+    raw = json.loads((case / "config.json").read_text())
+    (case / "config.json").write_text(json.dumps({**raw, "vision_config": None}))
+    with pytest.raises(CheckpointError, match="class_embedding is not used"):
+        load(case)
+    raw["text_config"]["eos_token_id"] = [3, 4]
+    (case / "config.json").write_text(json.dumps(raw))
+    assert Checkpoint(case).end_token_ids == {3, 4}
 
 
 def test_large_exports_are_split_and_indexed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from moe_jax.config import (
     DenseConfig,
     GroupLimit,
     GroupScore,
+    Llama3Scaling,
     LongRopeScaling,
     ModelConfig,
     MoEConfig,
@@ -23,6 +24,7 @@ from moe_jax.config import (
     RopeConfig,
     RouterConfig,
     Score,
+    TemperatureConfig,
     YarnScaling,
 )
 from moe_jax.errors import ConfigError
@@ -133,6 +135,27 @@ HUB = {
         "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False,
         "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
     },
+    "llama4": {
+        "architectures": ["Llama4ForConditionalGeneration"], "boi_token_index": 200080, "eoi_token_index": 200081,
+        "image_token_index": 200092, "model_type": "llama4", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "text_config": {
+            "_attn_implementation_autoset": True, "attention_bias": False, "attention_chunk_size": 8192,
+            "attention_dropout": 0.0, "attn_scale": 0.1, "attn_temperature_tuning": 4, "bos_token_id": 200000,
+            "eos_token_id": [200001, 200007, 200008], "floor_scale": 8192, "for_llm_compressor": False,
+            "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+            "interleave_moe_layer_step": 1, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+            "max_position_embeddings": 10485760, "model_type": "llama4_text", "no_rope_layers": [],
+            "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48, "num_key_value_heads": 8,
+            "num_local_experts": 16, "output_router_logits": False, "pad_token_id": 200018, "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+            "torch_dtype": "bfloat16", "use_cache": True, "use_qk_norm": True, "vocab_size": 202048,
+        },
+        "vision_config": {"hidden_size": 1408, "model_type": "llama4_vision_model"},
+    },
     "mimo_v2_flash": {
         "add_full_attention_sink_bias": False, "add_swa_attention_sink_bias": True, "attention_bias": False,
         "attention_chunk_size": 128, "attention_value_scale": 0.707, "head_dim": 192, "hidden_act": "silu",
@@ -148,9 +171,21 @@ HUB = {
     },
 }  # fmt: skip
 
+HUB["llama4_text"] = HUB["llama4"]["text_config"]  # as a file of the text alone has it
 DEFAULT = {"rope_type": "default"}
 REWRITTEN: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     # The fields that transformers 5 leaves out of the file above, and those that it writes instead.
+    "llama4_text": (
+        ("rope_theta", "rope_scaling", "for_llm_compressor"),
+        {
+            "attn_temperature_tuning": True, "no_rope_layers": ([1] * 3 + [0]) * 12, "no_rope_layer_interval": 4,
+            "layer_types": (["chunked_attention"] * 3 + ["full_attention"]) * 12, "moe_layers": list(range(48)),
+            "rope_parameters": {
+                "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "rope_theta": 5e5,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+        },
+    ),
     "mimo_v2_flash": (
         (
             "hybrid_layer_pattern", "moe_layer_freq", "layernorm_epsilon", "rope_theta", "partial_rotary_factor",
@@ -227,6 +262,15 @@ def test_files_of_the_hub_whose_layers_differ() -> None:
     assert (full.kv_heads, slides.kv_heads, full.sinks, slides.sinks) == (4, 8, False, True)
     assert (full.rope, slides.rope) == (RopeConfig(5e6, width=64), RopeConfig(1e4, width=64))
     assert (slides.cached_widths, slides.value_scale) == ((192, 128), 0.707)
+    llama = read(HUB["llama4"])
+    assert llama == read(HUB["llama4_text"])
+    assert [attended(llama, layer).window for layer in range(5)] == [8192, 8192, 8192, None, 8192]
+    assert [attended(llama, layer).temperature for layer in (2, 3)] == [None, TemperatureConfig(8192, 0.1)]
+    assert [attended(llama, layer).qk_norm for layer in (2, 3)] == [QKNorm.ROTATED_UNIT, None]
+    assert attended(llama, 0).rope == RopeConfig(5e5, interleaved=True, scaling=Llama3Scaling(16.0, 1.0, 1.0, 8192))
+    assert attended(llama, 3).rope is None
+    few = read(HUB["llama4_text"] | {"interleave_moe_layer_step": 2})
+    assert [isinstance(layer.ffn, MoEConfig) for layer in few.layers[:4]] == [False, True, False, True]
 
 
 def test_dense_layers_and_windows() -> None:
@@ -268,6 +312,11 @@ def test_dense_layers_and_windows() -> None:
         ),
         ("qwen3_moe", {"mlp_only_layers": ["first"]}, r"mlp_only_layers must be a list of int, got \['first'\]"),
         ("mixtral", {"num_key_value_heads": 5}, "32 attention heads cannot share 5 KV heads"),
+        ("llama4", {"text_config": None}, "text_config.hidden_size is missing"),
+        ("llama4", {"text_config": HUB["llama4_text"] | {"depth": 2}}, "fields not understood.*text_config.depth"),
+        ("llama4", {"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
+        ("llama4_text", {"no_rope_layers": [2]}, "no_rope_layers must say 0 or 1 for each of 48 layers"),
+        ("llama4_text", {"layer_types": ["sliding_attention"]}, "layer_types must say chunked_attention or full_att"),
         ("mimo_v2_flash", {"moe_layer_freq": [0, 2]}, r"moe_layer_freq must say 0 or 1 for each layer, got \[0, 2\]"),
         ("mimo_v2_flash", {"hybrid_layer_pattern": [0]}, "layer_types must say .* for each of 48 layers"),
         ("mimo_v2_flash", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.full_attention.rope_theta is mis"),

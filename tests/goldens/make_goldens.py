@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).parent
@@ -35,6 +36,8 @@ STEPS = 8
 WEIGHT_GAIN = 1.5  # weights are randn * gain / sqrt(fan_in)
 MIN_TOKEN_GAP = 1e-3  # best to second-best logit, relative to the largest absolute logit
 MIN_ROUTER_GAP = 1e-3  # k-th to (k+1)-th router logit
+TEXT = "text_config"
+PICTURES = ("vision_model.", "multi_modal_projector.", "vit_large_projector.")
 SELECTION_BIAS = "e_score_correction_bias"
 GIVES_ROUTER_LOGITS = ("qwen3_moe", "qwen2_moe", "mixtral")  # those of other families differ in form
 NUDGE, MOST_CHANGE = 1e-4, 2e-2  # of the embeddings and, if no expert is swapped, of the logits; relative
@@ -280,15 +283,48 @@ CASES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.67},
         },
     },
+    "llama4_text_gqa2_e8_top1": {  # attention: chunks, full, chunks, full; dense, sparse, dense, sparse
+        "model_type": "llama4_text", "vocab_size": 70, "hidden_size": 24, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "no_rope_layer_interval": 2,
+        "attention_chunk_size": 4, "floor_scale": 3, "attn_scale": 0.7, "interleave_moe_layer_step": 2,
+        "num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size": 8, "intermediate_size_mlp": 16,
+    },
+    "llama4_gqa4_e4_top2_bias": {  # attention: chunks, chunks, full; all sparse
+        "model_type": "llama4",
+        "text_config": {
+            "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "head_dim": 8, "no_rope_layers": [1, 1, 0], "attention_chunk_size": 6,
+            "attn_temperature_tuning": False, "use_qk_norm": False, "attention_bias": True,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 8, "intermediate_size_mlp": 16,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 1.0, "original_max_position_embeddings": 16,
+            },
+        },
+        "vision_config": {
+            "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+            "image_size": 4, "patch_size": 2, "vision_output_dim": 8, "projector_input_dim": 8,
+            "projector_output_dim": 8,
+        },
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file
 
 
+def auto_class(settings: dict[str, Any]) -> type:
+    """What makes the model, which may take pictures too."""
+    return AutoModelForImageTextToText if TEXT in settings else AutoModelForCausalLM
+
+
 def build_model(settings: dict[str, Any]) -> PreTrainedModel:
     """A model with every parameter random, norms and biases included, drawn from torch's generator."""
-    config = AutoConfig.for_model(**settings, max_position_embeddings=64, bos_token_id=None, eos_token_id=None)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    common = {"max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None}
+    if TEXT in settings:
+        config = AutoConfig.for_model(**{**settings, TEXT: {**settings[TEXT], **common}})
+    else:
+        config = AutoConfig.for_model(**settings, **common)
+    model = auto_class(settings).from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape)
         if name.endswith(SELECTION_BIAS):
@@ -308,7 +344,7 @@ def build_model(settings: dict[str, Any]) -> PreTrainedModel:
 def greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompt with its greedy continuation, and the logits that chose each new token."""
     sequence, chosen_by = prompt, []
-    cache = DynamicCache(config=model.config) if use_cache else None
+    cache = DynamicCache(config=model.config.get_text_config()) if use_cache else None
     for step in range(STEPS):
         fed = sequence[-1:] if use_cache and step else sequence
         logits = model(fed[None], past_key_values=cache, use_cache=use_cache).logits[0, -1]
@@ -319,7 +355,7 @@ def greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> tup
 
 def compute_reference(model: PreTrainedModel, prompts: list[torch.Tensor]) -> dict[str, np.ndarray]:
     """The arrays of `reference.npz` but the seed; greedy decoding with and without a cache must agree."""
-    rows, length, vocab = len(prompts), max(map(len, prompts)), model.config.vocab_size
+    rows, length, vocab = len(prompts), max(map(len, prompts)), model.config.get_text_config().vocab_size
     reference = {
         "prompts": np.full((rows, length), -1, np.int32),
         "prompt_logits": np.zeros((rows, length, vocab), np.float32),
@@ -385,13 +421,23 @@ def find_jumps(model: PreTrainedModel, prompts: list[torch.Tensor], tokens: np.n
     embedding.copy_(held)
 
 
+def drop_pictures(file: Path) -> None:
+    """Leave out the tensors of a part that takes pictures, which text does not need."""
+    if not file.exists():
+        return
+    tensors = load_file(file)
+    of_text = {name: tensor for name, tensor in tensors.items() if not name.startswith(PICTURES)}
+    if len(of_text) < len(tensors):
+        save_file(of_text, file, metadata={"format": "pt"})
+
+
 def make_case(name: str) -> int:
     """Write the checkpoint and the reference of the first seed without faults, and return that seed."""
     folder = HERE / name
     for seed in count():
         torch.manual_seed(seed)
         model = build_model(CASES[name])
-        prompts = [torch.randint(model.config.vocab_size, (length,)) for length in PROMPT_LENGTHS]
+        prompts = [torch.randint(model.config.get_text_config().vocab_size, (length,)) for length in PROMPT_LENGTHS]
         reference = compute_reference(model, prompts)
         fault = next(find_faults(model, prompts, reference), None)
         if fault is None:
@@ -400,9 +446,10 @@ def make_case(name: str) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZES.get(name, "1GB"))
     (folder / "generation_config.json").unlink()
-    saved = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    saved = auto_class(CASES[name]).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     for key, array in compute_reference(saved, prompts).items():
         np.testing.assert_allclose(array, reference[key], rtol=1e-4, atol=1e-4, err_msg=f"{key} differ once saved")
+    drop_pictures(folder / "model.safetensors")
     np.savez_compressed(folder / "reference.npz", **reference, seed=seed)
     return seed
 

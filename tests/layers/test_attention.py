@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import RopeConfig
+from moe_jax.config import RopeConfig, TemperatureConfig, Window
 from moe_jax.layers import Grid, Packing, Table
-from moe_jax.layers.attention import attend
+from moe_jax.layers.attention import attend, first_seen
 from moe_jax.layers.cache import UNWRITTEN, PagedCache, Uncached
 from moe_jax.layers.rope import Rotary
+from moe_jax.layers.temperature import growth
 
 LINES, KV_HEADS, HEADS, WIDTH, PAGE, PAGES = 3, 2, 4, 4, 2, 7
 ONE, TWO = Grid(1, 1), Grid(2, 2)
@@ -96,6 +97,17 @@ def test_attend_is_grouped_softmax_attention() -> None:
         weights = np.exp(scores - scores.max())
         expected = weights / weights.sum() @ np.asarray(values[kv, line, :upto])
         np.testing.assert_allclose(got[line, chunk, head], expected, atol=1e-5)
+
+
+def test_windows_slide_and_chunks_follow_each_other() -> None:
+    own = jnp.arange(9)
+    assert first_seen(own, 4, Window.SLIDING).tolist() == [-3, -2, -1, 0, 1, 2, 3, 4, 5]
+    assert first_seen(own, 4, Window.CHUNKED).tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8]
+
+
+def test_queries_grow_once_an_interval() -> None:
+    grown = growth(TemperatureConfig(interval=3, strength=0.5), jnp.array([0, 1, 2, 4, 5]))
+    np.testing.assert_allclose(grown[:, 0, 0], 1 + 0.5 * np.log([1, 1, 2, 2, 3]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [1, 100])

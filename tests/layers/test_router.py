@@ -63,6 +63,12 @@ def test_sigmoid_scores_are_chosen_with_a_bias_from_the_best_groups_and_weighed_
     np.testing.assert_allclose(chosen.weights[0], 1.5 * scores / np.sqrt((scores**2).sum()), rtol=1e-6)
 
 
+def test_high_logits_are_told_apart_though_their_sigmoids_are_one() -> None:
+    chosen = Scored(RouterConfig(Score.SIGMOID), 1)(jnp.array([[30.0, 29.0, 31.0]]), None)
+    assert chosen.experts.tolist() == [[2]]
+    assert chosen.weights.tolist() == [[1.0]]
+
+
 def test_a_group_may_be_judged_by_its_best() -> None:
     limit = GroupLimit(groups=2, kept=1, score=GroupScore.BEST)
     chosen = Scored(RouterConfig(limit=limit), 2)(jnp.array([[3.0, 0.0, 2.9, 2.8]]), None)

@@ -1,0 +1,97 @@
+"""Llama 4 (Meta, 2025): chunks with rotary embedding, then full attention without; experts that take weighted rows."""
+
+from dataclasses import replace
+
+from moe_jax.checkpoints.families.llama_fields import FULL, attention, experts, layer_kinds, model
+from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import arranged, linear
+from moe_jax.config import (
+    AttentionConfig,
+    DenseConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    QKNorm,
+    RouterConfig,
+    Score,
+    SharedExpertConfig,
+    TemperatureConfig,
+    Weighted,
+    Window,
+)
+
+CHUNKED = "chunked_attention"
+FFN = "model.layers.{layer}.feed_forward."
+SHARED, EXPERTS = FFN + "shared_expert.", FFN + "experts."
+SOURCES = {
+    **MODEL,
+    **ATTENTION_BLOCK,
+    "ffn.swiglu.gate_up": linear(FFN + "gate_proj.weight", FFN + "up_proj.weight"),
+    "ffn.swiglu.down": linear(FFN + "down_proj.weight"),
+    "ffn.router.weight": linear(FFN + "router.weight"),
+    "ffn.experts.gate_up": arranged(EXPERTS + "gate_up_proj", here="e d p f", file="e d (p f)"),
+    "ffn.experts.down": arranged(EXPERTS + "down_proj", here="e f d", file="e f d"),
+    "ffn.shared.swiglu.gate_up": linear(SHARED + "gate_proj.weight", SHARED + "up_proj.weight"),
+    "ffn.shared.swiglu.down": linear(SHARED + "down_proj.weight"),
+}
+
+
+def read(fields: Fields) -> ModelConfig:
+    for name in ("for_llm_compressor", "cache_implementation"):
+        fields.any(name, None)
+    width = fields.take("intermediate_size", int)
+    moe = MoEConfig(
+        experts=experts(fields),
+        top_k=fields.take("num_experts_per_tok", int, 1),
+        width=width,
+        router=RouterConfig(Score.SIGMOID),
+        shared=SharedExpertConfig(width, gated=False),
+        weighted=Weighted.INPUT,
+    )
+    dense = DenseConfig(fields.take("intermediate_size_mlp", int))
+    layers = range(fields.take("num_hidden_layers", int))
+    step = fields.take("interleave_moe_layer_step", int, 1)
+    routed = set(fields.take_list("moe_layers", int)) if fields.has("moe_layers") else set(layers[step - 1 :: step])
+    return model(
+        fields,
+        [
+            LayerConfig(attended, moe if layer in routed else dense)
+            for layer, attended in zip(layers, _attentions(fields, len(layers)), strict=True)
+        ],
+        eps=1e-5,
+    )
+
+
+def _attentions(fields: Fields, layers: int) -> list[AttentionConfig]:
+    """Of each layer."""
+    bias, normed = fields.take("attention_bias", bool, False), fields.take("use_qk_norm", bool, True)
+    norm = QKNorm.ROTATED_UNIT if normed else None
+    rotated = attention(fields, theta=5e5, interleaved=True, bias=bias, output_bias=bias, qk_norm=norm)
+    plain = replace(rotated, rope=None, qk_norm=None, temperature=_temperature(fields))
+    rotates = _rotates(fields, layers)
+    kinds = layer_kinds(fields, layers, [CHUNKED if rope else FULL for rope in rotates], near=CHUNKED)
+    chunk = fields.take("attention_chunk_size", int, 8192)
+    near = {"window": chunk, "window_kind": Window.CHUNKED}
+    return [
+        replace(rotated if rope else plain, **({} if kind == FULL else near))
+        for rope, kind in zip(rotates, kinds, strict=True)
+    ]
+
+
+def _temperature(fields: Fields) -> TemperatureConfig | None:
+    interval, strength = fields.take("floor_scale", int, 8192), fields.take("attn_scale", float, 0.1)
+    tuned = fields.any("attn_temperature_tuning", True)
+    if not isinstance(tuned, int):
+        fields.problem(f"attn_temperature_tuning must be true or false, got {tuned!r}")
+    return TemperatureConfig(interval, strength) if tuned else None
+
+
+def _rotates(fields: Fields, layers: int) -> list[bool]:
+    """Which layers do: `no_rope_layers` says 1 for those."""
+    interval = fields.take("no_rope_layer_interval", int, 4)
+    listed = fields.take_list("no_rope_layers", int) or [int((layer + 1) % interval > 0) for layer in range(layers)]
+    if len(listed) != layers or set(listed) - {0, 1}:
+        fields.problem(f"no_rope_layers must say 0 or 1 for each of {layers} layers, got {listed}")
+        return [True] * layers
+    return [bool(rope) for rope in listed]
