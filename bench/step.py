@@ -49,7 +49,7 @@ class Decode:
         self.tokens: list[Int[Array, "shards*T"]] = []
         self._parameters, self._turns = parameters, turns
         pages = dict.fromkeys(decoder.windows, lines * -(-positions // PAGE))
-        self._caches = decoder.empty_caches(pages, PAGE)
+        self._caches = decoder.empty_caches(pages, PAGE, lines)
         self._slots = programs.empty_slots(lines, positions)
 
     def __call__(self) -> Int[Array, "shards*T"]:

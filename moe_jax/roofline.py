@@ -48,7 +48,7 @@ def roofline(
     """
     weights = held_bytes(decoder.parameters)
     pages = slots * -(-positions // PAGE)
-    caches = held_bytes(decoder.abstract_caches(dict.fromkeys(decoder.windows, pages), PAGE))
+    caches = held_bytes(decoder.abstract_caches(dict.fromkeys(decoder.windows, pages), PAGE, slots))
     flops = 2 * rows * sum(_visited(decoder)) / decoder.placement.mesh.devices.size
     return Roofline(
         weight_bytes=weights,

@@ -116,7 +116,7 @@ def packed(where: str, step: Mapping[Seat, Part]) -> tuple[Batch, list[int], lis
 
 def arguments(where: str, step: Mapping[Seat, Part]) -> tuple[nnx.State, Caches, Batch]:
     """Of `program`, for a first step."""
-    return parameters(where), decoder(where).empty_caches({None: PAGES}, PAGE), packed(where, step)[0]
+    return parameters(where), decoder(where).empty_caches({None: PAGES}, PAGE, SLOTS), packed(where, step)[0]
 
 
 def run(

@@ -50,6 +50,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "llama4_text_gqa2_e8_top1": {},
     "llama4_gqa4_e4_top2_bias": {},
     "mimo_v2_flash_gqa4_e8_top2": {"mimo_v2_flash_gqa8_e8_top2_groups_bias": "data=2,expert=2,tensor=2"},
+    "qwen3_next_e8_top2": {"qwen3_next_e4_top3_sparse_step": "data=2,expert=2,tensor=2"},
 }
 """With another case of the family, and where it runs."""
 MAIN_CASES = [*EVERYWHERE, *FAMILIES]

@@ -109,6 +109,8 @@ class Checkpoint:
             return True
         if self.config.tied_embeddings and tensor in self.family.sources["head.table"].names:
             return True
+        if tensor.startswith(self.family.unused):
+            return True
         layer = re.match(r"model\.layers\.(\d+)\.", tensor)
         extra = any(self._of_text.get(name) for name in ("num_mtp_layers", "num_nextn_predict_layers"))
         return bool(extra and layer and int(layer[1]) >= len(self.config.layers))

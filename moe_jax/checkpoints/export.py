@@ -49,7 +49,7 @@ def _tensors(regions: Iterable[Region], parameters: Parameters, dtype: np.dtype)
                 yield entry.name, np.ascontiguousarray(part)
                 continue
             whole, left = begun.pop(entry.name, (np.empty(entry.shape, dtype), entry.shape[0]))
-            whole[entry.rows] = part
+            entry.rows.of(whole)[...] = part.reshape(entry.rows.of(whole).shape)
             left -= len(part)
             if left:
                 begun[entry.name] = whole, left

@@ -41,6 +41,8 @@ class Source:
     counted."""
     joined: tuple[str, ...] = ()
     """Where one tensor holds several parameters after each other, along its first dimension: all of them."""
+    heads_of: str | None = None
+    """Where it does so head by head: the parameter with as many heads."""
 
 
 def plain(name: str) -> Source:
@@ -67,9 +69,37 @@ def arranged(*names: str, here: str, file: str) -> Source:
     return Source(names, checked)
 
 
-def joined(name: str, *parameters: str) -> dict[str, Source]:
-    """Linear layers whose outputs follow each other in one tensor."""
-    return {parameter: replace(linear(name), joined=parameters) for parameter in parameters}
+def convolution(name: str) -> Source:
+    """A convolution over positions of each number by itself: `[numbers, 1, positions]` in the file."""
+    return Source((name,), lambda dims: (tuple(range(dims - 1)), (), (dims - 1,)))
+
+
+def joined(
+    name: str, *parameters: str, source: Callable[[str], Source] = linear, heads_of: str | None = None
+) -> dict[str, Source]:
+    """Layers, linear ones by default, whose outputs follow each other in one tensor.
+
+    Args:
+      heads_of: a linear parameter of the block; for each of its heads the tensor holds a part of all the others.
+    """
+    return {parameter: replace(source(name), joined=parameters, heads_of=heads_of) for parameter in parameters}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The same rows of each of several equal parts of a tensor."""
+
+    parts: int
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.parts * (self.stop - self.start)
+
+    def of(self, tensor: np.ndarray) -> np.ndarray:
+        """`[parts, rows, ...]`, a view."""
+        return tensor.reshape(self.parts, -1, *tensor.shape[1:])[:, self.start : self.stop]
 
 
 def within(prefix: str, sources: Mapping[str, Source]) -> dict[str, Source]:
@@ -85,8 +115,8 @@ class Entry:
     name: str
     shape: tuple[int, ...]
     """Of the whole tensor."""
-    rows: slice | None
-    """The part of the first dimension that is meant, with both ends; `None` for all."""
+    rows: Rows | None
+    """The part of the first dimension that is meant; `None` for all."""
     at: Index
     """Numbers, and slices with both ends."""
     piece_shape: tuple[int, ...]
@@ -94,7 +124,7 @@ class Entry:
     """The piece's dimensions as the tensor has them, the slowest first."""
 
     def to_piece(self, tensor: np.ndarray) -> np.ndarray:
-        part = tensor if self.rows is None else tensor[self.rows]
+        part = tensor if self.rows is None else self.rows.of(tensor).reshape(self.part_shape)
         return part.reshape([self.piece_shape[dim] for dim in self.order]).transpose(np.argsort(self.order))
 
     def to_tensor(self, piece: np.ndarray) -> np.ndarray:
@@ -103,7 +133,7 @@ class Entry:
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        return self.shape if self.rows is None else (self.rows.stop - self.rows.start, *self.shape[1:])
+        return self.shape if self.rows is None else (self.rows.count, *self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -144,14 +174,21 @@ def regions(config: ModelConfig, parameters: Parameters, sources: Mapping[str, S
 
 def _joined_rows(
     source: Source, block: Path, path: Path, shapes: Mapping[Path, tuple[int, ...]]
-) -> tuple[slice, int] | None:
+) -> tuple[Rows, int] | None:
     """The rows of a joined tensor that are one parameter of a block, and how many rows it has in all."""
     if not source.joined:
         return None
-    paths = [(*block, *name.split(".")) for name in source.joined]
-    outputs = [math.prod(shapes[other][2:]) for other in paths]  # layers, inputs, outputs
-    first = sum(outputs[: paths.index(path)])
-    return slice(first, first + math.prod(shapes[path][2:])), sum(outputs)
+
+    def shape(name: str) -> tuple[int, ...]:
+        return shapes[(*block, *name.split("."))][1:]  # less that of layers
+
+    parts = 1 if source.heads_of is None else shape(source.heads_of)[1]
+    rows = [
+        math.prod(shape(name)[dim] for dim in source.layout(len(shape(name)))[0]) // parts for name in source.joined
+    ]
+    number = source.joined.index(".".join(map(str, path[len(block) :])))
+    first = sum(rows[:number])
+    return Rows(parts, first, first + rows[number]), parts * sum(rows)
 
 
 def _regions(
@@ -160,7 +197,7 @@ def _regions(
     param_shape: tuple[int, ...],
     repeat: int | None,
     layer: int,
-    rows: tuple[slice, int] | None,
+    rows: tuple[Rows, int] | None,
 ) -> Iterator[Region]:
     """Those of one layer of a parameter, or of one that is not stacked over layers."""
     for part, template in enumerate(source.names):
@@ -186,7 +223,7 @@ def _experts(shape: tuple[int, ...], dim: int | None) -> Iterator[tuple[int, dic
 
 
 def _entry(
-    name: str, region: tuple[int, ...], place: Mapping[int, int], source: Source, rows: tuple[slice, int] | None
+    name: str, region: tuple[int, ...], place: Mapping[int, int], source: Source, rows: tuple[Rows, int] | None
 ) -> Entry:
     """The tensor that lies at `place`, along dimensions that it does not have itself."""
     at = tuple(place.get(dim, slice(0, size)) for dim, size in enumerate(region))

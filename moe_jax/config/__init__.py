@@ -4,7 +4,14 @@ A checkpoint family (`moe_jax.checkpoints.families`) turns a Hugging Face `confi
 other module reads only the small choices below and knows no family by name.
 """
 
-from moe_jax.config.attention import AttentionConfig, LatentAttentionConfig, QKNorm, TemperatureConfig, Window
+from moe_jax.config.attention import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    OutputGate,
+    QKNorm,
+    TemperatureConfig,
+    Window,
+)
 from moe_jax.config.feed_forward import (
     ClampedSwiGLUConfig,
     DenseConfig,
@@ -19,6 +26,7 @@ from moe_jax.config.feed_forward import (
     Weighted,
 )
 from moe_jax.config.model import VOCAB_MULTIPLE, LayerConfig, ModelConfig, Norm
+from moe_jax.config.recurrent import DecayConfig, DeltaConfig, HeadGate, RecurrentConfig
 from moe_jax.config.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -33,9 +41,12 @@ __all__ = [
     "VOCAB_MULTIPLE",
     "AttentionConfig",
     "ClampedSwiGLUConfig",
+    "DecayConfig",
+    "DeltaConfig",
     "DenseConfig",
     "GroupLimit",
     "GroupScore",
+    "HeadGate",
     "LatentAttentionConfig",
     "LayerConfig",
     "LinearScaling",
@@ -45,7 +56,9 @@ __all__ = [
     "ModelConfig",
     "NTKScaling",
     "Norm",
+    "OutputGate",
     "QKNorm",
+    "RecurrentConfig",
     "RopeConfig",
     "RopeScaling",
     "RouterConfig",

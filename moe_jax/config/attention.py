@@ -44,6 +44,14 @@ class TemperatureConfig:
         check_positive(self, "interval", "strength")
 
 
+class OutputGate(Enum):
+    """What has a gate of its own, a sigmoid of a projection of the row, that multiplies attention's output."""
+
+    HEAD = auto()
+    CHANNEL = auto()
+    """Each number of each head."""
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
     """Grouped-query attention."""
@@ -72,6 +80,7 @@ class AttentionConfig:
     window: int | None = None
     """A position sees no further back than the `window - 1` before it. `None` sees all before it."""
     window_kind: Window = Window.SLIDING
+    output_gate: OutputGate | None = None
 
     @property
     def cached_widths(self) -> tuple[int, int]:
@@ -110,6 +119,7 @@ class LatentAttentionConfig:
     """Whether the projections to latents and to the output add biases."""
     eps: float = 1e-6
     """Of the norms of latents."""
+    output_gate: OutputGate | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "heads", "query_rank", "rank", "plain_width", "rotated_width", "value_width")

@@ -8,6 +8,7 @@ from enum import Enum, auto
 from moe_jax.config.attention import AttentionConfig, LatentAttentionConfig
 from moe_jax.config.feed_forward import DenseConfig, MoEConfig
 from moe_jax.config.numbers import check_positive
+from moe_jax.config.recurrent import RecurrentConfig
 from moe_jax.errors import ConfigError
 
 VOCAB_MULTIPLE = 128
@@ -16,7 +17,7 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class LayerConfig:
-    attention: AttentionConfig | LatentAttentionConfig
+    attention: AttentionConfig | LatentAttentionConfig | RecurrentConfig
     ffn: DenseConfig | MoEConfig
 
 
@@ -24,6 +25,8 @@ class Norm(Enum):
     """What normalises rows before blocks and before the head."""
 
     RMS = auto()
+    RMS_AROUND_ONE = auto()
+    """Scaled by one more than the weight; so are normalised queries and keys."""
     LAYER = auto()
     """Layer norm without a bias."""
     LAYER_WITH_BIAS = auto()
@@ -55,6 +58,11 @@ class ModelConfig:
             raise ConfigError("a head that is the embedding has no bias")
         if not self.layers:
             raise ConfigError("a model needs at least one layer, got none")
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layer keeps a state, which says nothing of any position but the last."""
+        return any(isinstance(layer.attention, RecurrentConfig) for layer in self.layers)
 
     @property
     def vocab_rows(self) -> int:

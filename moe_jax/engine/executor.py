@@ -32,7 +32,7 @@ class Executor:
         self.programs = programs
         self._crew = crew
         self._parameters, self._policy, self._sizes = parameters, policy, sizes
-        self._caches = programs.decoder.empty_caches(pages, PAGE)
+        self._caches = programs.decoder.empty_caches(pages, PAGE, sizes.slots)
         self._slots = self.programs.empty_slots(sizes.slots, sizes.positions)
         self._route = cache(self._decide)
 

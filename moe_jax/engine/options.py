@@ -70,13 +70,17 @@ class Options:
         else:
             room = policy.hardware.memory / policy.hardware.sharers(decoder.placement)
             room = max(room - held_bytes(decoder.parameters), 0) * self.cache_memory
-            share = min(room / held_bytes(decoder.abstract_caches(needed, PAGE)), 1)
+            states, everything = (
+                held_bytes(decoder.abstract_caches(held, PAGE, sizes.slots))
+                for held in (dict.fromkeys(needed, 0), needed)
+            )
+            share = min(max(room - states, 0) / max(everything - states, 1), 1)
             pages = {window: int(most * share) for window, most in needed.items()}
         if any(pages[window] < one[window] for window in pages):
             raise RequestError(
                 f"there is room for {min(pages.values())} pages of {PAGE} positions on each token shard, a sequence of "
-                f"{self.max_length} positions needs {max(one.values())}: ask for a smaller max_length, or give the "
-                "cache more (cache_pages, cache_memory), or more devices"
+                f"{self.max_length} positions needs {max(one.values())}: ask for a smaller max_length or "
+                "max_batch_size, or give the cache more (cache_pages, cache_memory), or more devices"
             )
         return pages
 
@@ -93,7 +97,7 @@ class Options:
             chunks=sizes.prompts,
             rows=sizes.prompt_rows,
             decode_steps=sizes.decode_steps,
-            prefix_cache=self.prefix_cache,
+            prefix_cache=self.prefix_cache and not decoder.config.recurrent,  # pages carry no states
         )
         executor = Executor(programs, parameters, policy, sizes, pages, crew)
         return Engine(Scheduler(limits), executor, sizes, decoder.placement)

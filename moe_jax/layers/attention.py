@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
-from moe_jax.config import AttentionConfig, QKNorm, Window
+from moe_jax.config import AttentionConfig, Norm, OutputGate, QKNorm, Window
 from moe_jax.layers import parameter
 from moe_jax.layers.cache import Cache, Cached
 from moe_jax.layers.norm import HeadNorm, ProjectionNorm, UnitHeadNorm
@@ -44,17 +44,20 @@ class HeadProjection(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: AttentionConfig, hidden: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: AttentionConfig, hidden: int, norm: Norm, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         self.config = config
         heads, kv_heads, (width, value_width) = config.heads, config.kv_heads, config.cached_widths
         like = {"bias": config.bias, "dtype": dtype, "rngs": rngs}
         self.query = HeadProjection(hidden, heads, width, Role.HEADS, **like)
         self.key = HeadProjection(hidden, kv_heads, width, Role.KV_HEADS, **like)
         self.value = HeadProjection(hidden, kv_heads, value_width, Role.KV_HEADS, **like)
-        self.query_norm, self.key_norm = _qk_norms(config, eps, dtype=dtype)
+        self.query_norm, self.key_norm = _qk_norms(config, norm, eps, dtype=dtype)
         self.rotary = Rotary(config.rope, width) if config.rope else None
         self.scale = config.scale or width**-0.5
         self.sinks = parameter.zeros((heads,), (Role.HEADS,), dtype=dtype) if config.sinks else None
+        self.gate = output_gate(config.output_gate, hidden, heads, value_width, dtype=dtype, rngs=rngs)
         self.output = parameter.normal(
             rngs, (heads, value_width, hidden), (Role.HEADS, None, None), fan_in=heads * value_width, dtype=dtype
         )
@@ -67,6 +70,8 @@ class Attention(nnx.Module):
         view, cache = cache.write(layer, key, value, packing, self.config.window)
         with jax.named_scope("attend"):
             out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
+        if self.gate is not None:
+            out *= jax.nn.sigmoid(self.gate(x))
         part = jnp.einsum("thv,hvd->td", out, self.output[...])
         if self.output_bias is not None:
             part += jnp.where(placement.index(Role.HEADS) == 0, self.output_bias[...], 0)
@@ -119,8 +124,18 @@ class Attention(nnx.Module):
         return None if devices <= kv_heads else placement.index(Role.HEADS) // (devices // kv_heads)
 
 
+def output_gate(
+    gate: OutputGate | None, hidden: int, heads: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+) -> HeadProjection | None:
+    """What, after a sigmoid, multiplies the output of heads of this width."""
+    if gate is None:
+        return None
+    width = 1 if gate is OutputGate.HEAD else width
+    return HeadProjection(hidden, heads, width, Role.HEADS, bias=False, dtype=dtype, rngs=rngs)
+
+
 def _qk_norms(
-    config: AttentionConfig, eps: float, *, dtype: DTypeLike
+    config: AttentionConfig, norm: Norm, eps: float, *, dtype: DTypeLike
 ) -> (
     tuple[HeadNorm, HeadNorm]
     | tuple[UnitHeadNorm, UnitHeadNorm]
@@ -137,7 +152,8 @@ def _qk_norms(
                 ProjectionNorm(config.kv_heads, config.head_dim, eps, Role.KV_HEADS, dtype=dtype),
             )
         case QKNorm.HEAD | QKNorm.ROTATED_HEAD:
-            return HeadNorm(config.head_dim, eps, dtype=dtype), HeadNorm(config.head_dim, eps, dtype=dtype)
+            like = {"around_one": norm is Norm.RMS_AROUND_ONE, "dtype": dtype}
+            return HeadNorm(config.head_dim, eps, **like), HeadNorm(config.head_dim, eps, **like)
         case QKNorm.ROTATED_UNIT:
             return UnitHeadNorm(eps), UnitHeadNorm(eps)
 

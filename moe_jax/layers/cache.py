@@ -1,4 +1,4 @@
-"""Where attention finds keys and values.
+"""Where attention finds keys and values; what recurrent layers remember is in `states.py`.
 
 G  stacked layers     K  KV heads of a device     P  pages of a token shard     p  positions of a page
 T  rows               S  lines of a grid          N  cached positions of a line     d, v  widths of keys and of values
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.layers.step import Grid, Packing
-from moe_jax.sharding import Role
 
 Heads = Float[Array, "T K d"]
 
@@ -53,8 +52,6 @@ class PagedCache:
 
     keys: Float[Array, "G K P p d"]
     values: Float[Array, "G K P p v"]
-
-    DIMS = (None, Role.HEADS, Role.TOKENS, None, None)
 
     def write(
         self, layer: Int32[Array, ""], keys: Heads, values: Heads, packing: Packing, window: int | None

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.config import LatentAttentionConfig
 from moe_jax.layers import parameter
-from moe_jax.layers.attention import HeadProjection, attend, products, weighted_values
+from moe_jax.layers.attention import HeadProjection, attend, output_gate, products, weighted_values
 from moe_jax.layers.cache import Cache, Cached
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import Rotary
@@ -65,6 +65,7 @@ class LatentAttention(nnx.Module):
             rngs, (rank, heads, config.plain_width + out), (None, Role.HEADS, None), fan_in=rank, dtype=dtype
         )
         self.rotary = Rotary(config.rope, config.rotated_width)
+        self.gate = output_gate(config.output_gate, hidden, heads, out, dtype=dtype, rngs=rngs)
         self.output = parameter.normal(
             rngs, (heads, out, hidden), (Role.HEADS, None, None), fan_in=heads * out, dtype=dtype
         )
@@ -79,6 +80,8 @@ class LatentAttention(nnx.Module):
         view, cache = cache.write(layer, rotated, latent, packing, self.config.window)
         with jax.named_scope("attend"):
             out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
+        if self.gate is not None:
+            out *= jax.nn.sigmoid(self.gate(x))
         part = jnp.einsum("thv,hvd->td", out, self.output[...])
         if self.output_bias is not None:
             part += jnp.where(placement.index(Role.HEADS) == 0, self.output_bias[...], 0)

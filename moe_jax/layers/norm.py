@@ -19,15 +19,16 @@ from moe_jax.sharding.collectives import sum_devices
 
 
 class RMSNorm(nnx.Module):
-    """Scales the last dimension to unit mean square, then by a weight (Zhang and Sennrich, arXiv:1910.07467). Sums in
-    float32."""
+    """Scales the last dimension to unit mean square, then by a weight (Zhang and Sennrich, arXiv:1910.07467), or by one
+    more than it. Sums in float32."""
 
-    def __init__(self, width: int, eps: float, *, dtype: DTypeLike) -> None:
-        self.eps = eps
-        self.weight = parameter.ones((width,), (None,), dtype=dtype)
+    def __init__(self, width: int, eps: float, *, around_one: bool = False, dtype: DTypeLike) -> None:
+        self.eps, self.around_one = eps, around_one
+        self.weight = (parameter.zeros if around_one else parameter.ones)((width,), (None,), dtype=dtype)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return _unit(x, _mean_square(x, -1), self.eps) * self.weight[...]
+        unit, weight = _unit(x, _mean_square(x, -1), self.eps), self.weight[...]
+        return (unit * (1 + weight.astype(jnp.float32))).astype(x.dtype) if self.around_one else unit * weight
 
 
 class LayerNorm(nnx.Module):
@@ -48,22 +49,18 @@ class LayerNorm(nnx.Module):
 
 def row_norm(norm: Norm, width: int, eps: float, *, dtype: DTypeLike) -> RMSNorm | LayerNorm:
     """The norm of rows that a model asks for."""
-    if norm is Norm.RMS:
-        return RMSNorm(width, eps, dtype=dtype)
+    if norm in (Norm.RMS, Norm.RMS_AROUND_ONE):
+        return RMSNorm(width, eps, around_one=norm is Norm.RMS_AROUND_ONE, dtype=dtype)
     return LayerNorm(width, eps, bias=norm is Norm.LAYER_WITH_BIAS, dtype=dtype)
 
 
-class HeadNorm(nnx.Module):
+class HeadNorm(RMSNorm):
     """RMS norm of each head by itself."""
 
-    def __init__(self, head_dim: int, eps: float, *, dtype: DTypeLike) -> None:
-        self.eps = eps
-        self.weight = parameter.ones((head_dim,), (None,), dtype=dtype)
-
     def __call__(
-        self, x: Float[Array, "T H d"], placement: Placement, only: HeadNumber | None = None
+        self, x: Float[Array, "T H d"], placement: Placement | None = None, only: HeadNumber | None = None
     ) -> Float[Array, "T H d"]:
-        return _unit(x, _mean_square(x, -1), self.eps) * self.weight[...]
+        return super().__call__(x)
 
 
 class UnitHeadNorm(nnx.Module):

@@ -4,7 +4,8 @@
     C  the most rows of a line   N  pages of a line, in one table
 
 A line is what one table of pages serves: the last token of a sequence that decodes, or some neighbouring tokens of a
-prompt. A long piece of a prompt may be several lines: in each layer all rows are written before any is read.
+prompt. A long piece of a prompt may be several lines: in each layer all rows are written before any is read. Lines of
+one sequence, and so their rows, follow each other in order.
 """
 
 from __future__ import annotations
@@ -98,11 +99,14 @@ class Step:
     """Those that this device keeps between blocks."""
     residual: Residual
     combine: Combine
+    slots: Int32[Array, "L"]
+    """Where what is remembered of each line's sequence is kept; beyond all slots for a line without rows."""
 
     @classmethod
-    def of(cls, rows: Rows, packing: Packing, route: Route) -> Step:
-        """Of the rows of a token shard."""
-        return cls(packing, route.residual.rows(rows), route.residual, route.combine)
+    def of(cls, rows: Rows, packing: Packing, route: Route, slots: Int32[Array, "L"] | None = None) -> Step:
+        """Of the rows of a token shard; without `slots`, each line is a sequence of its own."""
+        slots = jnp.arange(packing.starts.shape[0]) if slots is None else slots
+        return cls(packing, route.residual.rows(rows), route.residual, route.combine, slots)
 
     @property
     def capacity(self) -> int:

@@ -14,12 +14,24 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.config import LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
-from moe_jax.layers import Attention, Cache, DenseMLP, LatentAttention, Load, MoE, Step, Vocabulary, row_norm
+from moe_jax.config import DeltaConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig, RecurrentConfig
+from moe_jax.layers import (
+    Attention,
+    Cache,
+    DeltaAttention,
+    DenseMLP,
+    LatentAttention,
+    Load,
+    MoE,
+    States,
+    Step,
+    Vocabulary,
+    row_norm,
+)
 from moe_jax.models.grouping import Group, group_layers
 
-Caches = list[list[Cache]]
-"""A cache for each layer of the unit of each group, its arrays stacked over the repeats."""
+Caches = list[list[Cache | States]]
+"""A cache for each layer of the unit of each group, of the kind that it takes, its arrays stacked over the repeats."""
 
 
 class Block(nnx.Module):
@@ -29,11 +41,9 @@ class Block(nnx.Module):
         hidden, eps = model.hidden, model.norm_eps
         self.residual_scale = model.residual_scale
         self.attention_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
-        self.attention = (
-            LatentAttention(layer.attention, hidden, dtype=dtype, rngs=rngs)
-            if isinstance(layer.attention, LatentAttentionConfig)
-            else Attention(layer.attention, hidden, eps, dtype=dtype, rngs=rngs)
-        )
+        mixer = _mixer(layer, model, dtype=dtype, rngs=rngs)
+        recurrent = isinstance(layer.attention, RecurrentConfig)
+        self.attention, self.recurrence = (None, mixer) if recurrent else (mixer, None)
         self.ffn_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
         self.ffn = (
             MoE(layer.ffn, hidden, dtype=dtype, rngs=rngs)
@@ -42,15 +52,31 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B D"], step: Step, cache: Cache, repeat: Int32[Array, ""]
-    ) -> tuple[Float[Array, "B D"], Cache, Load | None]:
+        self, x: Float[Array, "B D"], step: Step, cache: Any, repeat: Int32[Array, ""]
+    ) -> tuple[Float[Array, "B D"], Any, Load | None]:
+        mixer = self.recurrence if self.attention is None else self.attention
+        assert mixer is not None
         with jax.named_scope("attention"):
             rows = step.residual.all_rows(self.attention_norm(x), step.capacity)
-            attended, cache = self.attention(rows, step, cache, repeat)
+            attended, cache = mixer(rows, step, cache, repeat)
             x = x + step.residual.sum_heads(attended) * self.residual_scale
         with jax.named_scope("ffn"):
             y, load = self.ffn(self.ffn_norm(x), step.rows, step.combine)
         return x + y * self.residual_scale, cache, load
+
+
+def _mixer(
+    layer: LayerConfig, model: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs
+) -> Attention | LatentAttention | DeltaAttention:
+    """What takes a row's part of other positions of its sequence."""
+    hidden, eps = model.hidden, model.norm_eps
+    match layer.attention:
+        case LatentAttentionConfig() as config:
+            return LatentAttention(config, hidden, dtype=dtype, rngs=rngs)
+        case DeltaConfig() as config:
+            return DeltaAttention(config, hidden, eps, dtype=dtype, rngs=rngs)
+        case config:
+            return Attention(config, hidden, model.norm, eps, dtype=dtype, rngs=rngs)
 
 
 class Stack(nnx.Module):
@@ -66,12 +92,12 @@ class Stack(nnx.Module):
         self.unit = stacked(rngs)
 
     def __call__(
-        self, x: Float[Array, "B D"], step: Step, caches: list[Cache]
-    ) -> tuple[Float[Array, "B D"], list[Cache], list[Load]]:
+        self, x: Float[Array, "B D"], step: Step, caches: list[Cache | States]
+    ) -> tuple[Float[Array, "B D"], list[Cache | States], list[Load]]:
         """The loads' arrays are stacked over the repeats."""
         blocks, parameters = nnx.split(self.unit)
 
-        def body(carry: tuple[Array, list[Cache]], repeat: tuple[Array, Any]) -> tuple[Any, list[Load]]:
+        def body(carry: tuple[Array, list[Cache | States]], repeat: tuple[Array, Any]) -> tuple[Any, list[Load]]:
             (x, caches), (index, parameters) = carry, repeat
             written, loads = [], []
             for block, cache in zip(nnx.merge(blocks, parameters), caches, strict=True):

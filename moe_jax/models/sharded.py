@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moe_jax.config import LayerConfig, ModelConfig, MoEConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, RecurrentConfig
 from moe_jax.errors import ConfigError
-from moe_jax.layers import Cache, PagedCache, Step, parameter
+from moe_jax.layers import PagedCache, SlotStates, Step, parameter
+from moe_jax.layers.states import STATE_DTYPE
 from moe_jax.models.batch import Batch
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import group_layers
@@ -110,28 +112,35 @@ class ShardedDecoder:
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
-        """How far back layers look, each distance once: those that look equally far share tables of pages."""
-        return tuple(dict.fromkeys(layer.attention.window for layer in self.config.layers))
+        """How far back layers look, each distance once: those that look equally far share tables of pages. Recurrent
+        layers have none; where there are no others, positions are counted as if one looked back to the first."""
+        attended = (layer.attention for layer in self.config.layers)
+        looks = (each.window for each in attended if not isinstance(each, RecurrentConfig))
+        return tuple(dict.fromkeys(looks)) or (None,)
 
-    def abstract_caches(self, pages: Mapping[int | None, int], page: int) -> Caches:
+    def abstract_caches(self, pages: Mapping[int | None, int], page: int, slots: int) -> Caches:
         """The shapes, dtypes and shardings of KV caches of so many pages of `page` positions on each token shard, for
-        each of the `windows`."""
+        each of the `windows`, and of the states of `slots` sequences on each."""
         placement, shards = self.placement, self.placement.size(Role.TOKENS)
 
-        def abstract(repeats: int, layer: LayerConfig, width: int) -> Any:
-            attention = layer.attention
-            kv_heads = max(attention.kv_heads, placement.size(Role.HEADS))
-            shape = (repeats, kv_heads, shards * pages[attention.window], page, width)
-            return jax.ShapeDtypeStruct(shape, self.dtype, sharding=placement.sharding(PagedCache.DIMS, shape))
+        def abstract(repeats: int, heads: int, places: int, *rest: int, dtype: DTypeLike = self.dtype) -> Any:
+            shape = (repeats, max(heads, placement.size(Role.HEADS)), shards * places, *rest)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(placement.mesh, self.cache_spec))
 
-        def cache(repeats: int, layer: LayerConfig) -> Cache:
-            return PagedCache(*(abstract(repeats, layer, width) for width in layer.attention.cached_widths))
+        def cache(repeats: int, layer: LayerConfig) -> PagedCache | SlotStates:
+            attention = layer.attention
+            if isinstance(attention, RecurrentConfig):
+                recent = (abstract(repeats, heads, slots, *rest) for heads, *rest in attention.recent_shapes)
+                heads, *rest = attention.state_shape
+                return SlotStates(tuple(recent), abstract(repeats, heads, slots, *rest, dtype=STATE_DTYPE))
+            of_window, widths = pages[attention.window], attention.cached_widths
+            return PagedCache(*(abstract(repeats, attention.kv_heads, of_window, page, width) for width in widths))
 
         return [[cache(group.repeats, layer) for layer in group.unit] for group in group_layers(self.config.layers)]
 
-    def empty_caches(self, pages: Mapping[int | None, int], page: int) -> Caches:
+    def empty_caches(self, pages: Mapping[int | None, int], page: int, slots: int) -> Caches:
         """Zeroed caches, as `abstract_caches`."""
-        abstract = self.abstract_caches(pages, page)
+        abstract = self.abstract_caches(pages, page, slots)
         return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), abstract)
 
     def per_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -155,7 +164,8 @@ class ShardedDecoder:
 
     @property
     def cache_spec(self) -> PartitionSpec:
-        return self.placement.spec(PagedCache.DIMS, (0,) * len(PagedCache.DIMS))
+        """Of every array of every cache, whatever follows its first dimensions: layers, heads, pages or slots."""
+        return PartitionSpec(None, *self.placement.spec((Role.HEADS, Role.TOKENS), (0, 0)))
 
     def all_logits(
         self, parameters: Parameters, caches: Caches, batch: Batch, route: Route

@@ -81,7 +81,7 @@ class Programs:
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), parcel, self._shardings(parcel)
         )
-        caches = decoder.abstract_caches(dict.fromkeys(decoder.windows, lines * pages), PAGE)
+        caches = decoder.abstract_caches(dict.fromkeys(decoder.windows, lines * pages), PAGE, lines)
         step = partial(advance, route=route, asked=Asked())
         return self._compile(step, decoder.parameters, caches, self.abstract_slots(lines, positions), abstract)
 

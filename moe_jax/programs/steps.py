@@ -146,7 +146,7 @@ def _step(
     tokens = jnp.where(turn.batch.tokens < 0, on_tape, turn.batch.tokens)
     tape = tape.at[row_slots, packing.positions].set(tokens, mode="drop")
 
-    x, caches, _ = decoder(tokens, Step.of(turn.batch.rows, packing, route), caches)
+    x, caches, _ = decoder(tokens, Step.of(turn.batch.rows, packing, route, turn.slots), caches)
     with jax.named_scope("head"):
         last = packing.starts + packing.lengths - 1
         logits = decoder.vocabulary.logits(x.at[last].get(mode="clip"))

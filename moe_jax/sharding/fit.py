@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_jax.config import DenseConfig, LayerConfig, ModelConfig
+from moe_jax.config import DeltaConfig, DenseConfig, LayerConfig, ModelConfig
 from moe_jax.errors import PlacementError
 from moe_jax.sharding.placement import Placement, Role
 
@@ -19,15 +19,23 @@ def check_fit(config: ModelConfig, placement: Placement) -> None:
         if count % placement.size(role)
     ]
     heads = placement.size(Role.HEADS)
-    for kv_heads in dict.fromkeys(layer.attention.kv_heads for layer in config.layers):
-        if kv_heads % heads and heads % kv_heads:
+    for shared, kind in dict.fromkeys(_shared_heads(layer) for layer in config.layers):
+        if shared % heads and heads % shared:
             over = placement.written(Role.HEADS)
-            problems.append(f"{kv_heads} KV heads neither divide over {over} nor repeat evenly on them")
+            problems.append(f"{shared} {kind} neither divide over {over} nor repeat evenly on them")
     if problems:
         raise PlacementError(
             f"the model does not fit the placement: {'; '.join(problems)} "
             "(choose a mesh whose axes divide these numbers)"
         )
+
+
+def _shared_heads(layer: LayerConfig) -> tuple[int, str]:
+    """How many heads of a layer several of its heads share, and what they are called."""
+    attention = layer.attention
+    return (
+        (attention.key_heads, "key heads") if isinstance(attention, DeltaConfig) else (attention.kv_heads, "KV heads")
+    )
 
 
 def _split(layer: LayerConfig) -> Iterator[tuple[str, int, Role]]:

@@ -13,8 +13,9 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from moe_jax.config import RecurrentConfig
 from moe_jax.errors import ConfigError
-from moe_jax.layers import Load, Step, Uncached
+from moe_jax.layers import Load, Stateless, Step, Uncached
 from moe_jax.models import Batch, Caches, Decoder, Parameters, ShardedDecoder
 from moe_jax.models.grouping import group_layers
 from moe_jax.sharding import EXACT, Role, Route
@@ -40,7 +41,10 @@ def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, 
         raise ConfigError("losses need rows that are gathered exactly: rounding has no gradient")
     batch = examples.batch
     groups = group_layers(decoder.config.layers)
-    caches: Caches = [[Uncached() for _ in group.unit] for group in groups]
+    caches: Caches = [
+        [Stateless() if isinstance(layer.attention, RecurrentConfig) else Uncached() for layer in group.unit]
+        for group in groups
+    ]
     axes, kept = (here.axes(Role.TOKENS) for here in (decoder.placement, route.residual.blocks))
 
     def run(model: Decoder, batch: Batch, targets: Array) -> Losses:

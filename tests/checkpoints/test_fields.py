@@ -16,6 +16,7 @@ from moe_jax.config import (
     DenseConfig,
     GroupLimit,
     GroupScore,
+    LatentAttentionConfig,
     Llama3Scaling,
     LongRopeScaling,
     ModelConfig,
@@ -247,7 +248,9 @@ def test_more_files_of_the_hub() -> None:
         1.5e5, scaling=YarnScaling(32.0, 4096, 0.1 * math.log(32) + 1, 32, 1, False)
     )
     assert attended(phi).rope == RopeConfig(1e4, scaling=LongRopeScaling((2.0,) * 64, 1.25))
-    assert deepseek.layers[0].attention.cached_widths == (64, 512)
+    latent = deepseek.layers[0].attention
+    assert isinstance(latent, LatentAttentionConfig)
+    assert latent.cached_widths == (64, 512)
     moe = deepseek.layers[3].ffn
     assert isinstance(moe, MoEConfig)
     limit = GroupLimit(groups=8, kept=4, score=GroupScore.BEST_TWO)

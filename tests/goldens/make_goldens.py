@@ -39,6 +39,7 @@ MIN_ROUTER_GAP = 1e-3  # k-th to (k+1)-th router logit
 TEXT = "text_config"
 PICTURES = ("vision_model.", "multi_modal_projector.", "vit_large_projector.")
 SELECTION_BIAS = "e_score_correction_bias"
+NORMS_AROUND_ZERO = ("qwen3_next", "qwen3_5_moe_text")  # one is added to their weights
 GIVES_ROUTER_LOGITS = ("qwen3_moe", "qwen2_moe", "mixtral")  # those of other families differ in form
 NUDGE, MOST_CHANGE = 1e-4, 2e-2  # of the embeddings and, if no expert is swapped, of the logits; relative
 MIN_CONTEXT_EFFECT = 0.5  # change of a logit when the context is dropped, relative to the spread of the logits
@@ -307,6 +308,21 @@ CASES: dict[str, dict[str, Any]] = {
             "projector_output_dim": 8,
         },
     },
+    "qwen3_next_e8_top2": {  # attention: three delta nets, full; fewer key heads than value heads
+        "model_type": "qwen3_next", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 4,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+    "qwen3_next_e4_top3_sparse_step": {  # attention: full, two delta nets; dense, sparse, dense
+        "model_type": "qwen3_next", "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "linear_conv_kernel_dim": 3,
+        "linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_key_head_dim": 4, "linear_value_head_dim": 8,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"], "decoder_sparse_step": 2,
+        "intermediate_size": 24, "norm_topk_prob": False, "tie_word_embeddings": True, "rms_norm_eps": 0.02,
+        "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file
@@ -331,8 +347,11 @@ def build_model(settings: dict[str, Any]) -> PreTrainedModel:
             parameter.copy_(0.1 * noise)
         elif name.endswith("bias"):
             parameter.copy_(0.5 * noise)
+        elif name.endswith("A_log"):
+            parameter.copy_(0.5 * noise - 1)  # so that a state lasts for some positions
         elif parameter.ndim == 1:
-            parameter.copy_(1 + 0.3 * noise)
+            around = 0 if settings["model_type"] in NORMS_AROUND_ZERO and "linear_attn.norm" not in name else 1
+            parameter.copy_(around + 0.3 * noise)
         else:
             parameter.copy_(WEIGHT_GAIN * noise / parameter.shape[-1] ** 0.5)
     for name, buffer in model.named_buffers():
@@ -438,7 +457,11 @@ def make_case(name: str) -> int:
         torch.manual_seed(seed)
         model = build_model(CASES[name])
         prompts = [torch.randint(model.config.get_text_config().vocab_size, (length,)) for length in PROMPT_LENGTHS]
-        reference = compute_reference(model, prompts)
+        try:
+            reference = compute_reference(model, prompts)
+        except AssertionError:
+            print(f"{name}: not seed {seed}, the cache changes the logits or a token")
+            continue
         fault = next(find_faults(model, prompts, reference), None)
         if fault is None:
             break

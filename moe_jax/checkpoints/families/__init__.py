@@ -25,6 +25,7 @@ from moe_jax.checkpoints.families import (
     phimoe,
     qwen2_moe,
     qwen3_moe,
+    qwen3_next,
 )
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.names import Source
@@ -36,6 +37,8 @@ class Family:
     read: Callable[[Fields], ModelConfig]
     sources: Mapping[str, Source]
     """By parameter: those of a block as named inside it, the others by their full name."""
+    unused: tuple[str, ...]
+    """How the names of tensors begin that may be there without being read."""
 
 
 _MODULES = (
@@ -58,8 +61,10 @@ _MODULES = (
     phimoe,
     qwen2_moe,
     qwen3_moe,
+    qwen3_next,
 )
 FAMILIES: Mapping[str, Family] = {
-    module.__name__.rpartition(".")[2]: Family(module.read, module.SOURCES) for module in _MODULES
+    module.__name__.rpartition(".")[2]: Family(module.read, module.SOURCES, getattr(module, "UNUSED", ()))
+    for module in _MODULES
 }
 """By the `model_type` of `config.json`, which each page of data is named after."""

@@ -3,26 +3,16 @@
 from dataclasses import replace
 
 from moe_jax.checkpoints.families.llama_fields import attention, model
-from moe_jax.checkpoints.families.qwen_layers import feed_forwards
-from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE
+from moe_jax.checkpoints.families.qwen_layers import SHARED, feed_forwards, shared_expert
+from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MODEL, MOE
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import linear
-from moe_jax.config import LayerConfig, ModelConfig, SharedExpertConfig
+from moe_jax.config import LayerConfig, ModelConfig
 
-SHARED = MLP + "shared_expert."
-SOURCES = {
-    **MODEL,
-    **ATTENTION_BLOCK,
-    **DENSE_MLP,
-    **MOE,
-    "ffn.shared.swiglu.gate_up": linear(SHARED + "gate_proj.weight", SHARED + "up_proj.weight"),
-    "ffn.shared.swiglu.down": linear(SHARED + "down_proj.weight"),
-    "ffn.shared.gate": linear(MLP + "shared_expert_gate.weight"),
-}
+SOURCES = {**MODEL, **ATTENTION_BLOCK, **DENSE_MLP, **MOE, **SHARED}
 
 
 def read(fields: Fields) -> ModelConfig:
-    ffns = feed_forwards(fields, SharedExpertConfig(fields.take("shared_expert_intermediate_size", int), gated=True))
+    ffns = feed_forwards(fields, shared_expert(fields))
     attended = attention(fields, theta=1e4, bias=fields.take("qkv_bias", bool, True))
     windows = _windows(fields, len(ffns))
     layers = [LayerConfig(replace(attended, window=window), ffn) for window, ffn in zip(windows, ffns, strict=True)]

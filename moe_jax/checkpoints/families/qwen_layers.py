@@ -1,20 +1,38 @@
-"""Which layers of the Qwen MoE families are dense."""
+"""Feed-forward layers of the Qwen MoE families."""
 
 from __future__ import annotations
 
 from moe_jax.checkpoints.families.llama_fields import experts
+from moe_jax.checkpoints.families.shared_names import MLP
 from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import linear
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
 
+SHARED = {
+    "ffn.shared.swiglu.gate_up": linear(MLP + "shared_expert.gate_proj.weight", MLP + "shared_expert.up_proj.weight"),
+    "ffn.shared.swiglu.down": linear(MLP + "shared_expert.down_proj.weight"),
+    "ffn.shared.gate": linear(MLP + "shared_expert_gate.weight"),
+}
 
-def feed_forwards(fields: Fields, shared: SharedExpertConfig | None) -> list[DenseConfig | MoEConfig]:
-    """Each layer's feed-forward: an MoE at every `decoder_sparse_step`-th layer unless listed in `mlp_only_layers`."""
+
+def shared_expert(fields: Fields) -> SharedExpertConfig:
+    return SharedExpertConfig(fields.take("shared_expert_intermediate_size", int), gated=True)
+
+
+def feed_forwards(
+    fields: Fields, shared: SharedExpertConfig | None, *, norm: bool = False
+) -> list[DenseConfig | MoEConfig]:
+    """Each layer's feed-forward: an MoE at every `decoder_sparse_step`-th layer unless listed in `mlp_only_layers`.
+
+    Args:
+      norm: whether kept scores are renormalised, where the file does not say.
+    """
     dense = DenseConfig(fields.take("intermediate_size", int))
     moe = MoEConfig(
         experts=experts(fields),
         top_k=fields.take("num_experts_per_tok", int),
         width=fields.take("moe_intermediate_size", int),
-        router=RouterConfig(norm=1 if fields.take("norm_topk_prob", bool, False) else None),
+        router=RouterConfig(norm=1 if fields.take("norm_topk_prob", bool, norm) else None),
         shared=shared,
     )
     step, only_dense = fields.take("decoder_sparse_step", int, 1), fields.take_list("mlp_only_layers", int)

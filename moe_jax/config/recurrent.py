@@ -1,0 +1,68 @@
+"""Layers that keep a state of fixed size instead of keys and values of every position, as choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from moe_jax.config.numbers import check_positive
+from moe_jax.errors import ConfigError
+
+Shape = tuple[int, ...]
+
+
+class HeadGate(Enum):
+    """What of a projection of the row multiplies each head's normalised output."""
+
+    SILU = auto()
+    SIGMOID = auto()
+
+
+@dataclass(frozen=True)
+class DecayConfig:
+    """How much of its state a head keeps from one position to the next, as a projection of the row says."""
+
+    each_channel: bool
+    """Whether each number of a key decays by itself, not whole heads."""
+    floor: float | None = None
+    """The logarithm lies between this and 0, by a sigmoid; `None`: anywhere below 0, by a softplus."""
+
+    def __post_init__(self) -> None:
+        if self.floor is not None and not -1e3 < self.floor < 0:
+            raise ConfigError(f"DecayConfig.floor is the logarithm of a decay, below 0, got {self.floor}")
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Attention by the gated delta rule: a matrix for each head, which decays, and in which each position replaces what
+    its key finds (Yang et al., arXiv:2412.06464; with decays for each channel, Kimi Linear, arXiv:2510.26692)."""
+
+    heads: int
+    """Of values and states."""
+    key_heads: int
+    """Of queries and keys; each serves `heads / key_heads` neighbouring ones."""
+    key_width: int
+    value_width: int
+    kernel: int
+    """Positions that the short convolutions see, their own included."""
+    decay: DecayConfig
+    gate: HeadGate
+
+    def __post_init__(self) -> None:
+        check_positive(self, "heads", "key_heads", "key_width", "value_width", "kernel")
+        if self.heads % self.key_heads:
+            raise ConfigError(f"{self.heads} heads cannot share {self.key_heads} key heads evenly")
+
+    @property
+    def state_shape(self) -> Shape:
+        """What is remembered of a sequence, heads first."""
+        return self.heads, self.key_width, self.value_width
+
+    @property
+    def recent_shapes(self) -> tuple[Shape, ...]:
+        """The last inputs of each convolution: of queries, keys and values, heads first."""
+        keys = self.key_heads, self.kernel - 1, self.key_width
+        return keys, keys, (self.heads, self.kernel - 1, self.value_width)
+
+
+RecurrentConfig = DeltaConfig

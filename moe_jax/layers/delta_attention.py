@@ -1,0 +1,122 @@
+"""Attention by the gated delta rule (Yang et al., arXiv:2412.06464), on the heads that this device holds.
+
+T  rows     D  hidden     H  heads, h  heads of queries and keys, of this device     K  width of keys     V  of values
+k  positions that a short convolution sees
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from moe_jax.config import DecayConfig, DeltaConfig, HeadGate
+from moe_jax.layers import parameter
+from moe_jax.layers.attention import HeadProjection
+from moe_jax.layers.norm import HeadNorm
+from moe_jax.layers.parameter import HeadNumber, one_head
+from moe_jax.layers.recurrences import Delta, delta_rule
+from moe_jax.layers.states import States
+from moe_jax.layers.step import Step
+from moe_jax.sharding import PartialSum, Placement, Role
+
+S = TypeVar("S", bound=States)
+GATES = {HeadGate.SILU: jax.nn.silu, HeadGate.SIGMOID: jax.nn.sigmoid}
+TINY = 1e-6
+"""Added to squared lengths, by which queries and keys are divided."""
+
+
+class ShortConvolution(nnx.Module):
+    """Each number over the last positions of its sequence, then a SiLU."""
+
+    def __init__(self, heads: int, width: int, kernel: int, split: Role, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.weight = parameter.normal(rngs, (heads, width, kernel), (split, None, None), fan_in=kernel, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "T H w"],
+        states: S,
+        layer: Int32[Array, ""],
+        part: int,
+        step: Step,
+        only: HeadNumber | None = None,
+    ) -> tuple[Float[Array, "T H w"], S]:
+        weight = one_head(self.weight[...], only, axis=0)
+        seen, states = states.recall(layer, part, x, weight.shape[-1], step)
+        return jax.nn.silu(jnp.einsum("thkw,hwk->thw", seen, weight)), states
+
+
+class Decay(nnx.Module):
+    """The logarithm of what is kept of each head's state, or of each row of it."""
+
+    def __init__(self, config: DecayConfig, hidden: int, heads: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.floor = config.floor
+        each = width if config.each_channel else 1
+        self.projection = HeadProjection(hidden, heads, each, Role.HEADS, bias=False, dtype=dtype, rngs=rngs)
+        self.log_rate = parameter.zeros((heads,), (Role.HEADS,), dtype=jnp.float32)
+        self.bias = parameter.zeros((heads, each), (Role.HEADS, None), dtype=jnp.float32)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T H _"]:
+        rate, step = jnp.exp(self.log_rate[...])[:, None], self.projection(x) + self.bias[...]
+        if self.floor is None:
+            return -rate * jax.nn.softplus(step)
+        return self.floor * jax.nn.sigmoid(rate * step)
+
+
+class DeltaAttention(nnx.Module):
+    def __init__(self, config: DeltaConfig, hidden: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.config = config
+        heads, key_heads, keys, values = config.heads, config.key_heads, config.key_width, config.value_width
+        like = {"dtype": dtype, "rngs": rngs}
+        self.query = HeadProjection(hidden, key_heads, keys, Role.KV_HEADS, bias=False, **like)
+        self.key = HeadProjection(hidden, key_heads, keys, Role.KV_HEADS, bias=False, **like)
+        self.value = HeadProjection(hidden, heads, values, Role.HEADS, bias=False, **like)
+        self.query_convolution = ShortConvolution(key_heads, keys, config.kernel, Role.KV_HEADS, **like)
+        self.key_convolution = ShortConvolution(key_heads, keys, config.kernel, Role.KV_HEADS, **like)
+        self.value_convolution = ShortConvolution(heads, values, config.kernel, Role.HEADS, **like)
+        self.decay = Decay(config.decay, hidden, heads, keys, **like)
+        self.strength = HeadProjection(hidden, heads, 1, Role.HEADS, bias=False, **like)
+        self.gate = HeadProjection(hidden, heads, values, Role.HEADS, bias=False, **like)
+        self.norm = HeadNorm(values, eps, dtype=dtype)
+        self.output = parameter.normal(
+            rngs, (heads, values, hidden), (Role.HEADS, None, None), fan_in=heads * values, dtype=dtype
+        )
+
+    def __call__(self, x: Float[Array, "T D"], step: Step, states: S, layer: Int32[Array, ""]) -> tuple[PartialSum, S]:
+        """This device's heads' part of the output, and the states with the rows taken in."""
+        placement = step.residual.placement
+        only = self._only_key_head(placement)
+        query, states = self.query_convolution(self.query(x, only), states, layer, 0, step, only)
+        key, states = self.key_convolution(self.key(x, only), states, layer, 1, step, only)
+        value, states = self.value_convolution(self.value(x), states, layer, 2, step)
+        each = value.shape[1] // key.shape[1]
+        query, key = (jnp.repeat(_unit(part), each, axis=1) for part in (query, key))
+        rows = Delta(
+            query * self.config.key_width**-0.5,
+            key,
+            value,
+            self.decay(x),
+            jax.nn.sigmoid(self.strength(x)[..., 0]),
+        )
+        with jax.named_scope("advance"):
+            shape = (*value.shape[1:2], self.config.key_width, self.config.value_width)
+            out, states = states.advance(layer, rows, shape, step, delta_rule)
+        out = self.norm(out) * GATES[self.config.gate](self.gate(x).astype(jnp.float32))
+        part = jnp.einsum("thv,hvd->td", out.astype(x.dtype), self.output[...])
+        return step.residual.heads_partial_sum(part), states
+
+    def _only_key_head(self, placement: Placement) -> HeadNumber | None:
+        """The one key head that this device's heads share, where there are fewer key heads than devices."""
+        devices, key_heads = placement.size(Role.HEADS), self.config.key_heads
+        return None if devices <= key_heads else placement.index(Role.HEADS) // (devices // key_heads)
+
+
+def _unit(x: Float[Array, "T H K"]) -> Float[Array, "T H K"]:
+    """Of length 1, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + TINY)

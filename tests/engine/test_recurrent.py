@@ -1,0 +1,63 @@
+"""Requests of a model with recurrent layers keep their states to themselves, in whatever pieces they are computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_jax import LLM, SamplingParams
+from moe_jax.checkpoints import Checkpoint
+from moe_jax.models import ShardedDecoder
+from moe_jax.programs import PAGE
+from moe_jax.roofline import held_bytes, roofline
+from moe_jax.sharding import Placement, as_hardware
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "qwen3_next_e8_top2"
+POSITIONS, PAGES = 128, 9
+"""Of a sequence; and on each token shard, one more than the longest sequence needs."""
+
+BEGINNING = np.random.default_rng(0).integers(0, 97, 100).tolist()
+PROMPTS = [BEGINNING[:length] for length in (61, 100, 62, 1, 15)] + [[7], [*BEGINNING[:60], 1, 2], BEGINNING[3:90]]
+PARAMS = [SamplingParams(temperature=0, max_tokens=tokens) for tokens in (24, 3, 20)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden, for sequences long enough to be several lines."""
+    path = tmp_path_factory.mktemp("recurrent") / "model"
+    shutil.copytree(GOLDEN, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": POSITIONS}))
+    return path
+
+
+def test_a_crowd_is_as_each_alone(checkpoint: Path) -> None:
+    """Prompts of several lines and several steps, beside others that decode; slots taken over; pages for less than two
+    of the longest, so that requests are preempted and computed anew; lines that end within a dispatch."""
+    crowded = LLM(
+        checkpoint, mesh="data=2,tensor=2", dtype="float32", max_batch_size=4, prefill_tokens=100, decode_steps=4,
+        cache_pages=PAGES,
+    )  # fmt: skip
+    lonely = LLM(checkpoint, mesh="data=1", dtype="float32", max_batch_size=1, prefill_tokens=32, decode_steps=1)
+    prompts = PROMPTS * 3
+    params = [PARAMS[number % len(PARAMS)] for number in range(len(prompts))]
+    outputs = [output.token_ids for output in crowded.generate(prompts, params)]
+    assert outputs == [output.token_ids for output in lonely.generate(prompts, params)]
+    stats = crowded.stats()
+    assert stats.preemptions > 0
+    assert stats.prefix_hits == 0, "pages hold no states"
+
+
+def test_a_plan_counts_the_states(checkpoint: Path) -> None:
+    decoder = ShardedDecoder(Checkpoint(checkpoint).config, Placement.parse("data=2,tensor=2"), "bfloat16")
+    layers, heads, key_heads, keys, values, seen = 3, 4, 2, 6, 4, 3  # of each device
+    state, recent = heads * keys * values * 4, seen * (2 * key_heads * keys + heads * values) * 2
+    sizes = [held_bytes(decoder.abstract_caches({None: 0}, PAGE, slots)) for slots in (0, 1, 5)]
+    assert sizes == [slots * layers * (state + recent) for slots in (0, 1, 5)]
+    pages = held_bytes(decoder.abstract_caches({None: 5 * POSITIONS // PAGE}, PAGE, 0))
+    told = roofline(decoder, as_hardware("h100"), rows=8, slots=5, positions=POSITIONS, collective_seconds=0)
+    assert told.cache_bytes == pages + sizes[-1]

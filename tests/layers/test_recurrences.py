@@ -1,0 +1,69 @@
+"""Recurrences by chunks, against the same position by position, in double precision."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers.recurrences import Delta, delta_rule
+from moe_jax.sharding.rows import on_host
+
+LINES, CHUNK, HEADS, KEYS, VALUES = 2, 64, 3, 8, 5
+TOLERANCE = 1e-5
+"""Relative to the largest number."""
+
+
+def drawn(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def assert_close(got: object, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(np.asarray(got), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def delta_rows(decays: int, chunk: int = CHUNK) -> Delta:
+    shape = LINES, chunk, HEADS
+    key = drawn(1, *shape, KEYS)
+    parts = (
+        drawn(0, *shape, KEYS),
+        key / np.linalg.norm(key, axis=-1, keepdims=True),
+        drawn(2, *shape, VALUES),
+        -np.abs(drawn(3, *shape, decays)) * (4 if decays > 1 else 0.1),
+        1 / (1 + np.exp(-drawn(4, *shape))),
+    )
+    return Delta(*map(on_host, parts))
+
+
+def delta_by_position(rows: Delta, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As arXiv:2412.06464, equation 10: decay, then take away what the key finds and put the value in its place."""
+    query, key, value, decay, strength = map(np.asarray, rows)
+    state, outputs = state.copy(), np.zeros(value.shape)
+    for line, at, head in np.ndindex(*strength.shape):
+        held = state[line, head]
+        held *= np.exp(decay[line, at, head])[:, None]
+        found = key[line, at, head] @ held
+        held += np.outer(key[line, at, head], strength[line, at, head] * (value[line, at, head] - found))
+        outputs[line, at, head] = query[line, at, head] @ held
+    return outputs, state
+
+
+def in_single(rows: Delta) -> Delta:
+    return jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), rows)
+
+
+@pytest.mark.parametrize("decays", [1, KEYS])
+@pytest.mark.parametrize("chunk", [1, CHUNK])
+def test_the_delta_rule(decays: int, chunk: int) -> None:
+    rows, state = delta_rows(decays, chunk), drawn(9, LINES, HEADS, KEYS, VALUES)
+    output, after = jax.jit(delta_rule)(in_single(rows), jnp.asarray(state, jnp.float32))
+    expected, expected_after = delta_by_position(rows, state)
+    assert_close(output, expected)
+    assert_close(after, expected_after)
+
+
+def test_rows_of_zeros_leave_a_state_as_it_is() -> None:
+    rows, state = delta_rows(KEYS), jnp.asarray(drawn(9, LINES, HEADS, KEYS, VALUES), jnp.float32)
+    _, after = delta_rule(jax.tree.map(lambda part: jnp.zeros_like(part, jnp.float32), rows), state)
+    np.testing.assert_array_equal(after, state)

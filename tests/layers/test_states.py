@@ -1,0 +1,96 @@
+"""What recurrent layers remember: of which sequence, from which line to which, and what is not to be remembered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from placements import placement
+
+from moe_jax.layers import Grid, Packing, SlotStates, Stateless, Step
+from moe_jax.layers.states import Recurrence
+from moe_jax.sharding import Route, Rows, ScatterCombine
+
+LINES, SLOTS, WIDTH, SEEN = 5, 4, 2, 3
+DECODING, PROMPTS = Grid(2, 1), Grid(3, 2)
+
+
+def packing() -> Packing:
+    """Line 0 decodes position 3 of slot 2, line 1 has nothing; lines 2 and 3 are positions 0 to 2 of slot 0, line 4
+    position 4 of slot 3; two pad rows."""
+    ints = {
+        "lines": [0, 2, 2, 3, 4, LINES, LINES],
+        "positions": [3, 0, 1, 2, 4, 0, 0],
+        "starts": [0, 0, 1, 3, 4],
+        "lengths": [1, 0, 2, 1, 1],
+    }
+    return Packing(**{name: jnp.array(values) for name, values in ints.items()}, tables=(), grids=(DECODING, PROMPTS))
+
+
+def step(packed: Packing) -> Step:
+    route = Route.whole(ScatterCombine(placement("single")))
+    return Step.of(Rows.full(7), packed, route, jnp.array([2, SLOTS, 0, 0, 3]))
+
+
+def states() -> SlotStates:
+    """Layer 1 of two: slot s holds the state 100 (s + 1), and last saw 10 (s + 1) and 10 (s + 1) + 1."""
+    state = jnp.zeros((2, 1, SLOTS)).at[1, 0].set(100.0 * (1 + jnp.arange(SLOTS)))
+    recent = 10.0 * (1 + jnp.arange(SLOTS))[:, None] + jnp.arange(SEEN - 1)
+    return SlotStates((jnp.zeros((2, 1, SLOTS, SEEN - 1)).at[1, 0].set(recent),), state)
+
+
+ROWS = jnp.array([1.0, 2, 3, 4, 5, jnp.nan, jnp.nan])[:, None]
+LAYER = jnp.array(1)
+
+
+def adding(lines: Any, state: Any) -> tuple[Any, Any]:
+    """The state is the sum of all rows, and each row's output the sum up to it."""
+    sums = state[:, None] + jnp.cumsum(lines, axis=1)
+    return sums, sums[:, -1]
+
+
+RECURRENCE: Recurrence = adding
+
+
+def test_rows_find_the_inputs_before_them() -> None:
+    found, after = states().recall(LAYER, 0, ROWS, SEEN, step(packing()))
+    assert found[:5, 0].tolist() == [[30, 31, 1], [0, 0, 2], [0, 2, 3], [2, 3, 4], [40, 41, 5]]
+    assert after.recent[0][1, 0].tolist() == [[3, 4], [20, 21], [31, 1], [41, 5]]
+    assert not after.recent[0][0].any()
+
+
+def test_a_state_goes_from_line_to_line_and_stays_in_its_slot() -> None:
+    """Slot 0 begins anew whatever it held; slot 1 takes no part."""
+    output, after = states().advance(LAYER, ROWS, (1,), step(packing()), RECURRENCE)
+    assert output[:5, 0].tolist() == [301, 2, 5, 9, 405]
+    assert after.state[1, 0].tolist() == [9, 200, 301, 405]
+    assert not after.state[0].any()
+
+
+def test_lines_that_have_ended_change_nothing() -> None:
+    """As the loop over decode steps marks them: their rows are no line's."""
+    packed = replace(packing(), lines=packing().lines.at[0].set(LINES))
+    _, recalled = states().recall(LAYER, 0, ROWS, SEEN, step(packed))
+    _, advanced = states().advance(LAYER, ROWS, (1,), step(packed), RECURRENCE)
+    assert recalled.recent[0][1, 0, 2].tolist() == [30, 31]
+    assert advanced.state[1, 0, 2] == 300
+
+
+def test_without_states_each_line_is_a_sequence() -> None:
+    """Long lines are taken in pieces."""
+    length = 150
+    ints = {
+        "lines": jnp.repeat(jnp.arange(2), length),
+        "positions": jnp.tile(jnp.arange(length), 2),
+        "starts": jnp.array([0, length]),
+        "lengths": jnp.array([length, length]),
+    }
+    packed = Packing(**ints, tables=(), grids=(Grid(2, length),))
+    rows = jnp.asarray(np.random.default_rng(0).integers(9, size=(2 * length, 1)), jnp.float32)
+    output, _ = Stateless().advance(LAYER, rows, (1,), step(packed), RECURRENCE)
+    np.testing.assert_array_equal(output.reshape(2, length), np.cumsum(rows.reshape(2, length), axis=1))
+    found, _ = Stateless().recall(LAYER, 0, rows, SEEN, step(packed))
+    assert found[length, 0].tolist() == [0, 0, rows[length, 0]]
+    assert found[length - 1, 0].tolist() == rows[length - 3 : length, 0].tolist()
