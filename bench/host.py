@@ -68,7 +68,8 @@ class Instant(Executor):
 
     def run(self, order: Order) -> tuple[Drawn, Scored | None]:
         with self._watch.time("put"):
-            jax.block_until_ready(self.programs.on_devices(order.turn))
+            budgets = () if order.budgets is None else (order.budgets,)
+            jax.block_until_ready(self.programs.on_devices(order.turn, *budgets))
         with self._watch.time("answer"):
             return self._answer(order), None
 

@@ -17,7 +17,7 @@ from moe_jax.programs import PAGE
 
 FACTOR = 4
 SMALLEST_PROMPT_ROWS, SMALLEST_TABLE = 32, 8
-LARGEST_LINE = 64
+SMALLEST_LINE, LARGEST_LINE = 8, 64
 """Rows of a prompt that attention takes together: each of them is scored against all pages of the line."""
 
 
@@ -37,8 +37,8 @@ class StepSize:
 
     @property
     def chunk(self) -> int:
-        """Rows of a line of a prompt."""
-        return min(LARGEST_LINE, self.prompt_rows)
+        """Rows of a line of a prompt: as few as let broken lines be no more than whole ones."""
+        return min(max(self.prompt_rows // self.prompts, SMALLEST_LINE), LARGEST_LINE, self.prompt_rows)
 
     @property
     def prompt_lines(self) -> int:

@@ -11,16 +11,16 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.config import AttentionConfig, Norm, OutputGate, QKNorm, Window
 from moe_jax.layers import parameter
-from moe_jax.layers.cache import Cache, Cached
+from moe_jax.layers.cache import Block, Cache, Cached
 from moe_jax.layers.norm import HeadNorm, ProjectionNorm, UnitHeadNorm
 from moe_jax.layers.parameter import HeadNumber, one_head
 from moe_jax.layers.rope import Rotary
+from moe_jax.layers.softmax import Seen, weighted_values
 from moe_jax.layers.step import Grid, Packing, Step
 from moe_jax.layers.temperature import growth
 from moe_jax.sharding import PartialSum, Placement, Role
@@ -111,12 +111,16 @@ class Attention(nnx.Module):
         self, query: Float[Array, "T H d"], cached: Cached, grid: Grid, packing: Packing
     ) -> Float[Array, "S C H v"]:
         """Each row sees the positions up to its own, within the window."""
-        own, positions = packing.to_grid(packing.positions, grid)[..., None], cached.positions[:, None]
-        seen = positions <= own
-        if self.config.window is not None:
-            seen &= positions >= first_seen(own, self.config.window, self.config.window_kind)
+        own, config = packing.to_grid(packing.positions, grid)[..., None], self.config
+
+        def seen(positions: Int32[Array, "S n"]) -> Bool[Array, "S C n"]:
+            before = positions[:, None] <= own
+            if config.window is None:
+                return before
+            return before & (positions[:, None] >= first_seen(own, config.window, config.window_kind))
+
         sinks = None if self.sinks is None else self.sinks[...]
-        return attend(packing.to_grid(query, grid), cached.keys, cached.values, seen, self.scale, sinks)
+        return attend(packing.to_grid(query, grid), cached, seen, self.scale, sinks)
 
     def _only_kv_head(self, placement: Placement) -> HeadNumber | None:
         """The one KV head that this device's query heads share, where there are fewer KV heads than devices."""
@@ -169,39 +173,21 @@ def first_seen(own: Int32[Array, "..."], window: int, kind: Window) -> Int32[Arr
 
 def attend(
     query: Float[Array, "S C H d"],
-    keys: Float[Array, "K S N d"],
-    values: Float[Array, "K S N v"],
-    seen: Bool[Array, "S C N"],
+    cached: Cached,
+    seen: Seen,
     scale: float,
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "S C H v"]:
-    """Softmax attention; each KV head serves `H / K` neighbouring query heads. Scores and softmax are float32."""
-    return weighted_values(products(query, keys) * scale, values, seen, sinks)
+    """Softmax attention; each KV head serves `H / K` neighbouring query heads."""
+
+    def look(block: Block) -> tuple[Array, Array]:
+        return products(query, block.keys) * scale, block.values
+
+    return weighted_values(query, cached, look, seen, cached.value_shape, sinks)
 
 
-def products(query: Float[Array, "S C H d"], keys: Float[Array, "K S N d"]) -> Float[Array, "K S G C N"]:
+def products(query: Float[Array, "S C H d"], keys: Float[Array, "K S n d"]) -> Float[Array, "K S G C n"]:
     """Of each query with the keys of its KV head, in float32."""
     lines, chunk, _, width = query.shape
     grouped = query.reshape(lines, chunk, keys.shape[0], -1, width)
     return jnp.einsum("sckgd,ksnd->ksgcn", grouped, keys, preferred_element_type=jnp.float32)
-
-
-def weighted_values(
-    scores: Float[Array, "K S G C N"],
-    values: Float[Array, "K S N v"],
-    seen: Bool[Array, "S C N"],
-    sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "S C H v"]:
-    weights = _softmax(jnp.where(seen[:, None], scores, -jnp.inf), sinks).astype(values.dtype)
-    out = jnp.einsum("ksgcn,ksnd->sckgd", weights, values)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
-
-
-def _softmax(scores: Float[Array, "K S G C N"], sinks: Float[Array, "H"] | None) -> Float[Array, "K S G C N"]:
-    """Over positions; with sinks, the weights of a head sum to less than 1."""
-    if sinks is None:
-        return jax.nn.softmax(scores, axis=-1)
-    sink = sinks.astype(jnp.float32).reshape(scores.shape[0], 1, -1, 1, 1)
-    highest = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
-    weights = jnp.exp(scores - highest)
-    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - highest))

@@ -1,36 +1,57 @@
 """Where attention finds keys and values; what recurrent layers remember is in `states.py`.
 
 G  stacked layers     K  KV heads of a device     P  pages of a token shard     p  positions of a page
-T  rows               S  lines of a grid          N  cached positions of a line     d, v  widths of keys and of values
+T  rows     S  lines of a grid     N  pages of a line     n  positions of a block     d, v  widths of keys and values
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self, TypeAlias
+from functools import partial
+from typing import NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.layers.step import Grid, Packing
+from moe_jax.sharding.collectives import vary_alike
 
 Heads = Float[Array, "T K d"]
 
 
-class Cached(NamedTuple):
+class Block(NamedTuple):
+    """Some of what the rows of a grid may look at."""
+
+    keys: Float[Array, "K S n d"]
+    values: Float[Array, "K S n v"]
+    """Zero, whatever the cache held, where nothing of the line was written."""
+    positions: Int32[Array, "S n"]
+    """Beyond every row's where nothing was written."""
+
+
+Sums = TypeVar("Sums")
+
+
+class Cached(Protocol):
     """What the rows of a grid may look at."""
 
-    keys: Float[Array, "K S N d"]
-    values: Float[Array, "K S N v"]
-    """Zero, whatever the cache held, where nothing of the line was written."""
-    positions: Int32[Array, "S N"]
-    """Beyond every row's where nothing was written."""
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        """K and v."""
+        ...
+
+    def fold(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
+        """What comes of it when block after block is taken, in any number of blocks."""
+        ...
 
 
 View: TypeAlias = Callable[[Grid], Cached]
 UNWRITTEN = 2**30
+BLOCK = 8
+"""Pages of a block, on CPU."""
 
 
 class Cache(Protocol):
@@ -64,14 +85,59 @@ class PagedCache:
 
         def view(grid: Grid) -> Cached:
             lines = packing.lines_of(grid)
-            positions = table.firsts[lines, None] + jnp.arange(table.pages.shape[1] * size)
-            last = packing.to_grid(packing.positions, grid)[:, 0] + packing.lengths[lines] - 1
-            written = positions <= last[:, None]
-            keys, values = (_gather(part, layer, table.pages[lines]) for part in (cache.keys, cache.values))
-            values = jnp.where(written[..., None], values, 0)
-            return Cached(keys, values, jnp.where(written, positions, UNWRITTEN))
+            first, length = packing.to_grid(packing.positions, grid)[:, 0], packing.lengths[lines]
+            ends = jnp.where(length > 0, first + length, 0)
+            return CachedPages(cache, layer, table.pages[lines], table.firsts[lines], ends)
 
         return view, cache
+
+
+class CachedPages(NamedTuple):
+    """Pages of a cache, for each line of a grid.
+
+    A CPU looks at a few of them at a time, and only as far as the longest line has come. Other devices gather all at
+    once: a loop of which they do not know the end would have them wait for the host.
+    """
+
+    cache: PagedCache
+    layer: Int32[Array, ""]
+    pages: Int32[Array, "S N"]
+    firsts: Int32[Array, "S"]
+    """The position at which the first of them begins."""
+    ends: Int32[Array, "S"]
+    """The position after the line's last; 0 for a line without rows."""
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.cache.values.shape[1], self.cache.values.shape[-1]
+
+    def fold(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
+        leaves, tree = jax.tree.flatten(start)
+        start = jax.tree.unflatten(
+            tree, vary_alike(*leaves, self.cache.keys, self.cache.values, self.ends)[: len(leaves)]
+        )
+        return lax.platform_dependent(start, cpu=partial(self.in_blocks, take), default=partial(self.at_once, take))
+
+    def at_once(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
+        return take(self._block(self.pages, self.firsts), start)
+
+    def in_blocks(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
+        positions = BLOCK * self.cache.keys.shape[3]
+        most = -(-self.pages.shape[1] // BLOCK)
+        pages = jnp.pad(self.pages, ((0, 0), (0, most * BLOCK - self.pages.shape[1])))
+        needed = jnp.max((self.ends - self.firsts + positions - 1) // positions)
+
+        def body(number: Int32[Array, ""], sums: Sums) -> Sums:
+            own = lax.dynamic_slice_in_dim(pages, number * BLOCK, BLOCK, axis=1)
+            return take(self._block(own, self.firsts + number * positions), sums)
+
+        return lax.fori_loop(0, jnp.minimum(needed, most), body, start)
+
+    def _block(self, pages: Int32[Array, "S _"], firsts: Int32[Array, "S"]) -> Block:
+        keys, values = (_gather(part, self.layer, pages) for part in (self.cache.keys, self.cache.values))
+        positions = firsts[:, None] + jnp.arange(keys.shape[2])
+        written = positions < self.ends[:, None]
+        return Block(keys, jnp.where(written[..., None], values, 0), jnp.where(written, positions, UNWRITTEN))
 
 
 def _gather(part: Float[Array, "G K P p d"], layer: Int32[Array, ""], pages: Int32[Array, "S n"]) -> Array:
@@ -94,6 +160,19 @@ class Uncached:
             written = jnp.arange(grid.chunk) < packing.lengths[packing.lines_of(grid), None]
             laid_out = [jnp.moveaxis(packing.to_grid(part, grid), 2, 0) for part in (keys, values)]
             positions = jnp.where(written, packing.to_grid(packing.positions, grid), UNWRITTEN)
-            return Cached(laid_out[0], jnp.where(written[..., None], laid_out[1], 0), positions)
+            return Whole(Block(laid_out[0], jnp.where(written[..., None], laid_out[1], 0), positions))
 
         return view, self
+
+
+class Whole(NamedTuple):
+    """A single block."""
+
+    block: Block
+
+    @property
+    def value_shape(self) -> tuple[int, int]:
+        return self.block.values.shape[0], self.block.values.shape[-1]
+
+    def fold(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
+        return take(self.block, start)

@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) over a cache of latents, which all heads share.
 
-T  rows     D  hidden     S  lines of a grid     C  their chunk     N  cached positions of a line
+T  rows     D  hidden     S  lines of a grid     C  their chunk     n  positions of a block
 H  heads of this device
 q  width of the latent of queries     r  width of the latent of keys and values
 n  width of the plain part of a head's query and key, t  of the rotated part     v  width of a head's value
@@ -19,14 +19,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import LatentAttentionConfig
 from moe_jax.layers import parameter
-from moe_jax.layers.attention import HeadProjection, attend, output_gate, products, weighted_values
-from moe_jax.layers.cache import Cache, Cached
+from moe_jax.layers.attention import HeadProjection, output_gate, products
+from moe_jax.layers.cache import Block, Cache, Cached
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import Rotary
+from moe_jax.layers.softmax import Seen, weighted_values
 from moe_jax.layers.step import Grid, Packing, Step
 from moe_jax.sharding import PartialSum, Role
 from moe_jax.sharding.collectives import vary_alike
@@ -91,9 +92,9 @@ class LatentAttention(nnx.Module):
         self, query: Float[Array, "T H _"], cached: Cached, grid: Grid, packing: Packing
     ) -> Float[Array, "S C H v"]:
         """Each row sees the positions up to its own."""
-        seen = cached.positions[:, None] <= packing.to_grid(packing.positions, grid)[..., None]
+        own = packing.to_grid(packing.positions, grid)[..., None]
         ordered = self.absorbed if self.absorbs(grid.chunk) else self.expanded
-        return ordered(packing.to_grid(query, grid), cached.values, cached.keys, seen)
+        return ordered(packing.to_grid(query, grid), cached, lambda positions: positions[:, None] <= own)
 
     def absorbs(self, chunk: int) -> bool:
         """Whether fewer products are needed to go to the latents than to expand them, for so many queries a line."""
@@ -102,30 +103,25 @@ class LatentAttention(nnx.Module):
         heads = config.plain_width + config.value_width
         return absorbed <= config.rank * heads + chunk * (heads + config.rotated_width)
 
-    def expanded(
-        self,
-        query: Float[Array, "S C H _"],
-        latents: Float[Array, "1 S N r"],
-        rotated: Float[Array, "1 S N t"],
-        seen: Bool[Array, "S C N"],
-    ) -> Float[Array, "S C H v"]:
-        made = jnp.einsum("snr,rhw->hsnw", latents[0], self.key_value[...])
-        keys, values = jnp.split(made, [self.config.plain_width], axis=-1)
-        shared = jnp.broadcast_to(rotated, (*keys.shape[:3], rotated.shape[3]))
-        return attend(query, jnp.concatenate([keys, shared], axis=-1), values, seen, self.config.scale)
+    def expanded(self, query: Float[Array, "S C H _"], cached: Cached, seen: Seen) -> Float[Array, "S C H v"]:
+        def look(block: Block) -> tuple[Array, Array]:
+            made = jnp.einsum("snr,rhw->hsnw", block.values[0], self.key_value[...])
+            keys, values = jnp.split(made, [self.config.plain_width], axis=-1)
+            shared = jnp.broadcast_to(block.keys, (*keys.shape[:3], block.keys.shape[3]))
+            return products(query, jnp.concatenate([keys, shared], axis=-1)) * self.config.scale, values
 
-    def absorbed(
-        self,
-        query: Float[Array, "S C H _"],
-        latents: Float[Array, "1 S N r"],
-        rotated: Float[Array, "1 S N t"],
-        seen: Bool[Array, "S C N"],
-    ) -> Float[Array, "S C H v"]:
+        return weighted_values(query, cached, look, seen, (query.shape[2], self.config.value_width))
+
+    def absorbed(self, query: Float[Array, "S C H _"], cached: Cached, seen: Seen) -> Float[Array, "S C H v"]:
         to_keys, to_values = jnp.split(self.key_value[...], [self.config.plain_width], axis=-1)
         plain, turned = jnp.split(query, [self.config.plain_width], axis=-1)
         in_latents = jnp.einsum("schn,rhn->schr", plain, to_keys)
-        scores = products(in_latents, latents) + products(turned, rotated)
-        weighted = weighted_values(scores * self.config.scale, latents, seen)
+
+        def look(block: Block) -> tuple[Array, Array]:
+            scores = products(in_latents, block.values) + products(turned, block.keys)
+            return scores * self.config.scale, block.values
+
+        weighted = weighted_values(query, cached, look, seen, cached.value_shape)
         return jnp.einsum("schr,rhv->schv", weighted, to_values)
 
     def _query(self, x: Float[Array, "T D"], positions: Int32[Array, "T"]) -> Float[Array, "T H _"]:

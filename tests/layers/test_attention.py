@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from moe_jax.config import RopeConfig, TemperatureConfig, Window
 from moe_jax.layers import Grid, Packing, Table
 from moe_jax.layers.attention import attend, first_seen
-from moe_jax.layers.cache import UNWRITTEN, PagedCache, Uncached
+from moe_jax.layers.cache import BLOCK, UNWRITTEN, Block, Cached, CachedPages, PagedCache, Uncached
 from moe_jax.layers.rope import Rotary
 from moe_jax.layers.temperature import growth
 
@@ -58,7 +59,7 @@ def test_a_line_sees_its_own_pages_and_no_leavings_of_others() -> None:
     leavings = jnp.full(shape, jnp.nan).at[:, :, 0, 0].set(9).at[:, :, 5].set(8).at[:, :, 1, 0].set(7)
     rows = jnp.ones((5, KV_HEADS, WIDTH)) * jnp.arange(1.0, 6)[:, None, None]
     view, _ = PagedCache(leavings, leavings).write(jnp.array(0), rows, rows, packing(), None)
-    decoding, prompts = view(ONE), view(TWO)
+    decoding, prompts = (whole(view(grid)) for grid in (ONE, TWO))
     assert decoding.positions.tolist() == [[0, 1, 2, 3]]
     assert decoding.values[1, 0, :, 2].tolist() == [8, 8, 7, 1]
     assert prompts.positions[1].tolist() == [4, 5, 6, UNWRITTEN]
@@ -77,26 +78,44 @@ def test_layers_with_a_window_have_a_table_of_their_own() -> None:
 def test_without_a_cache_only_this_step_is_seen() -> None:
     rows = jnp.arange(5.0)[:, None, None] * jnp.ones((5, KV_HEADS, WIDTH))
     view, _ = Uncached().write(jnp.array(0), rows, rows, packing(), None)
-    seen = view(TWO)
+    seen = whole(view(TWO))
     assert seen.keys.shape == (KV_HEADS, 2, 2, WIDTH)
     assert seen.values[:, 1, :, 0].tolist() == [[1, 2], [1, 2]]
     assert seen.positions.tolist() == [[UNWRITTEN, UNWRITTEN], [5, 6]]
 
 
-def test_attend_is_grouped_softmax_attention() -> None:
-    lines, positions = 3, 8
+def whole(cached: Cached) -> Block:
+    """All that there is, in one block."""
+    fold: Any = cached.at_once if isinstance(cached, CachedPages) else cached.fold
+    return fold(lambda block, _: block, None)
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at_once", "in_blocks"])
+@pytest.mark.parametrize("sinks", [None, jnp.array([-1.0, 0.5, 2, 9])], ids=["", "sinks"])
+def test_attend_is_grouped_softmax_attention(
+    at_once: bool, sinks: jax.Array | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over lines that end in the first block of pages, at its end, and in the third; and one without rows."""
+    ends, chunk, pages = jnp.array([3, BLOCK * PAGE, 2 * BLOCK * PAGE + 5, 0]), 2, 3 * BLOCK - 1
+    monkeypatch.setattr(CachedPages, "fold", CachedPages.at_once if at_once else CachedPages.in_blocks)
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
-    query, keys = draw(0, lines, 2, HEADS, WIDTH), draw(1, KV_HEADS, lines, positions, WIDTH)
-    values = draw(2, KV_HEADS, lines, positions, WIDTH)
-    seen = jnp.arange(positions) <= jnp.array([[3, 4], [0, 1], [7, 7]])[..., None]
-    got = attend(query, keys, values, seen, WIDTH**-0.5)
-    for line, chunk, head in np.ndindex(lines, 2, HEADS):
-        kv = head // (HEADS // KV_HEADS)
-        upto = int(seen[line, chunk].sum())
-        scores = np.asarray(keys[kv, line, :upto] @ query[line, chunk, head]) / np.sqrt(WIDTH)
-        weights = np.exp(scores - scores.max())
-        expected = weights / weights.sum() @ np.asarray(values[kv, line, :upto])
-        np.testing.assert_allclose(got[line, chunk, head], expected, atol=1e-5)
+    query, keys = draw(0, len(ends), chunk, HEADS, WIDTH), draw(1, 2, KV_HEADS, 100, PAGE, WIDTH)
+    values = draw(2, 2, KV_HEADS, 100, PAGE, WIDTH).at[:, :, 99].set(jnp.nan)
+    table = jax.random.permutation(jax.random.key(3), 99)[: len(ends) * pages].reshape(-1, pages)
+    table = jnp.where(jnp.arange(pages) * PAGE < ends[:, None], table, 99)
+    cached = CachedPages(PagedCache(keys, values), jnp.array(1), table, jnp.zeros(len(ends), int), ends)
+    own = ends[:, None, None] - jnp.array([[2], [1]])
+    got = attend(query, cached, lambda positions: positions[:, None] <= own, WIDTH**-0.5, sinks)
+    for line, row, head in np.ndindex(3, chunk, HEADS):
+        kv, upto = head // (HEADS // KV_HEADS), int(ends[line]) - 1 + row
+        its_keys, its_values = (
+            np.asarray(part[1, kv, table[line]]).reshape(-1, WIDTH)[:upto] for part in (keys, values)
+        )
+        scores = its_keys @ np.asarray(query[line, row, head]) / np.sqrt(WIDTH)
+        weights = np.exp(scores)
+        total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
+        np.testing.assert_allclose(got[line, row, head], weights / total @ its_values, atol=1e-5)
+    np.testing.assert_array_equal(got[3], 0)
 
 
 def test_windows_slide_and_chunks_follow_each_other() -> None:
