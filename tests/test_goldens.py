@@ -49,6 +49,8 @@ FAMILIES: dict[str, dict[str, str]] = {
     "deepseek_v3_e8_top2_groups_yarn": {"deepseek_v3_e4_top2_halves": "expert=4,tensor=2"},
     "llama4_text_gqa2_e8_top1": {},
     "llama4_gqa4_e4_top2_bias": {},
+    "step3p7_gqa4_e8_top2": {},
+    "step3p5_gqa8_e4_top3": {},
     "mimo_v2_flash_gqa4_e8_top2": {"mimo_v2_flash_gqa8_e8_top2_groups_bias": "data=2,expert=2,tensor=2"},
     "qwen3_next_e8_top2": {"qwen3_next_e4_top3_sparse_step": "data=2,expert=2,tensor=2"},
 }

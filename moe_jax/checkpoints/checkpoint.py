@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from moe_jax.checkpoints import export, loading, orbax_store
 from moe_jax.checkpoints.families import FAMILIES, Family
-from moe_jax.checkpoints.fields import TEXT, VISION, Fields
+from moe_jax.checkpoints.fields import TEXT, Fields
 from moe_jax.checkpoints.names import Region, regions
 from moe_jax.checkpoints.quantization import FIELD, Dequantised, read_quantization
 from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
@@ -34,9 +34,6 @@ from moe_jax.models import Parameters, ShardedDecoder
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
 DESCRIPTIONS = (".json", ".jinja", ".txt", ".model", ".md")
 """Files beside the weights that a converted checkpoint keeps: tokenizers, chat templates, licences."""
-
-PICTURES = ("vision_model.", "multi_modal_projector.", "vit_large_projector.")
-"""How the names of tensors begin that only pictures need."""
 
 
 class Checkpoint:
@@ -103,10 +100,8 @@ class Checkpoint:
             return loading.load(decoder.parameters, wanted, tensors)
 
     def _is_unused(self, tensor: str) -> bool:
-        """Whether a tensor may be there without being read: a tied head, layers after the last, which guess further
-        tokens, and what takes pictures."""
-        if self._raw.get(VISION) is not None and tensor.startswith(PICTURES):
-            return True
+        """Whether a tensor may be there without being read: a tied head, and layers after the last, which guess further
+        tokens."""
         if self.config.tied_embeddings and tensor in self.family.sources["head.table"].names:
             return True
         if tensor.startswith(self.family.unused):

@@ -49,8 +49,8 @@ BOOKKEEPING = frozenset(
 """Fields that do not change what a decoder computes: records, training settings, token ids that sampling reads
 elsewhere, layers after the last that guess further tokens."""
 
-TEXT, VISION = "text_config", "vision_config"
-"""The objects that describe the parts of a model that takes pictures too."""
+TEXT = "text_config"
+"""The object that describes the part for text of a model that takes pictures too."""
 
 _REQUIRED: Any = object()
 

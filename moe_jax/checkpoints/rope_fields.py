@@ -33,17 +33,19 @@ def read_rope(
     """
     theta = fields.take("rope_theta", float, theta)
     fraction = fields.take("partial_rotary_factor", float, fraction)
-    return _read(fields, rope_object(fields), head_dim, theta, fraction, interleaved)
+    return described(fields, rope_object(fields), head_dim, theta, fraction, interleaved)
 
 
 def read_rope_of(fields: Fields, layers: str, head_dim: int, *, fraction: float = 1.0) -> RopeConfig:
     """That of layers of a kind, where `rope_parameters` has an object for each kind."""
     rope = fields.inner(NEW).inner(layers)
-    return _read(fields, rope, head_dim, rope.take("rope_theta", float), fraction, interleaved=False)
+    return described(fields, rope, head_dim, rope.take("rope_theta", float), fraction)
 
 
-def _read(fields: Fields, rope: Fields, head_dim: int, theta: float, fraction: float, interleaved: bool) -> RopeConfig:
-    """From the object that describes it; base and fraction are those where it does not say."""
+def described(
+    fields: Fields, rope: Fields, head_dim: int, theta: float, fraction: float, interleaved: bool = False
+) -> RopeConfig:
+    """That which an object of the file describes; base and fraction are those where it does not say."""
     kind = rope.any("rope_type", rope.any("type", "default"))
     rope.any("type", None)
     theta = rope.take("rope_theta", float, theta)

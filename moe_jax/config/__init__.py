@@ -13,10 +13,12 @@ from moe_jax.config.attention import (
     Window,
 )
 from moe_jax.config.feed_forward import (
+    Activation,
     ClampedSwiGLUConfig,
     DenseConfig,
     GroupLimit,
     GroupScore,
+    LimitedSwiGLUConfig,
     MoEConfig,
     RouterConfig,
     Score,
@@ -39,6 +41,7 @@ from moe_jax.config.rope import (
 
 __all__ = [
     "VOCAB_MULTIPLE",
+    "Activation",
     "AttentionConfig",
     "ClampedSwiGLUConfig",
     "DecayConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "HeadGate",
     "LatentAttentionConfig",
     "LayerConfig",
+    "LimitedSwiGLUConfig",
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",

@@ -23,6 +23,14 @@ class QKNorm(Enum):
     """All heads together, before the rotary embedding."""
 
 
+class OutputGate(Enum):
+    """What has a gate of its own, a sigmoid of a projection of the row, that multiplies attention's output."""
+
+    HEAD = auto()
+    CHANNEL = auto()
+    """Each number of each head."""
+
+
 class Window(Enum):
     """Which positions up to its own a position sees, where it does not see all."""
 
@@ -42,14 +50,6 @@ class TemperatureConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "interval", "strength")
-
-
-class OutputGate(Enum):
-    """What has a gate of its own, a sigmoid of a projection of the row, that multiplies attention's output."""
-
-    HEAD = auto()
-    CHANNEL = auto()
-    """Each number of each head."""
 
 
 @dataclass(frozen=True)

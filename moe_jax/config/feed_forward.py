@@ -10,10 +10,41 @@ from moe_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class SwiGLUConfig:
+    """`silu(gate) * up` (Shazeer, arXiv:2002.05202)."""
+
+
+@dataclass(frozen=True)
+class ClampedSwiGLUConfig:
+    """`gate * sigmoid(slope * gate) * (up + 1)`, of gates limited from above and ups from both sides."""
+
+    limit: float
+    slope: float
+
+    def __post_init__(self) -> None:
+        check_positive(self, "limit", "slope")
+
+
+@dataclass(frozen=True)
+class LimitedSwiGLUConfig:
+    """`silu(gate) * up`, of gates limited from above once activated, and ups from both sides."""
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        check_positive(self, "limit")
+
+
+Activation = SwiGLUConfig | ClampedSwiGLUConfig | LimitedSwiGLUConfig
+"""How a feed-forward joins its gates and ups."""
+
+
+@dataclass(frozen=True)
 class DenseConfig:
-    """A SwiGLU feed-forward of one intermediate width."""
+    """A gated feed-forward of one intermediate width."""
 
     width: int
+    activation: Activation = SwiGLUConfig()
 
     def __post_init__(self) -> None:
         check_positive(self, "width")
@@ -26,6 +57,7 @@ class SharedExpertConfig:
     width: int
     gated: bool
     """Whether a sigmoid of a projection of the token scales its output."""
+    activation: Activation = SwiGLUConfig()
 
     def __post_init__(self) -> None:
         check_positive(self, "width")
@@ -95,22 +127,6 @@ class SparseMixerConfig:
         check_positive(self, "tolerance")
 
 
-@dataclass(frozen=True)
-class SwiGLUConfig:
-    """`silu(gate) * up` (Shazeer, arXiv:2002.05202)."""
-
-
-@dataclass(frozen=True)
-class ClampedSwiGLUConfig:
-    """`gate * sigmoid(slope * gate) * (up + 1)`, of gates limited from above and ups from both sides."""
-
-    limit: float
-    slope: float
-
-    def __post_init__(self) -> None:
-        check_positive(self, "limit", "slope")
-
-
 class Weighted(Enum):
     """What of an expert the router's weight multiplies."""
 
@@ -127,7 +143,7 @@ class MoEConfig:
     width: int
     router: RouterConfig | SparseMixerConfig
     shared: SharedExpertConfig | None = None
-    activation: SwiGLUConfig | ClampedSwiGLUConfig = SwiGLUConfig()
+    activation: Activation = SwiGLUConfig()
     """Of the routed experts."""
     bias: bool = False
     """Whether the routed experts' projections add biases."""

@@ -1,4 +1,4 @@
-"""How experts join their gates and ups.
+"""How feed-forwards join their gates and ups.
 
 M  rows     F  width
 """
@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.config import ClampedSwiGLUConfig, SwiGLUConfig
+from moe_jax.config import Activation, ClampedSwiGLUConfig, LimitedSwiGLUConfig, SwiGLUConfig
 
 
-def gated(
-    activation: SwiGLUConfig | ClampedSwiGLUConfig, gate: Float[Array, "M F"], up: Float[Array, "M F"]
-) -> Float[Array, "M F"]:
+def gated(activation: Activation, gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
     match activation:
         case SwiGLUConfig():
             return jax.nn.silu(gate) * up
+        case LimitedSwiGLUConfig(limit):
+            return jnp.minimum(jax.nn.silu(gate), limit) * jnp.clip(up, -limit, limit)
         case ClampedSwiGLUConfig(limit, slope):
             gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
             return gate * jax.nn.sigmoid(slope * gate) * (up + 1)

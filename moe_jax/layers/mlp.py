@@ -1,4 +1,4 @@
-"""The dense SwiGLU feed-forward (Shazeer, arXiv:2002.05202), alone or as a shared expert.
+"""The dense gated feed-forward (Shazeer, arXiv:2002.05202), alone or as a shared expert.
 
 T  own rows     N  gathered rows     D  hidden     F  this device's part of the width
 """
@@ -11,15 +11,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moe_jax.config import DenseConfig, SharedExpertConfig
+from moe_jax.config import Activation, DenseConfig, SharedExpertConfig
 from moe_jax.layers import parameter
+from moe_jax.layers.activation import gated
 from moe_jax.sharding import Combine, Role, Rows
 
 
 class SwiGLU(nnx.Module):
     """`down(silu(gate(x)) * up(x))`, the width split over every axis that a feed-forward sums over."""
 
-    def __init__(self, hidden: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, hidden: int, width: int, activation: Activation, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.activation = activation
         self.gate_up = parameter.normal(
             rngs, (hidden, 2, width), (None, None, Role.PARTIAL), fan_in=hidden, dtype=dtype
         )
@@ -28,14 +30,14 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """This device's part of the output."""
         gate, up = jnp.moveaxis(jnp.einsum("nd,dpf->npf", x, self.gate_up[...]), 1, 0)
-        return (jax.nn.silu(gate) * up) @ self.down[...]
+        return gated(self.activation, gate, up) @ self.down[...]
 
 
 class DenseMLP(nnx.Module):
     """A feed-forward block without experts. It goes the way an MoE goes: gather, partial sum, combine."""
 
     def __init__(self, config: DenseConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.swiglu = SwiGLU(hidden, config.width, dtype=dtype, rngs=rngs)
+        self.swiglu = SwiGLU(hidden, config.width, config.activation, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "T D"], rows: Rows, combine: Combine) -> tuple[Float[Array, "T D"], None]:
         gathered = combine.gather(rows, x)
@@ -47,7 +49,7 @@ class SharedExpert(nnx.Module):
     """An expert that every row visits, scaled by a sigmoid gate in some models (Qwen2-MoE, arXiv:2407.10671)."""
 
     def __init__(self, config: SharedExpertConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.swiglu = SwiGLU(hidden, config.width, dtype=dtype, rngs=rngs)
+        self.swiglu = SwiGLU(hidden, config.width, config.activation, dtype=dtype, rngs=rngs)
         self.gate = parameter.normal(rngs, (hidden,), (None,), fan_in=hidden, dtype=dtype) if config.gated else None
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:

@@ -69,9 +69,6 @@ def test_of_a_model_that_takes_pictures_the_text_is_read(tmp_path: Path) -> None
     rewrite(case, lambda held: held.update({"vision_model.class_embedding": np.zeros(8, np.float32)}))
     assert_equal(load(case), load(GOLDENS / PICTURES))
     raw = json.loads((case / "config.json").read_text())
-    (case / "config.json").write_text(json.dumps({**raw, "vision_config": None}))
-    with pytest.raises(CheckpointError, match="class_embedding is not used"):
-        load(case)
     raw["text_config"]["eos_token_id"] = [3, 4]
     (case / "config.json").write_text(json.dumps(raw))
     assert Checkpoint(case).end_token_ids == {3, 4}

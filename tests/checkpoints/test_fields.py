@@ -17,14 +17,17 @@ from moe_jax.config import (
     GroupLimit,
     GroupScore,
     LatentAttentionConfig,
+    LimitedSwiGLUConfig,
     Llama3Scaling,
     LongRopeScaling,
     ModelConfig,
     MoEConfig,
+    Norm,
     QKNorm,
     RopeConfig,
     RouterConfig,
     Score,
+    SwiGLUConfig,
     TemperatureConfig,
     YarnScaling,
 )
@@ -170,6 +173,29 @@ HUB = {
         "swa_rope_theta": 10000, "swa_v_head_dim": 128, "tie_word_embeddings": False, "topk_group": 1,
         "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 152576,
     },
+    "step3p5": {
+        "architectures": ["Step3p5ForCausalLM"], "att_impl_type": "GQA", "bos_token_id": 0, "dtype": "bfloat16",
+        "attention_other_setting": {
+            "attention_type": "sliding_attention", "head_dim": 128, "num_attention_groups": 8,
+            "num_attention_heads": 96, "true_head_dim": 128,
+        },
+        "eos_token_id": [1, 2, 128007], "head_dim": 128, "hidden_size": 4096, "intermediate_size": 11264,
+        "layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 12, "max_position_embeddings": 262144,
+        "max_seq_len": 262144, "model_type": "step3p5", "moe_every_n_layer": 1, "moe_intermediate_size": 1280,
+        "moe_layer_offset": 0, "moe_layers_enum": ",".join(str(layer) for layer in range(3, 45)),
+        "moe_num_experts": 288, "moe_router_activation": "sigmoid", "moe_router_scaling_factor": 3.0, "moe_top_k": 8,
+        "need_fp32_gate": True, "norm_expert_weight": True, "num_attention_groups": 8, "num_attention_heads": 64,
+        "num_hidden_layers": 45, "num_nextn_predict_layers": 3,
+        "partial_rotary_factors": ([0.5] + [1.0] * 3) * 12, "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 2.0, "high_freq_factor": 32.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 131072, "rope_type": "llama3",
+        },
+        "rope_theta": ([5e6] + [1e4] * 3) * 12, "share_expert_dim": 1280, "sliding_window": 512,
+        "swiglu_limits": [0.0] * 43 + [7, 7] + [0.0] * 3, "swiglu_limits_shared": [0.0] * 44 + [16] + [0.0] * 3,
+        "use_head_wise_attn_gate": True, "use_moe": True, "use_moe_router_bias": True, "use_qk_norm": True,
+        "use_rope_layers": [], "vocab_size": 128896, "yarn_only_types": ["full_attention"], "zero_centered": True,
+    },
 }  # fmt: skip
 
 HUB["llama4_text"] = HUB["llama4"]["text_config"]  # as a file of the text alone has it
@@ -201,6 +227,27 @@ REWRITTEN: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
                 "full_attention": {**DEFAULT, "rope_theta": 5e6, "partial_rotary_factor": 0.334},
                 "sliding_attention": {**DEFAULT, "rope_theta": 1e4, "partial_rotary_factor": 0.334},
             },
+        },
+    ),
+    "step3p5": (
+        (
+            "attention_other_setting", "moe_layers_enum", "moe_num_experts", "moe_top_k", "num_attention_groups",
+            "partial_rotary_factors", "rope_scaling", "rope_theta",
+        ),
+        {
+            "layer_types": ((["full_attention"] + ["sliding_attention"] * 3) * 12)[:45], "n_routed_experts": 288,
+            "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 42, "mtp_layer_types": ["sliding_attention"] * 3,
+            "mtp_mlp_layer_types": ["dense"] * 3, "num_experts_per_tok": 8, "num_key_value_heads": 8,
+            "num_sliding_attention_heads": 96, "query_pre_attn_scalar": 128, "hidden_act": "silu", "mlp_bias": False,
+            "per_layer_config": {str(layer): {"num_attention_heads": 96} for layer in range(45) if layer % 4},
+            "rope_parameters": {
+                "full_attention": {
+                    "factor": 2.0, "high_freq_factor": 32.0, "low_freq_factor": 1.0, "partial_rotary_factor": 0.5,
+                    "original_max_position_embeddings": 131072, "rope_theta": 5e6, "rope_type": "llama3",
+                },
+                "sliding_attention": {**DEFAULT, "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+            },
+            "swiglu_limits": [0.0] * 43 + [7, 7], "swiglu_limits_shared": [0.0] * 44 + [16],
         },
     ),
 }  # fmt: skip
@@ -272,6 +319,19 @@ def test_files_of_the_hub_whose_layers_differ() -> None:
     assert [attended(llama, layer).qk_norm for layer in (2, 3)] == [QKNorm.ROTATED_UNIT, None]
     assert attended(llama, 0).rope == RopeConfig(5e5, interleaved=True, scaling=Llama3Scaling(16.0, 1.0, 1.0, 8192))
     assert attended(llama, 3).rope is None
+    step = read(HUB["step3p5"])
+    assert read({"model_type": "step3p7", "text_config": HUB["step3p5"]}) == step
+    assert len(step.layers) == 45
+    full, slides = attended(step, 0), attended(step, 1)
+    assert (full.heads, slides.heads, full.window, slides.window) == (64, 96, None, 512)
+    assert full.rope == RopeConfig(5e6, width=64, scaling=Llama3Scaling(2.0, 1.0, 32.0, 131072))
+    assert slides.rope == RopeConfig(1e4)
+    assert (step.layers[2].ffn, step.norm) == (DenseConfig(11264), Norm.RMS_AROUND_ONE)
+    moes = [layer.ffn for layer in step.layers[3:] if isinstance(layer.ffn, MoEConfig)]
+    assert {moe.router for moe in moes} == {RouterConfig(Score.SIGMOID, selection_bias=True, norm=1, scale=3.0)}
+    assert [moe.activation for moe in moes] == [SwiGLUConfig()] * 40 + [LimitedSwiGLUConfig(7)] * 2
+    shared = [moe.shared.activation for moe in moes if moe.shared is not None]
+    assert shared == [SwiGLUConfig()] * 41 + [LimitedSwiGLUConfig(16)]
     few = read(HUB["llama4_text"] | {"interleave_moe_layer_step": 2})
     assert [isinstance(layer.ffn, MoEConfig) for layer in few.layers[:4]] == [False, True, False, True]
 
@@ -323,6 +383,10 @@ def test_dense_layers_and_windows() -> None:
         ("mimo_v2_flash", {"moe_layer_freq": [0, 2]}, r"moe_layer_freq must say 0 or 1 for each layer, got \[0, 2\]"),
         ("mimo_v2_flash", {"hybrid_layer_pattern": [0]}, "layer_types must say .* for each of 48 layers"),
         ("mimo_v2_flash", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.full_attention.rope_theta is mis"),
+        ("step3p5", {"swiglu_limits": [1.0] * 44}, "swiglu_limits must say a number for each of 45 layers"),
+        ("step3p5", {"moe_layers_enum": "3-44"}, "moe_layers_enum must be numbers of layers, got '3-44'"),
+        ("step3p5", {"use_rope_layers": [0, 1]}, r"use_rope_layers=\[0, 1\] is not supported"),
+        ("step3p5", {"per_layer_config": {"0": {"num_attention_heads": 32}}}, "per_layer_config=.* is not supported"),
         ("mixtral", {"num_experts_per_tok": 9}, "top_k 9 exceeds the number of experts, 8"),
     ],
 )

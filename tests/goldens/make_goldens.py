@@ -17,6 +17,7 @@ The numbers are computed in float32, one prompt at a time, without padding and w
 only if rounding differences between implementations can change neither a token nor an expert choice.
 """
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ MIN_ROUTER_GAP = 1e-3  # k-th to (k+1)-th router logit
 TEXT = "text_config"
 PICTURES = ("vision_model.", "multi_modal_projector.", "vit_large_projector.")
 SELECTION_BIAS = "e_score_correction_bias"
-NORMS_AROUND_ZERO = ("qwen3_next", "qwen3_5_moe_text")  # one is added to their weights
+NORMS_AROUND_ZERO = ("qwen3_next", "qwen3_5_moe_text", "step3p7")  # one is added to their weights
 GIVES_ROUTER_LOGITS = ("qwen3_moe", "qwen2_moe", "mixtral")  # those of other families differ in form
 NUDGE, MOST_CHANGE = 1e-4, 2e-2  # of the embeddings and, if no expert is swapped, of the logits; relative
 MIN_CONTEXT_EFFECT = 0.5  # change of a logit when the context is dropped, relative to the spread of the logits
@@ -323,9 +324,62 @@ CASES: dict[str, dict[str, Any]] = {
         "intermediate_size": 24, "norm_topk_prob": False, "tie_word_embeddings": True, "rms_norm_eps": 0.02,
         "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
     },
+    "step3p7_gqa4_e8_top2": {  # attention: full, window, window, full; dense, sparse, sparse, sparse
+        "model_type": "step3p7",
+        "text_config": {
+            "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "head_dim": 8, "num_sliding_attention_heads": 16, "sliding_window": 4,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "share_expert_dim": 16,
+            "intermediate_size": 16, "moe_router_scaling_factor": 2.0, "swiglu_limits": [0.0, 0.0, 0.2, 0.3],
+            "swiglu_limits_shared": [0.3, 0.0, 0.2, 0.0],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "llama3", "rope_theta": 1000.0, "partial_rotary_factor": 0.5, "factor": 2.0,
+                    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 1.0},
+            },
+        },
+        "vision_config": {
+            "hidden_size": 8, "mlp_ratio": 1.0, "num_hidden_layers": 1, "num_attention_heads": 1,
+            "image_size": 8, "patch_size": 4,
+        },
+    },
+    "step3p5_gqa8_e4_top3": {  # attention: full, window; sparse, dense; fields as the hub has them, one layer too many
+        "model_type": "step3p7",
+        "text_config": {
+            "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 2, "num_nextn_predict_layers": 1,
+            "num_attention_heads": 8, "num_attention_groups": 1, "head_dim": 12, "sliding_window": 6,
+            "attention_other_setting": {
+                "attention_type": "sliding_attention", "num_attention_heads": 16, "num_attention_groups": 1,
+                "head_dim": 12, "true_head_dim": 12,
+            },
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "moe_layers_enum": "0,2",
+            "moe_num_experts": 4, "moe_top_k": 3, "moe_intermediate_size": 8, "share_expert_dim": 8,
+            "intermediate_size": 16, "moe_router_scaling_factor": 1.5, "swiglu_limits": [0.3, 0.0, 0.0],
+            "swiglu_limits_shared": [0.0, 0.2, 0.0], "rope_theta": [5000.0, 100.0, 100.0],
+            "partial_rotary_factors": [0.5, 1.0, 1.0], "yarn_only_types": ["full_attention"],
+            "rope_scaling": {
+                "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 8.0,
+                "original_max_position_embeddings": 16,
+            },
+            "use_head_wise_attn_gate": True, "use_moe_router_bias": True, "moe_router_activation": "sigmoid",
+        },
+        "vision_config": {
+            "hidden_size": 8, "mlp_ratio": 1.0, "num_hidden_layers": 1, "num_attention_heads": 1,
+            "image_size": 8, "patch_size": 4,
+        },
+    },
 }
 # fmt: on
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file
+
+
+COMMON = {"max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None}
+TEXT_ALONE = {"step3p5_gqa8_e4_top3": "step3p5"}
+"""Cases whose config.json is as given above and of the text only, of the type that transformers has no class for."""
 
 
 def auto_class(settings: dict[str, Any]) -> type:
@@ -335,11 +389,10 @@ def auto_class(settings: dict[str, Any]) -> type:
 
 def build_model(settings: dict[str, Any]) -> PreTrainedModel:
     """A model with every parameter random, norms and biases included, drawn from torch's generator."""
-    common = {"max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None}
     if TEXT in settings:
-        config = AutoConfig.for_model(**{**settings, TEXT: {**settings[TEXT], **common}})
+        config = AutoConfig.for_model(**{**settings, TEXT: {**settings[TEXT], **COMMON}})
     else:
-        config = AutoConfig.for_model(**settings, **common)
+        config = AutoConfig.for_model(**settings, **COMMON)
     model = auto_class(settings).from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape)
@@ -473,6 +526,9 @@ def make_case(name: str) -> int:
     for key, array in compute_reference(saved, prompts).items():
         np.testing.assert_allclose(array, reference[key], rtol=1e-4, atol=1e-4, err_msg=f"{key} differ once saved")
     drop_pictures(folder / "model.safetensors")
+    if name in TEXT_ALONE:
+        described = {"model_type": TEXT_ALONE[name], "dtype": "float32", **CASES[name][TEXT], **COMMON}
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     np.savez_compressed(folder / "reference.npz", **reference, seed=seed)
     return seed
 

@@ -26,6 +26,8 @@ from moe_jax.checkpoints.families import (
     qwen2_moe,
     qwen3_moe,
     qwen3_next,
+    step3p5,
+    step3p7,
 )
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.names import Source
@@ -62,6 +64,8 @@ _MODULES = (
     qwen2_moe,
     qwen3_moe,
     qwen3_next,
+    step3p5,
+    step3p7,
 )
 FAMILIES: Mapping[str, Family] = {
     module.__name__.rpartition(".")[2]: Family(module.read, module.SOURCES, getattr(module, "UNUSED", ()))

@@ -1,15 +1,16 @@
 """Llama 4 as the hub has it, with a model of pictures beside that of text: the latter only."""
 
 from moe_jax.checkpoints.families import llama4_text
-from moe_jax.checkpoints.fields import TEXT, VISION, Fields
+from moe_jax.checkpoints.fields import TEXT, Fields
 from moe_jax.checkpoints.names import within
 from moe_jax.config import ModelConfig
 
 SOURCES = within("language_model.", llama4_text.SOURCES)
+UNUSED = ("vision_model.", "multi_modal_projector.")
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name in (VISION, "boi_token_index", "eoi_token_index", "image_token_index"):
+    for name in ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index"):
         fields.any(name, None)
     fields.expect("tie_word_embeddings", False)
     return llama4_text.read(fields.inner(TEXT))

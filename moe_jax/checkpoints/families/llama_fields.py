@@ -75,6 +75,9 @@ def layer_kinds(fields: Fields, layers: int, pattern: list[str], near: str = SLI
     """What `layer_types` says of each layer, or the pattern where the file has none; `near` is the kind of those that
     are not full."""
     kinds = fields.take_list("layer_types", str) or pattern
+    further = fields.any("num_nextn_predict_layers", 0)
+    if isinstance(further, int) and len(kinds) == layers + further:  # which guess further tokens
+        kinds = kinds[:layers]
     if len(kinds) != layers or not set(kinds) <= {near, FULL}:
         fields.problem(f"layer_types must say {near} or {FULL} for each of {layers} layers")
         return [FULL] * layers
