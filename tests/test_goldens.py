@@ -53,6 +53,9 @@ FAMILIES: dict[str, dict[str, str]] = {
     "step3p5_gqa8_e4_top3": {},
     "mimo_v2_flash_gqa4_e8_top2": {"mimo_v2_flash_gqa8_e8_top2_groups_bias": "data=2,expert=2,tensor=2"},
     "qwen3_next_e8_top2": {"qwen3_next_e4_top3_sparse_step": "data=2,expert=2,tensor=2"},
+    "qwen3_5_moe_text_e8_top2": {"qwen3_5_moe_text_e4_top3": "expert=4,tensor=2"},
+    "qwen3_5_moe_e4_top3": {},
+    "jamba_e8_top2": {"jamba_e4_top3_bias": "data=2,expert=2,tensor=2"},
 }
 """With another case of the family, and where it runs."""
 MAIN_CASES = [*EVERYWHERE, *FAMILIES]

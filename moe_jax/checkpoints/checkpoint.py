@@ -93,8 +93,9 @@ class Checkpoint:
             parameters = orbax_store.restore(self.path / ORBAX, decoder.parameters)
             loading.check_finite(parameters)
             return parameters
-        wanted = list(regions_of(self.family, decoder))
         with TensorFiles(self.path) as files:
+            sources = self.family.sources_in(files.shapes())
+            wanted = list(regions(decoder.config, decoder.parameters, sources))
             tensors = files if self._scales is None else Dequantised(files, self._scales)
             loading.check(wanted, tensors, self._is_unused)
             return loading.load(decoder.parameters, wanted, tensors)

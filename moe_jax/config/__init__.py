@@ -28,7 +28,7 @@ from moe_jax.config.feed_forward import (
     Weighted,
 )
 from moe_jax.config.model import VOCAB_MULTIPLE, LayerConfig, ModelConfig, Norm
-from moe_jax.config.recurrent import DecayConfig, DeltaConfig, HeadGate, RecurrentConfig
+from moe_jax.config.recurrent import DecayConfig, DeltaConfig, HeadGate, MambaConfig, RecurrentConfig
 from moe_jax.config.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -56,6 +56,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "MambaConfig",
     "MoEConfig",
     "ModelConfig",
     "NTKScaling",

@@ -65,4 +65,34 @@ class DeltaConfig:
         return keys, keys, (self.heads, self.kernel - 1, self.value_width)
 
 
-RecurrentConfig = DeltaConfig
+@dataclass(frozen=True)
+class MambaConfig:
+    """A selective state space (Gu and Dao, arXiv:2312.00752), what selects being normalised (Jamba, arXiv:2403.19887):
+    a vector for each channel, of which each number decays at its own rate."""
+
+    channels: int
+    width: int
+    """Of the state of a channel."""
+    rank: int
+    """Of the projection to the steps that channels take."""
+    kernel: int
+    """Positions that the short convolution sees, their own included."""
+    convolution_bias: bool = True
+    bias: bool = False
+    """Whether the projections of rows to channels and back add biases."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "channels", "width", "rank", "kernel")
+
+    @property
+    def state_shape(self) -> Shape:
+        """What is remembered of a sequence, channels first."""
+        return self.channels, self.width
+
+    @property
+    def recent_shapes(self) -> tuple[Shape, ...]:
+        """The last inputs of the convolution, channels first."""
+        return ((self.channels, self.kernel - 1),)
+
+
+RecurrentConfig = DeltaConfig | MambaConfig

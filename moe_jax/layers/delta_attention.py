@@ -1,7 +1,6 @@
 """Attention by the gated delta rule (Yang et al., arXiv:2412.06464), on the heads that this device holds.
 
 T  rows     D  hidden     H  heads, h  heads of queries and keys, of this device     K  width of keys     V  of values
-k  positions that a short convolution sees
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from moe_jax.config import DecayConfig, DeltaConfig, HeadGate
 from moe_jax.layers import parameter
 from moe_jax.layers.attention import HeadProjection
 from moe_jax.layers.norm import HeadNorm
-from moe_jax.layers.parameter import HeadNumber, one_head
+from moe_jax.layers.parameter import HeadNumber
 from moe_jax.layers.recurrences import Delta, delta_rule
+from moe_jax.layers.short_convolution import ShortConvolution
 from moe_jax.layers.states import States
 from moe_jax.layers.step import Step
 from moe_jax.sharding import PartialSum, Placement, Role
@@ -29,26 +29,6 @@ S = TypeVar("S", bound=States)
 GATES = {HeadGate.SILU: jax.nn.silu, HeadGate.SIGMOID: jax.nn.sigmoid}
 TINY = 1e-6
 """Added to squared lengths, by which queries and keys are divided."""
-
-
-class ShortConvolution(nnx.Module):
-    """Each number over the last positions of its sequence, then a SiLU."""
-
-    def __init__(self, heads: int, width: int, kernel: int, split: Role, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.weight = parameter.normal(rngs, (heads, width, kernel), (split, None, None), fan_in=kernel, dtype=dtype)
-
-    def __call__(
-        self,
-        x: Float[Array, "T H w"],
-        states: S,
-        layer: Int32[Array, ""],
-        part: int,
-        step: Step,
-        only: HeadNumber | None = None,
-    ) -> tuple[Float[Array, "T H w"], S]:
-        weight = one_head(self.weight[...], only, axis=0)
-        seen, states = states.recall(layer, part, x, weight.shape[-1], step)
-        return jax.nn.silu(jnp.einsum("thkw,hwk->thw", seen, weight)), states
 
 
 class Decay(nnx.Module):
@@ -76,9 +56,9 @@ class DeltaAttention(nnx.Module):
         self.query = HeadProjection(hidden, key_heads, keys, Role.KV_HEADS, bias=False, **like)
         self.key = HeadProjection(hidden, key_heads, keys, Role.KV_HEADS, bias=False, **like)
         self.value = HeadProjection(hidden, heads, values, Role.HEADS, bias=False, **like)
-        self.query_convolution = ShortConvolution(key_heads, keys, config.kernel, Role.KV_HEADS, **like)
-        self.key_convolution = ShortConvolution(key_heads, keys, config.kernel, Role.KV_HEADS, **like)
-        self.value_convolution = ShortConvolution(heads, values, config.kernel, Role.HEADS, **like)
+        self.query_convolution = ShortConvolution((key_heads, keys), config.kernel, Role.KV_HEADS, **like)
+        self.key_convolution = ShortConvolution((key_heads, keys), config.kernel, Role.KV_HEADS, **like)
+        self.value_convolution = ShortConvolution((heads, values), config.kernel, Role.HEADS, **like)
         self.decay = Decay(config.decay, hidden, heads, keys, **like)
         self.strength = HeadProjection(hidden, heads, 1, Role.HEADS, bias=False, **like)
         self.gate = HeadProjection(hidden, heads, values, Role.HEADS, bias=False, **like)

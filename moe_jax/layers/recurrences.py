@@ -1,6 +1,7 @@
 """States of fixed size that positions read and change, a chunk of positions at a time, in float32.
 
-L  lines     C  positions of a chunk     H  heads     K  width of keys     V  of values
+L  lines     C  positions of a chunk     H  heads, or channels     K  width of keys     V  of values
+N  width of a channel's state
 
 A chunk of one position is the recurrence as its papers write it; a longer one is the same by products of matrices.
 """
@@ -69,3 +70,36 @@ def _products(
     if total.shape[-1] == 1:
         return (later @ jnp.swapaxes(earlier, 2, 3)) * jnp.exp(between[..., 0])
     return jnp.sum(later[:, :, :, None] * earlier[:, :, None] * jnp.exp(between), axis=-1)
+
+
+class Selection(NamedTuple):
+    """What `selective_scan` takes of each position."""
+
+    x: Float[Array, "L C H"]
+    step: Float[Array, "L C H"]
+    """How far the state moves: not at all at 0."""
+    into: Float[Array, "L C N"]
+    """How a channel's number enters its state."""
+    out: Float[Array, "L C N"]
+    """How it is read."""
+
+
+def selective_scan(
+    rows: Selection, state: Float[Array, "L H N"], rates: Float[Array, "H N"]
+) -> tuple[Float[Array, "L C H"], Float[Array, "L H N"]]:
+    """Each number of a state decays by its rate times the step, and takes in the channel's (Gu and Dao,
+    arXiv:2312.00752, algorithm 2); all positions of a chunk at once (Blelloch, 1990).
+
+    Args:
+      rates: below 0.
+    """
+    x, step, into, out = (part.astype(jnp.float32) for part in rows)
+
+    def after_both(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+        (kept, taken), (kept_then, taken_then) = first, second
+        return kept * kept_then, taken * kept_then + taken_then
+
+    kept, taken = jnp.exp(step[..., None] * rates), (step * x)[..., None] * into[:, :, None]
+    kept, taken = lax.associative_scan(after_both, (kept, taken), axis=1)
+    states = kept * state[:, None] + taken
+    return jnp.einsum("lchn,lcn->lch", states, out), states[:, -1]

@@ -14,7 +14,15 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.config import DeltaConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig, RecurrentConfig
+from moe_jax.config import (
+    DeltaConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    MambaConfig,
+    ModelConfig,
+    MoEConfig,
+    RecurrentConfig,
+)
 from moe_jax.layers import (
     Attention,
     Cache,
@@ -22,6 +30,7 @@ from moe_jax.layers import (
     DenseMLP,
     LatentAttention,
     Load,
+    Mamba,
     MoE,
     States,
     Step,
@@ -67,7 +76,7 @@ class Block(nnx.Module):
 
 def _mixer(
     layer: LayerConfig, model: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs
-) -> Attention | LatentAttention | DeltaAttention:
+) -> Attention | LatentAttention | DeltaAttention | Mamba:
     """What takes a row's part of other positions of its sequence."""
     hidden, eps = model.hidden, model.norm_eps
     match layer.attention:
@@ -75,6 +84,8 @@ def _mixer(
             return LatentAttention(config, hidden, dtype=dtype, rngs=rngs)
         case DeltaConfig() as config:
             return DeltaAttention(config, hidden, eps, dtype=dtype, rngs=rngs)
+        case MambaConfig() as config:
+            return Mamba(config, hidden, eps, dtype=dtype, rngs=rngs)
         case config:
             return Attention(config, hidden, model.norm, eps, dtype=dtype, rngs=rngs)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
-from moe_jax.config import DeltaConfig, DenseConfig, LayerConfig, ModelConfig
+from moe_jax.config import AttentionConfig, DeltaConfig, DenseConfig, LayerConfig, MambaConfig, ModelConfig
 from moe_jax.errors import PlacementError
 from moe_jax.sharding.placement import Placement, Role
 
@@ -19,7 +20,7 @@ def check_fit(config: ModelConfig, placement: Placement) -> None:
         if count % placement.size(role)
     ]
     heads = placement.size(Role.HEADS)
-    for shared, kind in dict.fromkeys(_shared_heads(layer) for layer in config.layers):
+    for shared, kind in dict.fromkeys(chain(*map(_shared, config.layers))):
         if shared % heads and heads % shared:
             over = placement.written(Role.HEADS)
             problems.append(f"{shared} {kind} neither divide over {over} nor repeat evenly on them")
@@ -30,18 +31,22 @@ def check_fit(config: ModelConfig, placement: Placement) -> None:
         )
 
 
-def _shared_heads(layer: LayerConfig) -> tuple[int, str]:
-    """How many heads of a layer several of its heads share, and what they are called."""
-    attention = layer.attention
-    return (
-        (attention.key_heads, "key heads") if isinstance(attention, DeltaConfig) else (attention.kv_heads, "KV heads")
-    )
+def _shared(layer: LayerConfig) -> Iterator[tuple[int, str]]:
+    """What several heads of a layer share, and how many of it there are."""
+    match layer.attention:
+        case AttentionConfig(kv_heads=heads):
+            yield heads, "KV heads"
+        case DeltaConfig(key_heads=heads):
+            yield heads, "key heads"
 
 
 def _split(layer: LayerConfig) -> Iterator[tuple[str, int, Role]]:
     """What of a layer is split, into how many, by which role."""
-    yield "attention heads", layer.attention.heads, Role.HEADS
-    ffn = layer.ffn
+    attention, ffn = layer.attention, layer.ffn
+    if isinstance(attention, MambaConfig):
+        yield "channels of a state space", attention.channels, Role.HEADS
+    else:
+        yield "attention heads", attention.heads, Role.HEADS
     if isinstance(ffn, DenseConfig):
         yield "units of dense MLP width", ffn.width, Role.PARTIAL
         return

@@ -18,6 +18,7 @@ only if rounding differences between implementations can change neither a token 
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -372,8 +373,39 @@ CASES: dict[str, dict[str, Any]] = {
             "image_size": 8, "patch_size": 4,
         },
     },
+    "qwen3_5_moe_text_e8_top2": {  # attention: three delta nets, full; fewer key heads than value heads
+        "model_type": "qwen3_5_moe_text", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 4,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0],
+        },
+    },
+    "qwen3_5_moe_text_e4_top3": {  # attention: full, delta net
+        "model_type": "qwen3_5_moe_text", "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "linear_conv_kernel_dim": 2,
+        "linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_key_head_dim": 4, "linear_value_head_dim": 8,
+        "layer_types": ["full_attention", "linear_attention"], "tie_word_embeddings": True, "rms_norm_eps": 0.02,
+        "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+    },
+    "jamba_e8_top2": {  # Mamba, attention, Mamba, attention; dense, sparse, dense, sparse
+        "model_type": "jamba", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16, "pad_token_id": None,
+        "mamba_d_state": 4, "mamba_dt_rank": 6,
+    },
+    "jamba_e4_top3_bias": {  # attention, Mamba, Mamba; sparse, dense, sparse
+        "model_type": "jamba", "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "attn_layer_period": 3, "attn_layer_offset": 0,
+        "expert_layer_offset": 0, "num_experts": 4, "num_experts_per_tok": 3, "intermediate_size": 8,
+        "mamba_d_state": 3, "mamba_d_conv": 2, "mamba_expand": 1, "mamba_conv_bias": False, "mamba_proj_bias": True,
+        "pad_token_id": None, "tie_word_embeddings": True,
+    },
 }
 # fmt: on
+BESIDE_VISION = {"qwen3_5_moe_e4_top3": "qwen3_5_moe_text_e4_top3"}
+"""Cases that are others in the form of the hub: a text model beside a vision model, the experts of a layer fused."""
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file
 
 
@@ -533,12 +565,40 @@ def make_case(name: str) -> int:
     return seed
 
 
+def make_beside_vision(name: str) -> None:
+    """Write a case of `BESIDE_VISION`; the numbers stay."""
+    folder, text = HERE / name, HERE / BESIDE_VISION[name]
+    tensors, config = load_file(text / "model.safetensors"), json.loads((text / "config.json").read_text())
+    experts = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)_proj\.weight")
+    parts: dict[str, dict[str, list[torch.Tensor]]] = {}
+    for tensor in sorted((key for key in tensors if experts.fullmatch(key)), key=lambda key: int(key.split(".")[5])):
+        layer, _, kind = experts.fullmatch(tensor).groups()
+        parts.setdefault(layer, {}).setdefault(kind, []).append(tensors.pop(tensor))
+    for layer, kinds in parts.items():
+        gate, up, down = (torch.stack(kinds[kind]) for kind in ("gate", "up", "down"))
+        tensors |= {f"{layer}.gate_up_proj": torch.cat([gate, up], dim=1), f"{layer}.down_proj": down}
+    hub = {re.sub(r"^model\.", "model.language_model.", key): tensor for key, tensor in tensors.items()}
+    whole = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "text_config": config,
+        "tie_word_embeddings": config["tie_word_embeddings"], "dtype": "float32", "vision_config": {"depth": 1},
+        "image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4,
+    }  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    save_file(hub, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(whole, indent=2))
+    shutil.copy(text / "reference.npz", folder)
+
+
 def main(names: list[str]) -> None:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     disable_progress_bar()
-    for name in names or CASES:
+    for name in names or [*CASES, *BESIDE_VISION]:
+        if name in BESIDE_VISION:
+            make_beside_vision(name)
+            continue
         seed = make_case(name)
         size = sum(file.stat().st_size for file in (HERE / name).iterdir())
         print(f"{name}: seed {seed}, {size // 1024} KiB")

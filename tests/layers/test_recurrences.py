@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers.recurrences import Delta, delta_rule
+from moe_jax.layers.recurrences import Delta, Selection, delta_rule, selective_scan
 from moe_jax.sharding.rows import on_host
 
 LINES, CHUNK, HEADS, KEYS, VALUES = 2, 64, 3, 8, 5
@@ -49,7 +52,7 @@ def delta_by_position(rows: Delta, state: np.ndarray) -> tuple[np.ndarray, np.nd
     return outputs, state
 
 
-def in_single(rows: Delta) -> Delta:
+def in_single(rows: Any) -> Any:
     return jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), rows)
 
 
@@ -67,3 +70,23 @@ def test_rows_of_zeros_leave_a_state_as_it_is() -> None:
     rows, state = delta_rows(KEYS), jnp.asarray(drawn(9, LINES, HEADS, KEYS, VALUES), jnp.float32)
     _, after = delta_rule(jax.tree.map(lambda part: jnp.zeros_like(part, jnp.float32), rows), state)
     np.testing.assert_array_equal(after, state)
+
+
+@pytest.mark.parametrize("chunk", [1, CHUNK])
+def test_the_selective_scan(chunk: int) -> None:
+    """As arXiv:2312.00752, algorithm 2, position by position."""
+    shape, rates = (LINES, chunk), -np.abs(drawn(5, HEADS, KEYS))
+    parts = drawn(0, *shape, HEADS), np.abs(drawn(1, *shape, HEADS)), drawn(2, *shape, KEYS), drawn(3, *shape, KEYS)
+    rows, state = Selection(*map(on_host, parts)), drawn(9, LINES, HEADS, KEYS)
+    scan = jax.jit(partial(selective_scan, rates=jnp.asarray(rates, jnp.float32)))
+    output, after = scan(in_single(rows), jnp.asarray(state, jnp.float32))
+    expected = np.zeros((*shape, HEADS))
+    x, step, into, out = map(np.asarray, rows)
+    for line, at in np.ndindex(*shape):
+        far = step[line, at, :, None]
+        state[line] = np.exp(far * rates) * state[line] + far * x[line, at, :, None] * into[line, at]
+        expected[line, at] = state[line] @ out[line, at]
+    assert_close(output, expected)
+    assert_close(after, state)
+    _, same = scan(jax.tree.map(jnp.zeros_like, in_single(rows)), jnp.asarray(state, jnp.float32))
+    np.testing.assert_array_equal(same, jnp.asarray(state, jnp.float32))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
@@ -16,6 +17,7 @@ from moe_jax.checkpoints.families import (
     granitemoe,
     hunyuan_v1_moe,
     hy_v3,
+    jamba,
     llama4,
     llama4_text,
     mimo_v2_flash,
@@ -24,6 +26,8 @@ from moe_jax.checkpoints.families import (
     olmoe,
     phimoe,
     qwen2_moe,
+    qwen3_5_moe,
+    qwen3_5_moe_text,
     qwen3_moe,
     qwen3_next,
     step3p5,
@@ -41,6 +45,16 @@ class Family:
     """By parameter: those of a block as named inside it, the others by their full name."""
     unused: tuple[str, ...]
     """How the names of tensors begin that may be there without being read."""
+    elsewhere: Mapping[str, Source]
+    """Of parameters that some files hold in other tensors than `sources` says: those tensors."""
+
+    def sources_in(self, tensors: Collection[str]) -> Mapping[str, Source]:
+        """Where parameters are in a file of these tensors."""
+        names = [
+            name.format(layer="(\\d+)", expert="(\\d+)") for each in self.elsewhere.values() for name in each.names
+        ]
+        found = any(re.fullmatch(name, tensor) for name in names for tensor in tensors)
+        return {**self.sources, **self.elsewhere} if found else self.sources
 
 
 _MODULES = (
@@ -57,18 +71,23 @@ _MODULES = (
     llama4,
     llama4_text,
     mimo_v2_flash,
+    jamba,
     minimax_m2,
     mixtral,
     olmoe,
     phimoe,
     qwen2_moe,
+    qwen3_5_moe,
+    qwen3_5_moe_text,
     qwen3_moe,
     qwen3_next,
     step3p5,
     step3p7,
 )
 FAMILIES: Mapping[str, Family] = {
-    module.__name__.rpartition(".")[2]: Family(module.read, module.SOURCES, getattr(module, "UNUSED", ()))
+    module.__name__.rpartition(".")[2]: Family(
+        module.read, module.SOURCES, getattr(module, "UNUSED", ()), getattr(module, "ELSEWHERE", {})
+    )
     for module in _MODULES
 }
 """By the `model_type` of `config.json`, which each page of data is named after."""

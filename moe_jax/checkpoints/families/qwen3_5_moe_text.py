@@ -1,0 +1,40 @@
+"""Qwen3.5-MoE, the language model by itself: Qwen3-Next with projections apart and an MoE in every layer."""
+
+from moe_jax.checkpoints.families import gated_delta
+from moe_jax.checkpoints.families.llama_fields import experts, model
+from moe_jax.checkpoints.families.qwen_layers import SHARED, shared_expert
+from moe_jax.checkpoints.families.shared_names import MODEL, MOE
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import joined, linear
+from moe_jax.checkpoints.rope_fields import rope_object
+from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, Norm, RouterConfig
+
+LINEAR = gated_delta.LINEAR
+QKV = ("recurrence.query.weight", "recurrence.key.weight", "recurrence.value.weight")
+MIXERS = {
+    **gated_delta.SOURCES,
+    **joined(LINEAR + "in_proj_qkv.weight", *QKV),
+    "recurrence.gate.weight": linear(LINEAR + "in_proj_z.weight"),
+    "recurrence.strength.weight": linear(LINEAR + "in_proj_b.weight"),
+    "recurrence.decay.projection.weight": linear(LINEAR + "in_proj_a.weight"),
+}
+SOURCES = {**MODEL, **MIXERS, **MOE, **SHARED}
+UNUSED = ("mtp.",)
+
+
+def read(fields: Fields, *, tied: bool = False) -> ModelConfig:
+    fields.expect("attn_output_gate", True)
+    fields.expect("mlp_only_layers", [])
+    for name in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"):
+        fields.any(name, None)  # of layers that guess further tokens; states are float32 always
+    for name in ("mrope_section", "mrope_interleaved"):
+        rope_object(fields).any(name, None)  # of images: the three positions of a text's token are one
+    moe = MoEConfig(
+        experts=experts(fields),
+        top_k=fields.take("num_experts_per_tok", int),
+        width=fields.take("moe_intermediate_size", int),
+        router=RouterConfig(norm=1),
+        shared=shared_expert(fields),
+    )
+    layers = [LayerConfig(mixer, moe) for mixer in gated_delta.mixers(fields)]
+    return model(fields, layers, eps=1e-6, norm=Norm.RMS_AROUND_ONE, tied=tied)
