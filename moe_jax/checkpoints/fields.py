@@ -102,6 +102,14 @@ class Fields:
         if value not in supported:
             self.problem(f"{name}={value!r} is not supported (only {', '.join(map(repr, supported))})")
 
+    def rename(self, other: str, name: str) -> None:
+        """Read a field by `name` in files that call it by the other one."""
+        if other in self._raw:
+            if self.has(name) and self._raw[other] != self._raw[name]:
+                self.problem(f"{other} and {name} are two names of one thing: remove one")
+            self._raw = {name: self._raw[other], **self._raw}
+            self._seen.add(other)
+
     def problem(self, text: str) -> None:
         self._problems.append(self._prefix + text)
 

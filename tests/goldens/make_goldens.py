@@ -314,6 +314,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "qwen3_next", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
         "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 4,
+        "rms_norm_eps": 0.01,
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
     },
@@ -377,6 +378,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "qwen3_5_moe_text", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8,
         "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 4,
+        "rms_norm_eps": 0.01,
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 16,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0],
@@ -401,6 +403,22 @@ CASES: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 0, "num_experts": 4, "num_experts_per_tok": 3, "intermediate_size": 8,
         "mamba_d_state": 3, "mamba_d_conv": 2, "mamba_expand": 1, "mamba_conv_bias": False, "mamba_proj_bias": True,
         "pad_token_id": None, "tie_word_embeddings": True,
+    },
+    "bailing_hybrid_e8_top2": {  # delta, latent, delta, latent; dense, sparse, sparse, sparse
+        "model_type": "bailing_hybrid", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 6, "layer_group_size": 2,
+        "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "rope_theta": 100.0,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 2,
+        "intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
+        "num_mtp_layers": 0, "pad_token_id": None, "rms_norm_eps": 0.02,
+    },
+    "bailing_hybrid_e4_top2_softplus": {  # latent, delta
+        "model_type": "bailing_hybrid", "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4, "short_conv_kernel_size": 3,
+        "layer_types": ["full_attention", "linear_attention"], "kda_safe_gate": False,
+        "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 8, "v_head_dim": 4, "norm_topk_prob": False,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1,
+        "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "num_mtp_layers": 0, "pad_token_id": None,
     },
 }
 # fmt: on

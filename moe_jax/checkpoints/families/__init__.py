@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
+    bailing_hybrid,
     dbrx,
     deepseek_v2,
     deepseek_v3,
@@ -58,6 +59,7 @@ class Family:
 
 
 _MODULES = (
+    bailing_hybrid,
     dbrx,
     deepseek_v2,
     deepseek_v3,

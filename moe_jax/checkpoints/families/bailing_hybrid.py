@@ -1,0 +1,72 @@
+"""Ling 3: Kimi delta attention (arXiv:2510.26692) and, every few layers, latent attention, each head's output gated."""
+
+from dataclasses import replace
+
+from moe_jax.checkpoints.families import ling_layers
+from moe_jax.checkpoints.families.gated_delta import CONVOLUTIONS, recurrent_layers
+from moe_jax.checkpoints.families.ling_layers import ATTENTION
+from moe_jax.checkpoints.families.llama_fields import model
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import convolution, linear, plain
+from moe_jax.config import DecayConfig, DeltaConfig, HeadGate, LayerConfig, ModelConfig, OutputGate
+
+PARTS = ("query", "key", "value")
+SOURCES = {
+    **ling_layers.SOURCES,
+    "attention.gate.weight": linear(ATTENTION + "g_proj.weight"),
+    **{f"recurrence.{part}.weight": linear(ATTENTION + f"{part[0]}_proj.weight") for part in PARTS},
+    **{
+        name: convolution(ATTENTION + f"{part[0]}_conv1d.weight")
+        for part, name in zip(PARTS, CONVOLUTIONS, strict=True)
+    },
+    "recurrence.decay.projection.weight": linear(ATTENTION + "f_proj.weight"),
+    "recurrence.decay.log_rate": plain(ATTENTION + "A_log"),
+    "recurrence.decay.bias": plain(ATTENTION + "dt_bias"),
+    "recurrence.strength.weight": linear(ATTENTION + "b_proj.weight"),
+    "recurrence.gate.weight": linear(ATTENTION + "g_proj.weight"),
+    "recurrence.norm.weight": plain(ATTENTION + "o_norm.weight"),
+    "recurrence.output": linear(ATTENTION + "dense.weight", inputs=2),
+}
+ELSEWHERE = {"recurrence.output": linear(ATTENTION + "o_proj.weight", inputs=2)}
+SAME = {
+    "no_kda_lora": True,
+    "use_mla_nope": False,
+    "q_lora_rank": None,
+    "enable_gated_attention": True,
+    "gated_attention_proj_granularity_type": "head_wise",
+}
+
+
+def read(fields: Fields) -> ModelConfig:
+    for name, other in OTHERS.items():
+        fields.rename(other, name)
+    for name, value in SAME.items():
+        fields.expect(name, value)
+    for name in ("use_qk_norm", "rotary_dim", "mtp_loss_scaling_factor", "mtp_use_kda"):
+        fields.any(name, None)  # said by others again, or of layers that guess further tokens
+    full = replace(ling_layers.latent(fields), output_gate=OutputGate.HEAD)
+    heads, width = full.heads, fields.take("linear_head_dim", int, fields.take("head_dim", int, 128))
+    fields.expect("linear_num_heads", heads)
+    kernel = fields.take("linear_conv_kernel_dim", int, fields.take("short_conv_kernel_size", int, 4))
+    delta = DeltaConfig(heads, heads, width, width, kernel, _decay(fields), HeadGate.SIGMOID)
+    mixers = [delta if recurrent else full for recurrent in recurrent_layers(fields, "layer_group_size", 6)]
+    return model(fields, map(LayerConfig, mixers, ling_layers.experts(fields)), eps=1e-6)
+
+
+def _decay(fields: Fields) -> DecayConfig:
+    floor = fields.any("kda_lower_bound", -5.0)
+    if isinstance(floor, bool) or not isinstance(floor, int | float):
+        fields.problem(f"kda_lower_bound must be a number, got {floor!r}")
+        floor = -5.0
+    return DecayConfig(each_channel=True, floor=float(floor) if fields.take("kda_safe_gate", bool, True) else None)
+
+
+OTHERS = {
+    "max_position_embeddings": "model_max_length",
+    "norm_topk_prob": "moe_renormalize",
+    "n_group": "num_expert_group",
+    "num_experts_per_tok": "num_experts_per_token",
+    "num_shared_experts": "n_shared_experts",
+    "num_experts": "num_local_experts",
+}
+"""What transformers may write for names of the hub."""

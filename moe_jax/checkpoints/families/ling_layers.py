@@ -1,0 +1,67 @@
+"""What the hybrid models of the Ling line share: names of tensors, latent attention, and experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moe_jax.checkpoints.families import latent_attention
+from moe_jax.checkpoints.families.deepseek_layers import feed_forwards
+from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE, SHARED
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import linear, plain
+from moe_jax.config import DenseConfig, LatentAttentionConfig, MoEConfig
+
+ATTENTION = "model.layers.{layer}.attention."
+LATENT = {
+    name: replace(source, names=tuple(each.replace(".self_attn.", ".attention.") for each in source.names))
+    for name, source in latent_attention.SOURCES.items()
+}
+SOURCES = {
+    **MODEL,
+    "embedding.table": plain("model.word_embeddings.weight"),
+    "attention_norm.weight": ATTENTION_BLOCK["attention_norm.weight"],
+    "ffn_norm.weight": ATTENTION_BLOCK["ffn_norm.weight"],
+    **LATENT,
+    "attention.output": linear(ATTENTION + "dense.weight", inputs=2),
+    "attention.output_bias": plain(ATTENTION + "dense.bias"),
+    **DENSE_MLP,
+    **MOE,
+    "ffn.router.selection_bias": plain(MLP + "gate.expert_bias"),
+    **SHARED,
+}
+
+
+def latent(fields: Fields) -> LatentAttentionConfig:
+    """Of layers with full attention; a share of a head that is rotated is one of other layers' heads."""
+    attended = latent_attention.latent_attention(fields, interleaved=fields.take("rope_interleave", bool, True))
+    return replace(attended, rope=replace(attended.rope, width=None))
+
+
+def experts(fields: Fields) -> list[DenseConfig | MoEConfig]:
+    """Each layer's feed-forward."""
+    for name, value in SAME.items():
+        fields.expect(name, value)
+    for name in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list"):
+        if any(fields.take_list(name, float)):
+            fields.problem(f"{name} limits what experts compute, which is not supported")
+    width = fields.take("moe_intermediate_size", int)
+    fields.expect("moe_shared_expert_intermediate_size", width)
+    return feed_forwards(
+        fields, experts="num_experts", shared="num_shared_experts", scale=2.5, dense=2, groups=8, kept=4
+    )
+
+
+SAME = {
+    "score_function": "sigmoid",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_router_enable_expert_bias": True,
+    "router_dtype": "fp32",
+    "routing_group_score_top_k": 2,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "use_rmsnorm": True,
+    "embedding_dropout": 0.0,
+    "output_dropout": 0.0,
+}
+"""Fields of which there is one value in all files."""
