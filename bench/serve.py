@@ -1,12 +1,13 @@
-"""Requests that come by chance, served in two ways by one engine: continuous batching beside static batches.
+"""Requests that come by chance, served in three ways by one engine: continuous batching beside static batches.
 
-    static       a batch of those that wait, as many as there are slots, until all of it has ended; then another
+    static       a batch of those that wait, as many as there are slots, all decoded until the longest has ended
+    shrinking    the same, but each of them is decoded to its own end only, and steps get smaller: a static batch that
+                 has all else that the engine does
     continuous   each joins as soon as there is a slot: the engine as it is
 
 Lengths of prompts and outputs are drawn from log-normal laws, outputs twice as long as prompts, which is as in
-conversations (Kwon et al., arXiv:2309.06180, of ShareGPT). Both ways run the same compiled programs, over the same
-arrivals, in turn; nothing is compiled while they do. A static batch has what else the engine does: prompts in chunks,
-smaller steps as its requests end.
+conversations (Kwon et al., arXiv:2309.06180, of ShareGPT). All ways run the same compiled programs, over the same
+arrivals, in turn; nothing is compiled while they do. Tokens beyond a request's own count for nothing.
 
     tokens/s     output tokens over the time from the first arrival to the last token
     first        from the arrival of a request to its first token, whether it waits in the engine or before it
@@ -87,32 +88,47 @@ def arrivals(options: Namespace, vocab: int) -> list[Arrival]:
     ]
 
 
-def static(engine: Engine, slots: int) -> int:
-    """How many requests may join now."""
+class Way(NamedTuple):
+    joins: Callable[[Engine, int], int]
+    """How many requests may join now, of an engine with so many slots."""
+    tokens: Callable[[Sequence[Arrival]], list[int]]
+    """How many tokens each of those that join together is decoded for."""
+
+
+def next_batch(engine: Engine, slots: int) -> int:
     return 0 if engine.has_work else slots
 
 
-def continuous(engine: Engine, slots: int) -> int:
-    """How many requests may join now: those that cannot run yet wait in the engine."""
+def everyone(engine: Engine, slots: int) -> int:
+    """Those that cannot run yet wait in the engine."""
     return sys.maxsize
 
 
-VARIANTS: dict[str, Callable[[Engine, int], int]] = {"static": static, "continuous": continuous}
+def longest(batch: Sequence[Arrival]) -> list[int]:
+    return [max(arrival.tokens for arrival in batch)] * len(batch) if batch else []
 
 
-def serve(engine: Engine, coming: Sequence[Arrival], places: Callable[[], int]) -> Pass:
+def own(batch: Sequence[Arrival]) -> list[int]:
+    return [arrival.tokens for arrival in batch]
+
+
+WAYS = {"static": Way(next_batch, longest), "shrinking": Way(next_batch, own), "continuous": Way(everyone, own)}
+
+
+def serve(engine: Engine, coming: Sequence[Arrival], way: Way, options: Namespace) -> Pass:
     done, news = Pass(), News()
     heard = {number: arrival.seconds for number, arrival in enumerate(coming)}
     came = admitted = tokens = 0
     began = time.perf_counter()
-    while len(done.outputs) < len(coming):
+    while len(done.outputs) < len(coming) or engine.has_work:
         now = time.perf_counter() - began
         while came < len(coming) and coming[came].seconds <= now:
             came += 1
-        for number in range(admitted, min(came, admitted + places())):
-            request = Request(number, coming[number].prompt, coming[number].tokens)
-            engine.add(Generation(request, GREEDY, 0, frozenset(), None, news))
-            admitted += 1
+        batch = coming[admitted : min(came, admitted + way.joins(engine, options.slots))]
+        for number, (arrival, tokens_each) in enumerate(zip(batch, way.tokens(batch), strict=True), admitted):
+            most = min(tokens_each, options.positions - len(arrival.prompt) + 1)
+            engine.add(Generation(Request(number, arrival.prompt, most), GREEDY, 0, frozenset(), None, news))
+        admitted += len(batch)
         if not engine.has_work:
             time.sleep(coming[came].seconds - now)
             continue
@@ -120,23 +136,30 @@ def serve(engine: Engine, coming: Sequence[Arrival], places: Callable[[], int]) 
         now = time.perf_counter() - began
         done.cache_use = max(done.cache_use, engine.stats.cache_use)
         for generation in news.read():
-            tokens += _hear(generation, now, heard, done)
+            tokens += _hear(generation, coming, now, heard, done)
         done.curve.append((now, tokens))
     done.stats = engine.stats
     return done
 
 
-def _hear(generation: Generation, now: float, heard: dict[int, float], done: Pass) -> int:
-    number, count = generation.request.id, generation.count_new()
+def _hear(generation: Generation, coming: Sequence[Arrival], now: float, heard: dict[int, float], done: Pass) -> int:
+    """Take down what is new; how many tokens of the request's own these are."""
+    assert generation.error is None
+    number = generation.request.id
     assert isinstance(number, int)
-    if len(generation.tokens) == count:
-        done.first.append(now - heard[number])
-    else:
+    if number in done.outputs:
+        return 0
+    before, _ = generation.told
+    generation.count_new()
+    tokens = generation.tokens[: coming[number].tokens]
+    count = len(tokens) - before
+    if before:
         done.between += [(now - heard[number]) / count] * count
+    else:
+        done.first.append(now - heard[number])
     heard[number] = now
-    if generation.finish_reason is not None:
-        assert generation.finish_reason == "length", generation.error
-        done.outputs[number] = generation.tokens
+    if len(tokens) == coming[number].tokens:
+        done.outputs[number] = tokens
     return count
 
 
@@ -145,11 +168,11 @@ def measure(decoder: ShardedDecoder, options: Namespace) -> tuple[dict[str, Any]
     programs, parameters, policy = Programs(decoder), decoder.init(seed=0), decoder.policy(as_hardware(None))
     sizes.engine(programs, parameters, policy, Alone()).warm_up([Asked()], progress=True)
     compiled, coming = programs.compilations, arrivals(options, decoder.config.vocab_size)
-    passes: dict[str, list[Pass]] = {name: [] for name in VARIANTS}
+    passes: dict[str, list[Pass]] = {name: [] for name in WAYS}
     for number in range(options.repeats + 1):  # the first warms up
-        for name, places in VARIANTS.items():
+        for name, way in WAYS.items():
             engine = sizes.engine(programs, parameters, policy, Alone())
-            done = serve(engine, coming, partial(places, engine, options.slots))
+            done = serve(engine, coming, way, options)
             if number:
                 passes[name].append(done)
     assert programs.compilations == compiled, "nothing is compiled while it is timed"
@@ -160,8 +183,8 @@ def measure(decoder: ShardedDecoder, options: Namespace) -> tuple[dict[str, Any]
         "longest_output": max(arrival.tokens for arrival in coming),
         "programs": compiled,
         "variants": {name: summary(several) for name, several in passes.items()},
-        "speedup": speedup(*passes.values()),
-        "different_requests": different(*passes.values()),
+        "speedup": {name: speedup(several, passes["continuous"]) for name, several in passes.items()},
+        "different_requests": different(passes),
     }, passes
 
 
@@ -188,16 +211,17 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return dict(zip((f"p{percent}" for percent in PERCENTS), np.percentile(seconds, PERCENTS) * 1e3, strict=True))
 
 
-def speedup(static: Sequence[Pass], continuous: Sequence[Pass]) -> Mapping[str, float]:
+def speedup(others: Sequence[Pass], continuous: Sequence[Pass]) -> Mapping[str, float]:
     """How many times the tokens/s, of passes one after the other."""
-    pairs = zip(static, continuous, strict=True)
+    pairs = zip(others, continuous, strict=True)
     ratios = sorted(slow.curve[-1][0] / fast.curve[-1][0] for slow, fast in pairs)
     return {"median": float(np.median(ratios)), "lowest": ratios[0], "highest": ratios[-1]}
 
 
-def different(static: Sequence[Pass], continuous: Sequence[Pass]) -> int:
-    """Requests that got other tokens one way than the other."""
-    return sum(static[-1].outputs[number] != tokens for number, tokens in continuous[-1].outputs.items())
+def different(passes: Mapping[str, Sequence[Pass]]) -> int:
+    """Requests that got other tokens one way than another."""
+    ways = [several[-1].outputs for several in passes.values()]
+    return sum(any(outputs[number] != tokens for outputs in ways) for number, tokens in ways[0].items())
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -227,27 +251,28 @@ def main() -> None:
         f"{options.slots} slots; {result['programs']} programs"
     )
     show(result)
-    ratio = result["speedup"]
-    print(f"continuous batching gives {ratio['median']:.2f} times the tokens/s ", end="")
-    print(f"({ratio['lowest']:.2f} to {ratio['highest']:.2f} in {options.repeats} pairs of passes)")
-    print(f"{result['different_requests']} requests got other tokens one way than the other")
+    for name in ("static", "shrinking"):
+        ratio = result["speedup"][name]
+        print(f"continuous batching gives {ratio['median']:.2f} times the tokens/s of {name} batches ", end="")
+        print(f"({ratio['lowest']:.2f} to {ratio['highest']:.2f} in {options.repeats} pairs of passes)")
+    print(f"{result['different_requests']} requests got other tokens one way than another")
     script.finish("serve", options, placement, result, partial(draw, passes=passes))
 
 
 def arguments() -> ArgumentParser:
     parser = script.parser("serve", "Serves requests: continuous batching beside static batches.", repeats=3)
-    parser.add_argument("--requests", type=script.positive, default=128)
+    parser.add_argument("--requests", type=script.positive, default=256)
     parser.add_argument(
         "--rate", type=script.above_zero, default="inf", help="requests a second; inf: all come at once"
     )
-    parser.add_argument("--slots", type=script.positive, default=16, help="requests that are decoded together")
+    parser.add_argument("--slots", type=script.positive, default=64, help="requests that are decoded together")
     parser.add_argument("--positions", type=script.above_one, default=256, help="of a sequence, at most")
     parser.add_argument("--prompt", type=script.positive, default=16, help="median tokens of a prompt")
     parser.add_argument("--output", type=script.positive, default=32, help="median tokens of an output")
     parser.add_argument(
         "--tail", type=script.above_zero, default=1.0, help="standard deviation of the logarithms of lengths"
     )
-    parser.add_argument("--prefill", type=script.positive, default=32, help="prompt tokens of a shard in one step")
+    parser.add_argument("--prefill", type=script.positive, default=128, help="prompt tokens of a shard in one step")
     parser.add_argument("--decode-steps", type=script.positive, default=8, help="of one dispatch")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths")
     return model.options(parser, layers=2, hidden=128, experts=16, width=64)

@@ -1,7 +1,7 @@
 """The few sizes of steps that are compiled.
 
-Each size comes from a ladder with a factor of four between its steps, so that there are few programs to compile, and a
-step has at most four times the lines, prompt rows or pages that it needs.
+Each size comes from a ladder, so that there are few programs to compile, and a step has at most four times the lines or
+pages that it needs, and twice the prompt rows, of which there are most.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from moe_jax.layers import Grid
 from moe_jax.models import Shape
 from moe_jax.programs import PAGE
 
-FACTOR = 4
 SMALLEST_PROMPT_ROWS, SMALLEST_TABLE = 32, 8
 SMALLEST_LINE, LARGEST_LINE = 8, 64
 """Rows of a prompt that attention takes together: each of them is scored against all pages of the line."""
@@ -93,7 +92,7 @@ class Sizes:
 
     @property
     def _prompt_rows(self) -> list[int]:
-        return _ladder(self.prompt_rows, SMALLEST_PROMPT_ROWS)
+        return _ladder(self.prompt_rows, SMALLEST_PROMPT_ROWS, factor=2)
 
     @property
     def _pages(self) -> list[int]:
@@ -108,11 +107,11 @@ def most_pages(window: int | None) -> int:
     return 2**30 if window is None else -(-(window + LARGEST_LINE) // PAGE) + 1
 
 
-def _ladder(most: int, least: int = 1) -> list[int]:
+def _ladder(most: int, least: int = 1, factor: int = 4) -> list[int]:
     """From `most` down to the first that is at most `least`."""
     sizes = [most]
     while sizes[-1] > least:
-        sizes.append(-(-sizes[-1] // FACTOR))
+        sizes.append(-(-sizes[-1] // factor))
     return sizes
 
 
