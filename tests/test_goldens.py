@@ -1,12 +1,16 @@
-"""Parity with transformers: logits and greedy tokens of tiny checkpoints (see goldens/make_goldens.py)."""
+"""Parity with transformers: logits and greedy tokens of tiny checkpoints (see goldens/make_goldens.py). Families that
+transformers does not have are compared with plain NumPy (see plain.py)."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import plain
 import pytest
 from placements import PLACEMENTS
+from safetensors.numpy import load_file
 from scipy.special import log_softmax
 
 from moe_jax import LLM, SamplingParams
@@ -51,6 +55,10 @@ FAMILIES: dict[str, dict[str, str]] = {
     "llama4_gqa4_e4_top2_bias": {},
     "step3p7_gqa4_e8_top2": {},
     "step3p5_gqa8_e4_top3": {},
+    "bailing_moe_gqa4_e8_top3": {},
+    "bailing_moe_v2_gqa2_e8_top2_groups": {},
+    "sarvam_moe_gqa8_e8_top2": {},
+    "sarvam_mla_e24_top2": {},
     "mimo_v2_flash_gqa4_e8_top2": {"mimo_v2_flash_gqa8_e8_top2_groups_bias": "data=2,expert=2,tensor=2"},
     "qwen3_next_e8_top2": {"qwen3_next_e4_top3_sparse_step": "data=2,expert=2,tensor=2"},
     "qwen3_5_moe_text_e8_top2": {"qwen3_5_moe_text_e4_top3": "expert=4,tensor=2"},
@@ -59,6 +67,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "jamba_e8_top2": {"jamba_e4_top3_bias": "data=2,expert=2,tensor=2"},
 }
 """With another case of the family, and where it runs."""
+PLAIN = [case for case in FAMILIES if case.startswith(("bailing_moe", "sarvam"))]
 MAIN_CASES = [*EVERYWHERE, *FAMILIES]
 """One of each family."""
 CASES = [
@@ -82,6 +91,18 @@ CASES += [
     (EVERYWHERE[1], PLACEMENTS["dp2_ep4"], "ragged", "split"),
     (EVERYWHERE[2], PLACEMENTS["dp4_ep4_tp2"], "all-to-all", "split"),
 ]
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_plain_numpy_says_the_same_still(case: str) -> None:
+    config = json.loads((GOLDENS / case / "config.json").read_text())
+    weights, reference = load_file(GOLDENS / case / "model.safetensors"), np.load(GOLDENS / case / "reference.npz")
+    for prompt, tokens, expected in zip(
+        *(reference[name] for name in ("prompts", "tokens", "token_logits")), strict=True
+    ):
+        prompt = prompt[prompt >= 0].tolist()
+        got = plain.logits(config, weights, prompt + tokens[:-1].tolist())[len(prompt) - 1 :]
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
 def test_every_golden_is_tested() -> None:

@@ -130,6 +130,7 @@ SCALINGS: Mapping[str, Callable[[Fields, Fields], RopeScaling | None]] = {
     "linear": _linear,
     "dynamic": _dynamic,
     "yarn": _yarn,
+    "deepseek_yarn": _yarn,
     "longrope": _long_rope,
     "llama3": _llama3,
 }

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import ModelConfig
 from moe_jax.layers import parameter
-from moe_jax.sharding import Residual, Role
+from moe_jax.sharding import Placement, Residual, Role
+from moe_jax.sharding.collectives import sum_devices
 
 
 class Vocabulary(nnx.Module):
@@ -32,6 +33,13 @@ class Vocabulary(nnx.Module):
         here = (local >= 0) & (local < table.shape[0])
         found = table.at[local].get(mode="clip")
         return residual.sum_heads(residual.heads_partial_sum(jnp.where(here[:, None], found, 0)))
+
+    def column_lengths(self, placement: Placement) -> Float[Array, "D"]:
+        """Of the whole table, that of other devices too; columns of next to nothing count as longer."""
+        table = self.table[...].astype(jnp.float32)
+        token = placement.index(Role.HEADS) * table.shape[0] + jnp.arange(table.shape[0])
+        squares = jnp.sum(jnp.where(token[:, None] < self.size, table**2, 0), axis=0)
+        return jnp.maximum(jnp.sqrt(sum_devices(squares, placement.axes(Role.HEADS))), 1e-7)
 
     def logits(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
         """Scores, in float32, of the part of the vocabulary that this device holds."""

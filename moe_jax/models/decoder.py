@@ -123,7 +123,7 @@ class Stack(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.embedding_scale = config.embedding_scale
+        self.embedding_scale, self.unit_head = config.embedding_scale, config.unit_head
         self.embedding = Vocabulary(config, dtype=dtype, rngs=rngs)
         self.stacks = nnx.List([Stack(group, config, dtype=dtype, rngs=rngs) for group in group_layers(config.layers)])
         self.norm = row_norm(config.norm, config.hidden, config.norm_eps, dtype=dtype)
@@ -134,14 +134,18 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int32[Array, "T"], step: Step, caches: Caches
     ) -> tuple[Float[Array, "T D"], Caches, list[Load]]:
-        """The last hidden state of each row; the caches with the rows written; the load of each MoE layer."""
+        """The last hidden state of each row, as the head takes it; the caches with the rows written; the load of each
+        MoE layer."""
         x = self.embedding.embed(tokens, step.residual) * self.embedding_scale
         written, loads = [], []
         for stack, unit_caches in zip(self.stacks, caches, strict=True):
             x, unit_caches, unit_loads = stack(x, step, unit_caches)
             written.append(unit_caches)
             loads += unit_loads
-        return self.norm(step.residual.all_rows(x, step.capacity)), written, loads
+        x = self.norm(step.residual.all_rows(x, step.capacity))
+        if self.unit_head:
+            x = (x / self.vocabulary.column_lengths(step.residual.placement)).astype(x.dtype)
+        return x, written, loads
 
     @property
     def vocabulary(self) -> Vocabulary:

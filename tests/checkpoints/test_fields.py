@@ -139,6 +139,46 @@ HUB = {
         "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False,
         "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
     },
+    "bailing_moe": {  # Ling-mini-2.0's
+        "architectures": ["BailingMoeV2ForCausalLM"], "attention_dropout": 0.0, "embedding_dropout": 0.0,
+        "eos_token_id": 156892, "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 5120, "max_position_embeddings": 32768, "model_type": "bailing_moe",
+        "moe_intermediate_size": 512, "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 512, "n_group": 8, "norm_topk_prob": True, "num_attention_heads": 16,
+        "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 20, "num_key_value_heads": 4,
+        "num_nextn_predict_layers": 0, "num_shared_experts": 1, "output_dropout": 0.0, "pad_token_id": 156892,
+        "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 600000,
+        "routed_scaling_factor": 2.5, "router_dtype": "fp32", "score_function": "sigmoid",
+        "tie_word_embeddings": False, "topk_group": 4, "torch_dtype": "bfloat16", "use_bias": False,
+        "use_cache": True, "use_qk_norm": True, "use_qkv_bias": False, "use_rmsnorm": True, "vocab_size": 157184,
+    },
+    "sarvam_moe": {
+        "architectures": ["SarvamMoEForCausalLM"], "attention_dropout": 0.0, "embedding_dropout": 0.0,
+        "attn_implementation": "eager", "eos_token_id": 1, "first_k_dense_replace": 1, "head_dim": 256,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.006, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "max_window_layers": 19, "model_type": "sarvam_moe",
+        "moe_intermediate_size": 1024, "moe_router_enable_expert_bias": True, "n_group": 1, "num_attention_heads": 16,
+        "num_experts": 128, "num_experts_per_tok": 6, "num_hidden_layers": 19, "num_key_value_heads": 4,
+        "num_shared_experts": 1, "output_dropout": 0.0, "output_router_logits": False, "pad_token_id": 0,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 8000000.0, "routed_scaling_factor": 2.5,
+        "tie_word_embeddings": False, "topk_group": 1, "use_bias": False, "use_cache": True, "use_qk_norm": True,
+        "use_qkv_bias": False, "vocab_size": 262144,
+    },
+    "sarvam_mla": {
+        "architectures": ["SarvamMLAForCausalLM"], "attention_dropout": 0.0, "default_theta": 10000.0,
+        "embedding_dropout": 0.0, "eos_token_id": 1, "first_k_dense_replace": 1, "head_dim": 576, "hidden_act": "silu",
+        "hidden_size": 4096, "intermediate_size": 16384, "kv_lora_rank": 512, "max_position_embeddings": 131072,
+        "model_type": "sarvam_mla", "moe_intermediate_size": 2048, "moe_router_enable_expert_bias": True,
+        "num_attention_heads": 64, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 32,
+        "num_shared_experts": 1, "output_dropout": 0.0, "q_head_dim": 192, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+        "rope_scaling": {
+            "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096, "type": "deepseek_yarn",
+        },
+        "routed_scaling_factor": 2.5, "tie_word_embeddings": False, "use_qk_norm": True, "v_head_dim": 128,
+        "vocab_size": 262144,
+    },
     "llama4": {
         "architectures": ["Llama4ForConditionalGeneration"], "boi_token_index": 200080, "eoi_token_index": 200081,
         "image_token_index": 200092, "model_type": "llama4", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
@@ -202,6 +242,10 @@ HUB["llama4_text"] = HUB["llama4"]["text_config"]  # as a file of the text alone
 DEFAULT = {"rope_type": "default"}
 REWRITTEN: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     # The fields that transformers 5 leaves out of the file above, and those that it writes instead.
+    "bailing_moe": (
+        ("rope_theta", "rope_scaling", "partial_rotary_factor"),
+        {"rope_parameters": {**DEFAULT, "rope_theta": 6e5, "partial_rotary_factor": 0.5}},
+    ),
     "llama4_text": (
         ("rope_theta", "rope_scaling", "for_llm_compressor"),
         {
@@ -332,6 +376,13 @@ def test_files_of_the_hub_whose_layers_differ() -> None:
     assert [moe.activation for moe in moes] == [SwiGLUConfig()] * 40 + [LimitedSwiGLUConfig(7)] * 2
     shared = [moe.shared.activation for moe in moes if moe.shared is not None]
     assert shared == [SwiGLUConfig()] * 41 + [LimitedSwiGLUConfig(16)]
+    ling, sarvam, latent = (read(HUB[family]) for family in ("bailing_moe", "sarvam_moe", "sarvam_mla"))
+    assert attended(ling) == AttentionConfig(16, 4, 128, RopeConfig(6e5, width=64), qk_norm=QKNorm.HEAD)
+    assert attended(sarvam).rope == RopeConfig(8e6)
+    limits = [GroupLimit(8, 4, GroupScore.BEST_TWO), None, GroupLimit(16, 2, GroupScore.BEST_TWO)]
+    routers = [RouterConfig(Score.SIGMOID, selection_bias=True, limit=limit, norm=1, scale=2.5) for limit in limits]
+    moes = [config.layers[1].ffn for config in (ling, sarvam, latent)]
+    assert [moe.router for moe in moes if isinstance(moe, MoEConfig)] == routers
     few = read(HUB["llama4_text"] | {"interleave_moe_layer_step": 2})
     assert [isinstance(layer.ffn, MoEConfig) for layer in few.layers[:4]] == [False, True, False, True]
 
@@ -383,6 +434,13 @@ def test_dense_layers_and_windows() -> None:
         ("mimo_v2_flash", {"moe_layer_freq": [0, 2]}, r"moe_layer_freq must say 0 or 1 for each layer, got \[0, 2\]"),
         ("mimo_v2_flash", {"hybrid_layer_pattern": [0]}, "layer_types must say .* for each of 48 layers"),
         ("mimo_v2_flash", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters.full_attention.rope_theta is mis"),
+        ("bailing_moe", {"score_function": "softmax"}, "score_function='softmax' is not supported"),
+        ("bailing_moe", {"use_qkv_bias": True}, "use_qkv_bias=True is not supported"),
+        (
+            "sarvam_mla",
+            {"moe_router_enable_expert_bias": False},
+            "moe_router_enable_expert_bias=False is not supported",
+        ),
         ("step3p5", {"swiglu_limits": [1.0] * 44}, "swiglu_limits must say a number for each of 45 layers"),
         ("step3p5", {"moe_layers_enum": "3-44"}, "moe_layers_enum must be numbers of layers, got '3-44'"),
         ("step3p5", {"use_rope_layers": [0, 1]}, r"use_rope_layers=\[0, 1\] is not supported"),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from moe_jax.checkpoints.families import (
     bailing_hybrid,
+    bailing_moe,
+    bailing_moe_v2,
     dbrx,
     deepseek_v2,
     deepseek_v3,
@@ -31,6 +33,8 @@ from moe_jax.checkpoints.families import (
     qwen3_5_moe_text,
     qwen3_moe,
     qwen3_next,
+    sarvam_mla,
+    sarvam_moe,
     step3p5,
     step3p7,
 )
@@ -60,6 +64,8 @@ class Family:
 
 _MODULES = (
     bailing_hybrid,
+    bailing_moe,
+    bailing_moe_v2,
     dbrx,
     deepseek_v2,
     deepseek_v3,
@@ -83,6 +89,8 @@ _MODULES = (
     qwen3_5_moe_text,
     qwen3_moe,
     qwen3_next,
+    sarvam_mla,
+    sarvam_moe,
     step3p5,
     step3p7,
 )

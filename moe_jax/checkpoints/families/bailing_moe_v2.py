@@ -1,0 +1,6 @@
+"""Ling 2.0 and Ring 2.0 (Ant Group, arXiv:2510.22115), where files call it so: sigmoid scores from the best groups."""
+
+from moe_jax.checkpoints.families import bailing_moe
+
+SOURCES = bailing_moe.SOURCES
+read = bailing_moe.read
