@@ -64,6 +64,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "qwen3_5_moe_text_e8_top2": {"qwen3_5_moe_text_e4_top3": "expert=4,tensor=2"},
     "qwen3_5_moe_e4_top3": {},
     "bailing_hybrid_e8_top2": {"bailing_hybrid_e4_top2_softplus": "data=2,expert=2,tensor=2"},
+    "bailing_moe_linear_e8_top2": {"bailing_moe_linear_e4_top1_six_heads": "data=2,expert=2,tensor=2"},
     "jamba_e8_top2": {"jamba_e4_top3_bias": "data=2,expert=2,tensor=2"},
 }
 """With another case of the family, and where it runs."""

@@ -28,7 +28,14 @@ from moe_jax.config.feed_forward import (
     Weighted,
 )
 from moe_jax.config.model import VOCAB_MULTIPLE, LayerConfig, ModelConfig, Norm
-from moe_jax.config.recurrent import DecayConfig, DeltaConfig, HeadGate, MambaConfig, RecurrentConfig
+from moe_jax.config.recurrent import (
+    DecayConfig,
+    DeltaConfig,
+    HeadGate,
+    LightningConfig,
+    MambaConfig,
+    RecurrentConfig,
+)
 from moe_jax.config.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -52,6 +59,7 @@ __all__ = [
     "HeadGate",
     "LatentAttentionConfig",
     "LayerConfig",
+    "LightningConfig",
     "LimitedSwiGLUConfig",
     "LinearScaling",
     "Llama3Scaling",

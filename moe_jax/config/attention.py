@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from moe_jax.config.numbers import check_positive
-from moe_jax.config.rope import LongRopeScaling, RopeConfig
+from moe_jax.config.rope import RopeConfig, check_rotated
 from moe_jax.errors import ConfigError
 
 
@@ -92,7 +92,7 @@ class AttentionConfig:
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} attention heads cannot share {self.kv_heads} KV heads evenly")
         if self.rope is not None:
-            _check_rotated(self.rope, self.head_dim)
+            check_rotated(self.rope, self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class LatentAttentionConfig:
     def __post_init__(self) -> None:
         check_positive(self, "heads", "query_rank", "rank", "plain_width", "rotated_width", "value_width")
         check_positive(self, "scale", "eps")
-        _check_rotated(self.rope, self.rotated_width)
+        check_rotated(self.rope, self.rotated_width)
 
     @property
     def kv_heads(self) -> int:
@@ -140,12 +140,3 @@ class LatentAttentionConfig:
     def cached_widths(self) -> tuple[int, int]:
         """Numbers that the cache holds of each position: the rotated part of keys as a key, the latent as a value."""
         return self.rotated_width, self.rank
-
-
-def _check_rotated(rope: RopeConfig, head_dim: int) -> None:
-    width = head_dim if rope.width is None else rope.width
-    if width % 2 or width > head_dim:
-        name = "head_dim" if rope.width is None else f"the width rotated of head_dim {head_dim}"
-        raise ConfigError(f"rotary embedding rotates pairs: {name} must be even, got {width}")
-    if isinstance(rope.scaling, LongRopeScaling) and len(rope.scaling.factors) != width // 2:
-        raise ConfigError(f"{width // 2} frequencies need as many factors, got {len(rope.scaling.factors)}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from moe_jax.config.numbers import check_positive
+from moe_jax.config.rope import RopeConfig, check_rotated
 from moe_jax.errors import ConfigError
 
 Shape = tuple[int, ...]
@@ -95,4 +96,39 @@ class MambaConfig:
         return ((self.channels, self.kernel - 1),)
 
 
-RecurrentConfig = DeltaConfig | MambaConfig
+@dataclass(frozen=True)
+class LightningConfig:
+    """Linear attention whose heads decay by themselves, each at a rate of its own (Lightning Attention-2,
+    arXiv:2401.04658), the rates falling from layer to layer."""
+
+    heads: int
+    head_dim: int
+    rope: RopeConfig | None
+    qk_norm: bool
+    """Whether each query and key is normalised."""
+    norm_groups: int
+    """Neighbouring heads whose outputs are normalised together: how many such groups there are."""
+    scale: float
+    """By which the rates of the first layer are multiplied."""
+    fall: float
+    """How much less that is in each layer after another."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "heads", "head_dim", "norm_groups", "scale")
+        if self.heads % self.norm_groups:
+            raise ConfigError(f"{self.heads} heads do not make {self.norm_groups} groups")
+        if self.rope is not None:
+            check_rotated(self.rope, self.head_dim)
+
+    @property
+    def state_shape(self) -> Shape:
+        """What is remembered of a sequence, heads first."""
+        return self.heads, self.head_dim, self.head_dim
+
+    @property
+    def recent_shapes(self) -> tuple[Shape, ...]:
+        """There are no convolutions."""
+        return ()
+
+
+RecurrentConfig = DeltaConfig | MambaConfig | LightningConfig

@@ -96,3 +96,13 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "theta", "width")
+
+
+def check_rotated(rope: RopeConfig, head_dim: int) -> None:
+    """Raise `ConfigError` if heads of this width cannot be rotated so."""
+    width = head_dim if rope.width is None else rope.width
+    if width % 2 or width > head_dim:
+        name = "head_dim" if rope.width is None else f"the width rotated of head_dim {head_dim}"
+        raise ConfigError(f"rotary embedding rotates pairs: {name} must be even, got {width}")
+    if isinstance(rope.scaling, LongRopeScaling) and len(rope.scaling.factors) != width // 2:
+        raise ConfigError(f"{width // 2} frequencies need as many factors, got {len(rope.scaling.factors)}")

@@ -9,6 +9,7 @@ from moe_jax.layers.cache import Cache, PagedCache, Uncached
 from moe_jax.layers.delta_attention import DeltaAttention
 from moe_jax.layers.embedding import Vocabulary
 from moe_jax.layers.latent_attention import LatentAttention
+from moe_jax.layers.lightning_attention import LightningAttention
 from moe_jax.layers.mamba import Mamba
 from moe_jax.layers.mlp import DenseMLP
 from moe_jax.layers.moe import MoE
@@ -25,6 +26,7 @@ __all__ = [
     "Grid",
     "LatentAttention",
     "LayerNorm",
+    "LightningAttention",
     "Load",
     "Mamba",
     "MoE",

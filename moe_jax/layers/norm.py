@@ -91,6 +91,28 @@ class ProjectionNorm(nnx.Module):
         return _unit(x, mean_square, self.eps) * one_head(self.weight[...], only, axis=0)
 
 
+class GroupNorm(nnx.Module):
+    """RMS norm of groups of neighbouring heads, some of which may be another device's."""
+
+    def __init__(self, groups: int, heads: int, head_dim: int, eps: float, *, dtype: DTypeLike) -> None:
+        self.groups, self.eps = groups, eps
+        self.weight = parameter.ones((heads, head_dim), (Role.HEADS, None), dtype=dtype)
+
+    def __call__(self, x: Float[Array, "T H d"], placement: Placement) -> Float[Array, "T H d"]:
+        mean_square, devices = _mean_square(x, -1), placement.size(Role.HEADS)
+        if devices <= self.groups:
+            together = mean_square.reshape(x.shape[0], self.groups // devices, -1)
+            each = jnp.mean(together, axis=-1, keepdims=True)
+            mean_square = jnp.broadcast_to(each, together.shape).reshape(mean_square.shape)
+        else:
+            sharers = devices // self.groups
+            group = placement.index(Role.HEADS) // sharers
+            own = jnp.where(jnp.arange(self.groups) == group, jnp.mean(mean_square[..., 0], axis=1, keepdims=True), 0)
+            everywhere = sum_devices(own, placement.axes(Role.HEADS)) / sharers
+            mean_square = lax.dynamic_slice_in_dim(everywhere, group, 1, axis=1)[:, None]
+        return _unit(x, mean_square, self.eps) * self.weight[...]
+
+
 def _mean_square(x: Float[Array, "..."], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
     wide = x.astype(jnp.float32)
     return jnp.mean(wide * wide, axis=axis, keepdims=True)

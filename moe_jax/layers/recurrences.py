@@ -43,6 +43,25 @@ def delta_rule(rows: Delta, state: Float[Array, "L H K V"]) -> tuple[Float[Array
     return _read_and_write(query, key, written, total, state)
 
 
+class Linear(NamedTuple):
+    """What `linear_attention` takes of each position."""
+
+    query: Float[Array, "L C H K"]
+    key: Float[Array, "L C H K"]
+    value: Float[Array, "L C H V"]
+    decay: Float[Array, "L C H"]
+    """The logarithm of what is kept of the state."""
+
+
+def linear_attention(
+    rows: Linear, state: Float[Array, "L H K V"]
+) -> tuple[Float[Array, "L C H V"], Float[Array, "L H K V"]]:
+    """Each position decays the state, adds its value at its key, and reads it with its query (Qin et al.,
+    arXiv:2401.04658)."""
+    query, key, value, decay = (jnp.moveaxis(part.astype(jnp.float32), 2, 1) for part in rows)
+    return _read_and_write(query, key, value, jnp.cumsum(decay, axis=2)[..., None], state)
+
+
 def _read_and_write(
     query: Float[Array, "L H C K"],
     key: Float[Array, "L H C K"],

@@ -18,6 +18,7 @@ from moe_jax.config import (
     DeltaConfig,
     LatentAttentionConfig,
     LayerConfig,
+    LightningConfig,
     MambaConfig,
     ModelConfig,
     MoEConfig,
@@ -29,6 +30,7 @@ from moe_jax.layers import (
     DeltaAttention,
     DenseMLP,
     LatentAttention,
+    LightningAttention,
     Load,
     Mamba,
     MoE,
@@ -46,11 +48,14 @@ Caches = list[list[Cache | States]]
 class Block(nnx.Module):
     """One pre-norm layer."""
 
-    def __init__(self, layer: LayerConfig, model: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, layer: LayerConfig, model: ModelConfig, numbers: range, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        """`numbers` are those of the layers that it is, one for each repeat."""
         hidden, eps = model.hidden, model.norm_eps
         self.residual_scale = model.residual_scale
         self.attention_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
-        mixer = _mixer(layer, model, dtype=dtype, rngs=rngs)
+        mixer = _mixer(layer, model, numbers, dtype=dtype, rngs=rngs)
         recurrent = isinstance(layer.attention, RecurrentConfig)
         self.attention, self.recurrence = (None, mixer) if recurrent else (mixer, None)
         self.ffn_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
@@ -75,8 +80,8 @@ class Block(nnx.Module):
 
 
 def _mixer(
-    layer: LayerConfig, model: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs
-) -> Attention | LatentAttention | DeltaAttention | Mamba:
+    layer: LayerConfig, model: ModelConfig, numbers: range, *, dtype: DTypeLike, rngs: nnx.Rngs
+) -> Attention | LatentAttention | DeltaAttention | Mamba | LightningAttention:
     """What takes a row's part of other positions of its sequence."""
     hidden, eps = model.hidden, model.norm_eps
     match layer.attention:
@@ -86,6 +91,8 @@ def _mixer(
             return DeltaAttention(config, hidden, eps, dtype=dtype, rngs=rngs)
         case MambaConfig() as config:
             return Mamba(config, hidden, eps, dtype=dtype, rngs=rngs)
+        case LightningConfig() as config:
+            return LightningAttention(config, hidden, numbers, eps, dtype=dtype, rngs=rngs)
         case config:
             return Attention(config, hidden, model.norm, eps, dtype=dtype, rngs=rngs)
 
@@ -97,7 +104,8 @@ class Stack(nnx.Module):
         @nnx.split_rngs(splits=group.repeats)
         @nnx.vmap
         def stacked(rngs: nnx.Rngs) -> nnx.List:
-            return nnx.List([Block(layer, model, dtype=dtype, rngs=rngs) for layer in group.unit])
+            blocks = zip(group.unit, group.numbers, strict=True)
+            return nnx.List([Block(layer, model, numbers, dtype=dtype, rngs=rngs) for layer, numbers in blocks])
 
         self.repeats = group.repeats
         self.unit = stacked(rngs)

@@ -16,6 +16,12 @@ class Group:
     unit: tuple[LayerConfig, ...]
     repeats: int
 
+    @property
+    def numbers(self) -> list[range]:
+        """Of each layer of the unit, its numbers in all repeats."""
+        each, last = len(self.unit), self.first + self.repeats * len(self.unit)
+        return [range(self.first + index, last, each) for index in range(each)]
+
     def layer(self, repeat: int, index: int) -> int:
         """The number of layer `index` of the unit in a given repeat."""
         return self.first + repeat * len(self.unit) + index

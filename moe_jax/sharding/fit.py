@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from moe_jax.config import AttentionConfig, DeltaConfig, DenseConfig, LayerConfig, MambaConfig, ModelConfig
+from moe_jax.config import (
+    AttentionConfig,
+    DeltaConfig,
+    DenseConfig,
+    LayerConfig,
+    LightningConfig,
+    MambaConfig,
+    ModelConfig,
+)
 from moe_jax.errors import PlacementError
 from moe_jax.sharding.placement import Placement, Role
 
@@ -38,6 +46,8 @@ def _shared(layer: LayerConfig) -> Iterator[tuple[int, str]]:
             yield heads, "KV heads"
         case DeltaConfig(key_heads=heads):
             yield heads, "key heads"
+        case LightningConfig(norm_groups=groups):
+            yield groups, "groups of normalised heads"
 
 
 def _split(layer: LayerConfig) -> Iterator[tuple[str, int, Role]]:

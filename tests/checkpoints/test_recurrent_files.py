@@ -23,6 +23,8 @@ from moe_jax.config import (
     DecayConfig,
     DeltaConfig,
     HeadGate,
+    LatentAttentionConfig,
+    LightningConfig,
     MambaConfig,
     ModelConfig,
     MoEConfig,
@@ -84,6 +86,37 @@ HUB: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "use_mamba_kernels": True,
         "vocab_size": 65536,
     },
+    "bailing_hybrid": {
+        "architectures": ["BailingMoeV3ForCausalLM"], "attention_dropout": 0.0, "embedding_dropout": 0.0,
+        "eos_token_id": 156895, "first_k_dense_replace": 2, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 2560, "initializer_range": 0.006, "intermediate_size": 6144, "kda_lower_bound": -5.0,
+        "kda_safe_gate": True, "kv_lora_rank": 512, "layer_group_size": 6, "max_position_embeddings": 262144,
+        "model_type": "bailing_hybrid", "moe_intermediate_size": 768, "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 768, "n_group": 8, "no_kda_lora": True, "norm_topk_prob": True,
+        "num_attention_heads": 32, "num_experts": 512, "num_experts_per_tok": 8, "num_hidden_layers": 42,
+        "num_key_value_heads": 32, "num_nextn_predict_layers": 1, "num_shared_experts": 1, "output_dropout": 0.0,
+        "pad_token_id": 156892, "partial_rotary_factor": 0.5, "q_lora_rank": None, "qk_head_dim": 192,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_interleave": True,
+        "rope_scaling": None, "rope_theta": 6000000, "rotary_dim": 64, "routed_scaling_factor": 2.5,
+        "router_dtype": "fp32", "score_function": "sigmoid", "scoring_func": "sigmoid", "short_conv_kernel_size": 4,
+        "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+        "use_bias": False, "use_mla_nope": False, "use_qk_norm": True, "use_qkv_bias": False, "v_head_dim": 128,
+        "vocab_size": 157184,
+    },
+    "bailing_moe_linear": {
+        "architectures": ["BailingMoeLinearV2ForCausalLM"], "attention_dropout": 0.0, "embedding_dropout": 0.0,
+        "eos_token_id": 156892, "first_k_dense_replace": 1, "group_norm_size": 4, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5120, "layer_group_size": 5,
+        "linear_silu": False, "max_position_embeddings": 131072, "model_type": "bailing_moe_linear",
+        "moe_intermediate_size": 512, "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 512, "n_group": 8, "norm_topk_prob": True, "num_attention_heads": 16,
+        "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 20, "num_key_value_heads": 4,
+        "num_nextn_predict_layers": 0, "num_shared_experts": 1, "output_dropout": 0.0, "pad_token_id": 156892,
+        "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "routed_scaling_factor": 2.5, "router_dtype": "fp32", "score_function": "sigmoid",
+        "tie_word_embeddings": False, "topk_group": 4, "torch_dtype": "bfloat16", "use_bias": False,
+        "use_cache": True, "use_qk_norm": True, "use_qkv_bias": False, "use_rmsnorm": True, "vocab_size": 157184,
+    },
 }
 # fmt: on
 
@@ -121,9 +154,52 @@ def test_a_state_space_of_the_hub() -> None:
     )
 
 
+def test_kimi_delta_attention_of_the_hub() -> None:
+    config = read(HUB["bailing_hybrid"])
+    delta = DeltaConfig(32, 32, 128, 128, 4, DecayConfig(each_channel=True, floor=-5.0), HeadGate.SIGMOID)
+    assert [layer.attention == delta for layer in config.layers] == [number % 6 < 5 for number in range(42)]
+    latent = config.layers[5].attention
+    assert isinstance(latent, LatentAttentionConfig)
+    assert (latent.rope, latent.output_gate) == (RopeConfig(6e6, interleaved=True), OutputGate.HEAD)
+    renamed = {
+        {"n_group": "num_expert_group", "num_experts_per_tok": "num_experts_per_token"}.get(name, name): value
+        for name, value in HUB["bailing_hybrid"].items()
+    }
+    assert read(renamed) == config
+    unbounded = read({**HUB["bailing_hybrid"], "kda_safe_gate": False}).layers[0].attention
+    assert isinstance(unbounded, DeltaConfig)
+    assert unbounded.decay.floor is None
+
+
+def test_lightning_attention_of_the_hub() -> None:
+    config = read(HUB["bailing_moe_linear"])
+    rope = RopeConfig(1e6, width=64)
+    lightning = LightningConfig(16, 128, rope, qk_norm=True, norm_groups=4, scale=1 + 1 / 19 + 1e-5, fall=1 / 19)
+    assert [layer.attention == lightning for layer in config.layers] == [number % 5 < 4 for number in range(20)]
+    assert full(config, 4) == AttentionConfig(16, 4, 128, rope, qk_norm=QKNorm.HEAD)
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
+        ("bailing_hybrid", {"q_lora_rank": 256}, "q_lora_rank=256 is not supported"),
+        (
+            "bailing_hybrid",
+            {"n_shared_experts": 2},
+            "n_shared_experts and num_shared_experts are two names of one thing",
+        ),
+        (
+            "bailing_hybrid",
+            {"expert_swiglu_limit_list": [0, 4]},
+            "expert_swiglu_limit_list limits what experts compute",
+        ),
+        ("bailing_hybrid", {"kda_lower_bound": "low"}, "kda_lower_bound must be a number, got 'low'"),
+        ("bailing_hybrid", {"kda_lower_bound": 5}, "DecayConfig.floor is the logarithm of a decay, below 0, got 5"),
+        ("bailing_moe_linear", {"kv_lora_rank": 512}, "fields not understood.*kv_lora_rank"),
+        ("bailing_moe_linear", {"layer_group_size": 3}, "layer_group_size must divide the layers"),
+        ("bailing_moe_linear", {"head_dim": 64}, "head_dim=64 is not supported"),
+        ("bailing_moe_linear", {"linear_silu": True}, "linear_silu=True is not supported"),
+        ("bailing_moe_linear", {"group_norm_size": 3}, "16 heads do not make 3 groups"),
         (
             "jamba",
             {"attn_layer_offset": 8},

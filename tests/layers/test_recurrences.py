@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers.recurrences import Delta, Selection, delta_rule, selective_scan
+from moe_jax.layers.lightning_attention import slopes
+from moe_jax.layers.recurrences import Delta, Linear, Selection, delta_rule, linear_attention, selective_scan
 from moe_jax.sharding.rows import on_host
 
 LINES, CHUNK, HEADS, KEYS, VALUES = 2, 64, 3, 8, 5
@@ -90,3 +91,25 @@ def test_the_selective_scan(chunk: int) -> None:
     assert_close(after, state)
     _, same = scan(jax.tree.map(jnp.zeros_like, in_single(rows)), jnp.asarray(state, jnp.float32))
     np.testing.assert_array_equal(same, jnp.asarray(state, jnp.float32))
+
+
+@pytest.mark.parametrize("chunk", [1, CHUNK])
+def test_linear_attention(chunk: int) -> None:
+    """As arXiv:2401.04658, equation 4, position by position."""
+    shape = LINES, chunk, HEADS
+    parts = drawn(0, *shape, KEYS), drawn(1, *shape, KEYS), drawn(2, *shape, VALUES), -np.abs(drawn(3, *shape))
+    rows, state = Linear(*map(on_host, parts)), drawn(9, LINES, HEADS, KEYS, VALUES)
+    output, after = jax.jit(linear_attention)(in_single(rows), jnp.asarray(state, jnp.float32))
+    expected = np.zeros((*shape, VALUES))
+    query, key, value, decay = map(np.asarray, rows)
+    for line, at, head in np.ndindex(*shape):
+        state[line, head] *= np.exp(decay[line, at, head])
+        state[line, head] += np.outer(key[line, at, head], value[line, at, head])
+        expected[line, at, head] = query[line, at, head] @ state[line, head]
+    assert_close(output, expected)
+    assert_close(after, state)
+
+
+def test_rates_of_heads_that_are_no_power_of_two() -> None:
+    np.testing.assert_allclose(slopes(4), [2**-2, 2**-4, 2**-6, 2**-8])
+    np.testing.assert_allclose(slopes(6), [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])

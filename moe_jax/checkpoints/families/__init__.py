@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from moe_jax.checkpoints.families import (
     bailing_hybrid,
     bailing_moe,
+    bailing_moe_linear,
     bailing_moe_v2,
     dbrx,
     deepseek_v2,
@@ -66,6 +67,7 @@ _MODULES = (
     bailing_hybrid,
     bailing_moe,
     bailing_moe_v2,
+    bailing_moe_linear,
     dbrx,
     deepseek_v2,
     deepseek_v3,

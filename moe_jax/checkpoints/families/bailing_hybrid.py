@@ -13,6 +13,7 @@ from moe_jax.config import DecayConfig, DeltaConfig, HeadGate, LayerConfig, Mode
 PARTS = ("query", "key", "value")
 SOURCES = {
     **ling_layers.SOURCES,
+    **ling_layers.LATENT,
     "attention.gate.weight": linear(ATTENTION + "g_proj.weight"),
     **{f"recurrence.{part}.weight": linear(ATTENTION + f"{part[0]}_proj.weight") for part in PARTS},
     **{

@@ -15,15 +15,15 @@ ATTENTION = "model.layers.{layer}.attention."
 LATENT = {
     name: replace(source, names=tuple(each.replace(".self_attn.", ".attention.") for each in source.names))
     for name, source in latent_attention.SOURCES.items()
+} | {
+    "attention.output": linear(ATTENTION + "dense.weight", inputs=2),
+    "attention.output_bias": plain(ATTENTION + "dense.bias"),
 }
 SOURCES = {
     **MODEL,
     "embedding.table": plain("model.word_embeddings.weight"),
     "attention_norm.weight": ATTENTION_BLOCK["attention_norm.weight"],
     "ffn_norm.weight": ATTENTION_BLOCK["ffn_norm.weight"],
-    **LATENT,
-    "attention.output": linear(ATTENTION + "dense.weight", inputs=2),
-    "attention.output_bias": plain(ATTENTION + "dense.bias"),
     **DENSE_MLP,
     **MOE,
     "ffn.router.selection_bias": plain(MLP + "gate.expert_bias"),

@@ -1,0 +1,51 @@
+"""Ring-linear: lightning attention (arXiv:2401.04658) and, every few layers, softmax attention; the DeepSeek-V3 router.
+
+How fast heads forget is in no tensor. It falls from layer to layer as the code says that comes with the weights; other
+engines count the layers from one less, so that each of theirs forgets a little slower.
+"""
+
+from moe_jax.checkpoints.families import ling_layers
+from moe_jax.checkpoints.families.gated_delta import recurrent_layers
+from moe_jax.checkpoints.families.ling_layers import ATTENTION
+from moe_jax.checkpoints.families.llama_fields import attention, model
+from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.names import joined, linear, plain
+from moe_jax.config import LayerConfig, LightningConfig, ModelConfig, QKNorm
+
+SOURCES = {
+    **ling_layers.SOURCES,
+    "attention.output": linear(ATTENTION + "dense.weight", inputs=2),
+    "recurrence.gate.weight": linear(ATTENTION + "g_proj.weight"),
+    "recurrence.norm.weight": plain(ATTENTION + "g_norm.weight"),
+    "recurrence.output": linear(ATTENTION + "dense.weight", inputs=2),
+}
+for mixer in ("attention", "recurrence"):
+    parts = (f"{mixer}.{part}.weight" for part in ("query", "key", "value"))
+    SOURCES |= joined(ATTENTION + "query_key_value.weight", *parts)
+    SOURCES |= {
+        f"{mixer}.{part}_norm.weight": plain(ATTENTION + f"{part}_layernorm.weight") for part in ("query", "key")
+    }
+
+
+def read(fields: Fields) -> ModelConfig:
+    hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
+    fields.expect("head_dim", hidden // heads)
+    for name, value in {"linear_silu": False, "use_linear_silu": False, "linear_rope": True}.items():
+        fields.expect(name, value)
+    normed = fields.take("use_qk_norm", bool, False)
+    full = attention(fields, theta=6e5, qk_norm=QKNorm.HEAD if normed else None)
+    ffns = ling_layers.experts(fields)
+    if len(ffns) % fields.take("layer_group_size", int, 1):
+        fields.problem("layer_group_size must divide the layers: of what is left, engines differ in what they make")
+    gaps = max(len(ffns) - 1, 1)
+    lightning = LightningConfig(
+        heads,
+        full.head_dim,
+        full.rope,
+        normed,
+        fields.take("group_norm_size", int),
+        scale=1 + 1 / gaps + 1e-5,
+        fall=1 / gaps,
+    )
+    mixers = [lightning if recurrent else full for recurrent in recurrent_layers(fields, "layer_group_size", 1)]
+    return model(fields, map(LayerConfig, mixers, ffns), eps=1e-6)
