@@ -63,7 +63,8 @@ class LLM:
       cache_pages: pages of the KV cache, of 16 positions, on each token shard; by default as many as can be in use at
         once, or as `cache_memory` allows.
       cache_memory: the share of a device's memory beside its weights that the cache may take.
-      prefix_cache: whether prompts that begin alike share what was computed of it.
+      prefix_cache: whether prompts that begin alike share what was computed of it; those of a model with recurrent
+        layers do not.
       crew: what `moe_jax.distributed.join` gave, where several processes hold the mesh: each makes the same `LLM`, then
         process 0 uses it and the others `follow`.
 

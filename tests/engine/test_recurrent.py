@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from moe_jax import LLM, SamplingParams
 from moe_jax.checkpoints import Checkpoint
@@ -50,6 +51,28 @@ def test_a_crowd_is_as_each_alone(checkpoint: Path) -> None:
     stats = crowded.stats()
     assert stats.preemptions > 0
     assert stats.prefix_hits == 0, "pages hold no states"
+
+
+def test_a_model_may_have_no_other_layers(tmp_path: Path) -> None:
+    """Then positions are counted in pages that hold nothing."""
+    other = GOLDEN.parent / "qwen3_5_moe_text_e4_top3"
+    config = json.loads((other / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}
+    held = {
+        name.replace("layers.1.", "layers.0."): tensor
+        for name, tensor in load_file(other / "model.safetensors").items()
+        if "layers.0." not in name
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(held, tmp_path / "model.safetensors")
+    llm = LLM(tmp_path, mesh="data=2", dtype="float32", max_batch_size=4, prefill_tokens=32, decode_steps=4)
+    prompts = [[1, 2, 3], [4] * 40, [5]]
+    greedy = SamplingParams(temperature=0, max_tokens=5)
+    together = [output.token_ids for output in llm.generate(prompts, greedy)]
+    assert together == [llm.generate([prompt], greedy)[0].token_ids for prompt in prompts]
+    for prompt, tokens in zip(prompts, together, strict=True):
+        (logits,) = llm.logits([prompt + tokens[:-1]])
+        assert logits[len(prompt) - 1 :].argmax(axis=-1).tolist() == tokens
 
 
 def test_a_plan_counts_the_states(checkpoint: Path) -> None:
