@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -123,13 +122,14 @@ class Engine:
 
     def _land(self, flight: Flight) -> None:
         """Requests that have ended meanwhile get nothing."""
-        drawn, scored = jax.device_get(flight.results)
+        drawn, scored = _read(flight.results)
         for piece in flight.claims.pieces:
             if generation := self._generations.get(piece.request):
                 _tell(generation, piece, scored)
         tokens, logprobs, given = (part.tolist() for part in (drawn.tokens, drawn.logprobs, drawn.given))
+        sound = np.isfinite(drawn.logprobs).all(axis=1).tolist()
         landings = {
-            request: Landing(tokens[line][: given[line]], logprobs[line][: given[line]], line)
+            request: Landing(tokens[line][: given[line]], logprobs[line][: given[line]], line, sound[line])
             for request, line in flight.claims.draws
         }
         self._scheduler.landed(flight.plan, {request: landing.tokens for request, landing in landings.items()})
@@ -154,7 +154,7 @@ class Engine:
         return time.perf_counter() - self._executor.programs.compile_seconds
 
     def _take(self, generation: Generation, landing: Landing) -> None:
-        if not math.isfinite(math.fsum(landing.logprobs)):
+        if not landing.is_sound:
             self._end(generation, "error", "the model's logits are not numbers: its weights, or their dtype, are unfit")
             return
         generation.land(landing)
@@ -173,6 +173,14 @@ class Engine:
         del self._generations[generation.request]
         self._needs.subtract(generation.needs)
         self._meter.finished += 1
+
+
+def _read(results: tuple[Drawn, Scored | None]) -> tuple[Any, Any]:
+    """The results on the host, but for empty ones, which need not be asked of every device."""
+    leaves, tree = jax.tree.flatten(results)
+    full = iter(jax.device_get([leaf for leaf in leaves if leaf.size]))
+    read = [next(full) if leaf.size else np.empty(leaf.shape, leaf.dtype) for leaf in leaves]
+    return jax.tree.unflatten(tree, read)
 
 
 def _candidates(drawn: Drawn, landing: Landing, count: int | None) -> list[Candidates]:

@@ -38,6 +38,8 @@ class Landing(NamedTuple):
     logprobs: list[float]
     line: int
     """Of the results, over all token shards."""
+    is_sound: bool
+    """Whether the log-probabilities are numbers."""
 
 
 @dataclass

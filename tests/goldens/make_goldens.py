@@ -311,7 +311,7 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "qwen3_next_e8_top2": {  # attention: three delta nets, full; fewer key heads than value heads
-        "model_type": "qwen3_next", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "model_type": "qwen3_next", "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
         "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 4,
         "rms_norm_eps": 0.01,
@@ -375,7 +375,7 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "qwen3_5_moe_text_e8_top2": {  # attention: three delta nets, full; fewer key heads than value heads
-        "model_type": "qwen3_5_moe_text", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "model_type": "qwen3_5_moe_text", "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8,
         "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 4,
         "rms_norm_eps": 0.01,
@@ -392,7 +392,7 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
     },
     "jamba_e8_top2": {  # Mamba, attention, Mamba, attention; dense, sparse, dense, sparse
-        "model_type": "jamba", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "model_type": "jamba", "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
         "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16, "pad_token_id": None,
         "mamba_d_state": 4, "mamba_dt_rank": 6,
@@ -405,7 +405,7 @@ CASES: dict[str, dict[str, Any]] = {
         "pad_token_id": None, "tie_word_embeddings": True,
     },
     "bailing_hybrid_e8_top2": {  # delta, latent, delta, latent; dense, sparse, sparse, sparse
-        "model_type": "bailing_hybrid", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+        "model_type": "bailing_hybrid", "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 6, "layer_group_size": 2,
         "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "rope_theta": 100.0,
         "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 2,
