@@ -19,6 +19,7 @@ from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfi
 
 SINKS = {"attention.sinks": plain(ATTENTION + "attention_sink_bias")}
 SOURCES = {**MODEL, **ATTENTION_BLOCK, **SINKS, **DENSE_MLP, **MOE, **SELECTION_BIAS}
+UNUSED = ("model.mtp.",)
 FRACTION = 0.334
 """How much of a head is rotated."""
 
