@@ -34,8 +34,8 @@ COMMON = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "bailing_moe_linear_e8_top2": {  # lightning, softmax, lightning, softmax; dense, sparse, sparse, sparse
-        "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 8, "layer_group_size": 2, "group_norm_size": 4, "use_qk_norm": True,
+        "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 4, "layer_group_size": 2, "group_norm_size": 4, "use_qk_norm": True,
         "partial_rotary_factor": 0.5, "rope_theta": 100.0, "rms_norm_eps": 0.01,
         "first_k_dense_replace": 1, "intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2,
         "moe_intermediate_size": 8, "moe_shared_expert_intermediate_size": 8, "num_shared_experts": 1,
@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bailing_moe_linear_e4_top1_six_heads": {  # lightning, lightning, softmax
         "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "head_dim": 8, "layer_group_size": 3, "group_norm_size": 2, "use_qk_norm": False,
+        "num_key_value_heads": 2, "head_dim": 4, "layer_group_size": 3, "group_norm_size": 2, "use_qk_norm": False,
         "partial_rotary_factor": 1.0, "rope_theta": 1e4, "rms_norm_eps": 0.01,
         "first_k_dense_replace": 0, "intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 1,
         "moe_intermediate_size": 8, "num_shared_experts": 2,
