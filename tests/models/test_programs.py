@@ -11,7 +11,10 @@ from placements import placement
 
 from moe_jax.config import (
     AttentionConfig,
+    DecayConfig,
+    DeltaConfig,
     DenseConfig,
+    HeadGate,
     LayerConfig,
     ModelConfig,
     MoEConfig,
@@ -21,7 +24,8 @@ from moe_jax.config import (
     SharedExpertConfig,
 )
 from moe_jax.models import ShardedDecoder
-from moe_jax.programs import Programs
+from moe_jax.programs import PAGE, Programs
+from moe_jax.roofline import held_bytes
 from moe_jax.sharding import Combine, ReduceCombine, Role, Route, ScatterCombine
 from moe_jax.sharding.census import Collective, collectives, count
 
@@ -95,6 +99,20 @@ def test_the_cache_is_updated_in_place(where: str) -> None:
     assert memory.alias_size_in_bytes >= layers * of_layer
     # Attention may look at one layer's keys and values at a time, never at a copy of the cache.
     assert memory.temp_size_in_bytes < 3 * of_layer
+
+
+@pytest.mark.usefixtures("optimized")
+def test_states_are_updated_in_place() -> None:
+    """Of sequences, beside pages: a layer's states are looked at, never a copy of all."""
+    delta = DeltaConfig(8, 4, 32, 32, 4, DecayConfig(each_channel=False), HeadGate.SILU)
+    here, slots, units = placement("dp8_ep8"), 32, 8
+    layers = (LayerConfig(delta, DenseConfig(32)), LayerConfig(ATTENTION, DenseConfig(32))) * units
+    decoder = ShardedDecoder(ModelConfig(100, 32, layers, 1e-6, 256), here, "float32")
+    memory = Programs(decoder).decode_step(slots, PAGE, Route.whole(ScatterCombine(here))).memory_analysis()
+    states = held_bytes(decoder.abstract_caches({None: 0}, PAGE, slots))
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= states
+    assert memory.temp_size_in_bytes < states / 2
 
 
 @pytest.mark.usefixtures("optimized")
