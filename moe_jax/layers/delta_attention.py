@@ -34,7 +34,9 @@ TINY = 1e-6
 class Decay(nnx.Module):
     """The logarithm of what is kept of each head's state, or of each row of it."""
 
-    def __init__(self, config: DecayConfig, hidden: int, heads: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecayConfig, hidden: int, heads: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         self.floor = config.floor
         each = width if config.each_channel else 1
         self.projection = HeadProjection(hidden, heads, each, Role.HEADS, bias=False, dtype=dtype, rngs=rngs)

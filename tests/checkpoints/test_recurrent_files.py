@@ -198,6 +198,7 @@ def test_lightning_attention_of_the_hub() -> None:
         ("bailing_moe_linear", {"kv_lora_rank": 512}, "fields not understood.*kv_lora_rank"),
         ("bailing_moe_linear", {"layer_group_size": 3}, "layer_group_size must divide the layers"),
         ("bailing_moe_linear", {"head_dim": 64}, "head_dim=64 is not supported"),
+        ("bailing_moe_linear", {"score_function": None}, "score_function is missing"),
         ("bailing_moe_linear", {"linear_silu": True}, "linear_silu=True is not supported"),
         ("bailing_moe_linear", {"group_norm_size": 3}, "16 heads do not make 3 groups"),
         (

@@ -51,7 +51,8 @@ def read(fields: Fields) -> ModelConfig:
     kernel = fields.take("linear_conv_kernel_dim", int, fields.take("short_conv_kernel_size", int, 4))
     delta = DeltaConfig(heads, heads, width, width, kernel, _decay(fields), HeadGate.SIGMOID)
     mixers = [delta if recurrent else full for recurrent in recurrent_layers(fields, "layer_group_size", 6)]
-    return model(fields, map(LayerConfig, mixers, ling_layers.experts(fields)), eps=1e-6)
+    ffns = ling_layers.experts(fields, scale=2.5, dense=2, groups=8, kept=4)
+    return model(fields, map(LayerConfig, mixers, ffns), eps=1e-6)
 
 
 def _decay(fields: Fields) -> DecayConfig:

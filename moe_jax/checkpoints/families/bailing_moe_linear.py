@@ -1,7 +1,7 @@
 """Ring-linear: lightning attention (arXiv:2401.04658) and, every few layers, softmax attention; the DeepSeek-V3 router.
 
-How fast heads forget is in no tensor. It falls from layer to layer as the code says that comes with the weights; other
-engines count the layers from one less, so that each of theirs forgets a little slower.
+How fast heads forget is in no tensor. It falls from layer to layer as in the code that comes with the weights; some
+engines let it fall one layer earlier.
 """
 
 from moe_jax.checkpoints.families import ling_layers
@@ -34,7 +34,10 @@ def read(fields: Fields) -> ModelConfig:
         fields.expect(name, value)
     normed = fields.take("use_qk_norm", bool, False)
     full = attention(fields, theta=6e5, qk_norm=QKNorm.HEAD if normed else None)
-    ffns = ling_layers.experts(fields)
+    for name in ("score_function", "moe_router_enable_expert_bias"):
+        if not fields.has(name):
+            fields.problem(f"{name} is missing: without it, engines differ in how experts are chosen")
+    ffns = ling_layers.experts(fields, scale=1.0, dense=0, groups=1, kept=1)
     if len(ffns) % fields.take("layer_group_size", int, 1):
         fields.problem("layer_group_size must divide the layers: of what is left, engines differ in what they make")
     gaps = max(len(ffns) - 1, 1)

@@ -37,8 +37,8 @@ def latent(fields: Fields) -> LatentAttentionConfig:
     return replace(attended, rope=replace(attended.rope, width=None))
 
 
-def experts(fields: Fields) -> list[DenseConfig | MoEConfig]:
-    """Each layer's feed-forward."""
+def experts(fields: Fields, *, scale: float, dense: int, groups: int, kept: int) -> list[DenseConfig | MoEConfig]:
+    """Each layer's feed-forward; the numbers are those of `feed_forwards`."""
     for name, value in SAME.items():
         fields.expect(name, value)
     for name in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list"):
@@ -46,9 +46,8 @@ def experts(fields: Fields) -> list[DenseConfig | MoEConfig]:
             fields.problem(f"{name} limits what experts compute, which is not supported")
     width = fields.take("moe_intermediate_size", int)
     fields.expect("moe_shared_expert_intermediate_size", width)
-    return feed_forwards(
-        fields, experts="num_experts", shared="num_shared_experts", scale=2.5, dense=2, groups=8, kept=4
-    )
+    numbers = {"scale": scale, "dense": dense, "groups": groups, "kept": kept}
+    return feed_forwards(fields, experts="num_experts", shared="num_shared_experts", **numbers)
 
 
 SAME = {
