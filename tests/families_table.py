@@ -5,7 +5,6 @@ python -m tests.families_table      # writes it
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -37,12 +36,12 @@ COLUMNS = (
 def table() -> str:
     """As Markdown."""
     sys.path.insert(0, str(HERE))
-    from test_goldens import CASES, GOLDENS, MAIN_CASES
+    from test_goldens import CASES, MAIN_CASES, model_type
 
     from moe_jax.checkpoints import families
 
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    kinds = {case: json.loads((GOLDENS / case / "config.json").read_text())["model_type"] for case, *_ in CASES}
+    kinds = {case: model_type(case) for case, *_ in CASES}
     for family in families.FAMILIES:
         runs = [(case, mesh, combine) for case, mesh, combine, _ in CASES if kinds[case] == family]
         cases, meshes, combines = (sorted(set(column)) for column in zip(*runs, strict=True))
