@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Hashable
+from contextlib import suppress
 from itertools import count
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ class _Listener:
         self._loop = asyncio.get_running_loop()
 
     def tell(self, message: Message) -> None:
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop was closed, so nobody waits
             self._loop.call_soon_threadsafe(self.messages.put_nowait, message)
 
 
@@ -49,6 +50,8 @@ class AsyncLLM:
         """What that thread is to do before its next step; `None` ends it."""
         self._numbers = count()
         self._is_open = True
+        self._door = threading.Lock()
+        """Held while a request comes in, or the last has come."""
         self._thread = threading.Thread(target=self._work, name="moe_jax engine", daemon=True)
         self._thread.start()
 
@@ -66,20 +69,21 @@ class AsyncLLM:
         Raises:
           RequestError: a prompt or parameters that cannot be served, or an id that is in use.
         """
-        key, listener = self._listen(prompt, params, request_id)
-        async for _ in self._events(key, listener):
+        (job,) = self._llm.jobs([prompt], params)
+        async for _ in self._events(job, request_id):
             pass
-        return listener.job.output()
+        return job.output()
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: Hashable = None
     ) -> AsyncIterator[StreamEvent]:
-        """The tokens of one prompt as they come. Who stops listening cancels the request.
+        """The tokens of one prompt as they come, from when somebody listens. Who stops listening cancels the request.
 
         Raises:
-          RequestError: as `generate`.
+          RequestError: as `generate`; that the id is in use, when the first token is asked for.
         """
-        return self._events(*self._listen(prompt, params, request_id))
+        (job,) = self._llm.jobs([prompt], params)
+        return self._events(job, request_id)
 
     def cancel(self, request_id: Hashable) -> None:
         """End a request: its pages are free before the next step is planned, and whoever waits for it gets what there
@@ -99,25 +103,29 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """Cancel what has not ended, and end the thread."""
-        self._is_open = False
-        self._commands.put(None)
+        with self._door:
+            self._is_open = False
+            self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    def _listen(self, prompt: Prompt, params: SamplingParams | None, id: Hashable) -> tuple[Hashable, _Listener]:
-        key = ("unnamed", next(self._numbers)) if id is None else id
+    def _listen(self, key: Hashable, job: Job) -> _Listener:
         if key in self._listeners:
-            raise RequestError(f"there is a request {id!r} already: give each its own id")
-        if not self._is_open:
-            raise RequestError("this AsyncLLM was closed, or its engine failed: make a new one")
-        (job,) = self._llm.jobs([prompt], params)
-        listener = self._listeners[key] = _Listener(job)
-        self._commands.put(lambda: self._begin(listener))
-        return key, listener
+            raise RequestError(f"there is a request {key!r} already: give each its own id")
+        listener = _Listener(job)
+        with self._door:
+            if not self._is_open:
+                raise RequestError("this AsyncLLM was closed, or its engine failed: make a new one")
+            self._commands.put(lambda: self._begin(listener))
+        self._listeners[key] = listener
+        return listener
 
-    async def _events(self, key: Hashable, listener: _Listener) -> AsyncIterator[StreamEvent]:
-        ended = 0
+    async def _events(self, job: Job, id: Hashable) -> AsyncIterator[StreamEvent]:
+        key = ("unnamed", next(self._numbers)) if id is None else id
+        listener, ended = self._listen(key, job), 0
         try:
-            while ended < listener.job.samples:
+            for event in job.unasked:
+                yield event
+            while ended < job.samples:
                 message = await listener.messages.get()
                 if isinstance(message, Exception):
                     raise message
@@ -125,7 +133,7 @@ class AsyncLLM:
                 yield message
         finally:
             del self._listeners[key]
-            self._commands.put(lambda: self._cancel(listener.job))
+            self._commands.put(lambda: self._cancel(job))
 
     def _work(self) -> None:
         engine = self._llm.engine
@@ -134,7 +142,9 @@ class AsyncLLM:
                 engine.step()
                 self._report()
         except Exception as error:  # whatever it is, those who wait must be told
-            self._is_open = False
+            with self._door:  # after which nobody else comes
+                self._is_open = False
+                self._obey(wait=False)
             for listener in set(self._running.values()):
                 listener.tell(error)
             return

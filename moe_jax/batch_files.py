@@ -38,8 +38,8 @@ def check_paths(source: Path, output: Path) -> None:
 
 def generate_file(
     llm: LLM, source: Path, output: Path, defaults: SamplingParams, tell: Callable[[int, int], None] = lambda *_: None
-) -> None:
-    """Continue every prompt of a file.
+) -> int:
+    """Continue every prompt of a file; of how many lines that cannot be served there is an error only.
 
     A line that cannot be served gets an `error`; the others run.
 
@@ -51,9 +51,9 @@ def generate_file(
       RequestError: see `check_paths`; or the journal beside the output is of another input, or other parameters.
     """
     check_paths(source, output)
-    lines = [line for line in source.read_text().split("\n") if line.strip()]
+    lines = [line for line in source.read_bytes().split(b"\n") if line.strip()]
     journal = output.with_name(output.name + ".partial")
-    with _Journal(journal, _fingerprint(lines, defaults)) as kept:
+    with _Journal(journal, _fingerprint(llm, lines, defaults)) as kept:
         tell(len(kept.results), len(lines))
         for number, result in _results(llm, lines, defaults, kept.results):
             kept.add(number, result)
@@ -62,10 +62,11 @@ def generate_file(
         whole.write_text("".join(json.dumps(kept.results[number]) + "\n" for number in range(len(lines))))
         whole.replace(output)
     journal.unlink()
+    return sum("error" in result for result in kept.results.values())
 
 
 def _results(
-    llm: LLM, lines: list[str], defaults: SamplingParams, had: Mapping[int, Line]
+    llm: LLM, lines: list[bytes], defaults: SamplingParams, had: Mapping[int, Line]
 ) -> Iterator[tuple[int, Line]]:
     """Of the lines without one, as they end."""
     jobs: list[Job] = []
@@ -83,10 +84,10 @@ def _results(
         yield job.number, _result(job, ids[job.number])
 
 
-def _parsed(line: str) -> Line:
+def _parsed(line: bytes) -> Line:
     try:
-        asked = json.loads(line)
-    except ValueError as error:
+        asked = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"this is no JSON: {error}") from error
     if not isinstance(asked, dict) or "prompt" not in asked:
         raise RequestError("each line must be a JSON object with a prompt")
@@ -117,8 +118,8 @@ def _result(job: Job, id: Any) -> Line:
     return result
 
 
-def _fingerprint(lines: list[str], defaults: SamplingParams) -> str:
-    return hashlib.sha256("\n".join([repr(defaults), *lines]).encode()).hexdigest()
+def _fingerprint(llm: LLM, lines: list[bytes], defaults: SamplingParams) -> str:
+    return hashlib.sha256(b"\n".join([llm.identity.encode(), repr(defaults).encode(), *lines])).hexdigest()
 
 
 class _Journal:
@@ -137,18 +138,25 @@ class _Journal:
         self._file = self._path.open("a+b")
         self._file.seek(0)
         whole, _, _ = self._file.read().rpartition(b"\n")  # what a kill left of a last line has no end
-        entries = [json.loads(line) for line in whole.splitlines()]
+        entries = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
         if entries and entries[0] != self._header:
             self._file.close()
             raise RequestError(
-                f"{self._path} was begun with another input or other parameters: go on with those, or delete it to "
-                "begin anew"
+                f"{self._path} was begun with another input, model, dtype or length, or other parameters: go on with "
+                "those, or delete it to begin anew"
             )
         self._file.truncate(len(whole) + 1 if entries else 0)
         if not entries:
             self._write(self._header)
         self.results = {entry["number"]: entry["result"] for entry in entries[1:]}
         return self
+
+    def _read(self, number: int, line: bytes) -> Line:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            self._file.close()
+            raise RequestError(f"{self._path} is damaged at line {number}: delete it to begin anew") from error
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

@@ -179,9 +179,14 @@ def _generate_file(llm: LLM, source: Path, output: Path, params: SamplingParams,
             bar.total, bar.n = wanted, done
             bar.set_postfix_str(str(llm.stats()))
 
-        generate_file(llm, source, output, params, tell)
+        failed = generate_file(llm, source, output, params, tell)
+    if failed:
+        typer.echo(f"lines that could not be served: {failed}; each has its error in {output}", err=True)
     stats = llm.stats()
-    _print_json({"output": str(output), **asdict(stats)}) if as_json else typer.echo(f"written to {output}: {stats}")
+    if as_json:
+        _print_json({"output": str(output), "failed": failed, **asdict(stats)})
+    else:
+        typer.echo(f"written to {output}: " + (str(stats) if stats.generated_tokens else "nothing generated"))
 
 
 def _generate_texts(llm: LLM, asked: list[str], params: SamplingParams, *, as_json: bool) -> None:
@@ -189,13 +194,21 @@ def _generate_texts(llm: LLM, asked: list[str], params: SamplingParams, *, as_js
     explanation, stats = llm.explain(min(len(asked), llm.max_batch_size)), llm.stats()
     if as_json:
         texts = [
-            {"prompt": prompt, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
+            {
+                "prompt": prompt,
+                "text": o.text,
+                "token_ids": o.token_ids,
+                "finish_reason": o.finish_reason,
+                "error": o.error,
+            }
             for prompt, o in zip(asked, outputs, strict=True)
         ]
         _print_json({"outputs": texts, "tokens_per_second": stats.tokens_per_second, **explanation.as_dict()})
         return
     for prompt, output in zip(asked, outputs, strict=True):
         typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
+        if output.error:
+            typer.echo(f"    failed: {output.error}", err=True)
     typer.echo(f"\n{explanation}\nspeed        " + (str(stats) if stats.generated_tokens else "nothing generated"))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import zlib
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
 from moe_jax.engine import Generation, News
-from moe_jax.requests import RequestOutput, Sample, SamplingParams, StreamEvent
+from moe_jax.requests import FinishReason, RequestOutput, Sample, SamplingParams, StreamEvent
 from moe_jax.scheduler import Request
 
 
@@ -56,7 +57,7 @@ class Job:
                 Generation(
                     request,
                     self.params,
-                    (seed + sample) % 2**32,
+                    _seed(seed, sample),
                     ends.of(self.params),
                     ends.tokenizer,
                     news,
@@ -66,9 +67,8 @@ class Job:
         return self.generations
 
     def output(self) -> RequestOutput:
-        samples = [self._sample(generation) for generation in self.generations] or [
-            Sample(text=self._text(""))
-        ] * self.params.n
+        nothing = (Sample(text=self._text("")) for _ in range(self.params.n))
+        samples = [self._sample(generation) for generation in self.generations] or list(nothing)
         told = self.generations[0].told_of_prompt if self.params.prompt_logprobs is not None else None
         return RequestOutput(
             list(self.prompt),
@@ -79,17 +79,26 @@ class Job:
 
     def event(self, generation: Generation) -> StreamEvent:
         """What is new of a sample since the last event of it."""
-        first, text = generation.told, generation.write()
+        first, text = generation.told, self._written(generation.write())
         generation.told = (len(generation.tokens), len(text))
+        new = slice(first[0], self.most_tokens)
         return StreamEvent(
             prompt=self.number,
             sample=self.generations.index(generation),
             text=self._text(text[first[1] :]),
-            token_ids=generation.tokens[first[0] :],
-            logprobs=generation.logprobs[first[0] :],
-            finish_reason=generation.finish_reason,
+            token_ids=generation.tokens[new],
+            logprobs=generation.logprobs[new],
+            finish_reason=self._reason(generation),
             error=generation.error,
         )
+
+    @property
+    def unasked(self) -> list[StreamEvent]:
+        """The last events of samples that nothing is asked of."""
+        return [
+            StreamEvent(self.number, sample, self._text(""), [], [], "length")
+            for sample in range(0 if self.samples else self.params.n)
+        ]
 
     @property
     def _tells_prompt(self) -> bool:
@@ -98,14 +107,27 @@ class Job:
     def _text(self, text: str) -> str | None:
         return text if self.has_text else None
 
+    def _written(self, text: str) -> str:
+        return text if self.most_tokens else ""
+
+    def _reason(self, generation: Generation) -> FinishReason | None:
+        """Where no token is asked, the one that was computed for the prompt's sake ends nothing."""
+        return "length" if not self.most_tokens and generation.finish_reason == "stop" else generation.finish_reason
+
     def _sample(self, generation: Generation) -> Sample:
         most = slice(None, self.most_tokens)
-        assert generation.finish_reason is not None
+        reason = self._reason(generation)
+        assert reason is not None
         return Sample(
             generation.tokens[most],
             generation.logprobs[most],
             generation.candidates[most] if self.params.logprobs else None,
-            generation.finish_reason if self.most_tokens else "length",
-            self._text(generation.text if self.most_tokens else ""),
+            reason,
+            self._text(self._written(generation.text)),
             generation.error,
         )
+
+
+def _seed(seed: int, sample: int) -> int:
+    """Of one of several samples; the first is that of a single one."""
+    return zlib.crc32(f"{seed} {sample}".encode()) if sample else seed % 2**32

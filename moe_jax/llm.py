@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import index
 from pathlib import Path
 from reprlib import repr as shortened
@@ -99,9 +101,12 @@ class LLM:
         )
         decoder = ShardedDecoder(self.config, as_placement(mesh), _name(dtype or self._checkpoint.dtype))
         self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
+        model = f"{self._checkpoint.path.resolve()}, {_digest(self.config)}"
+        self.identity = f"{model}, {decoder.dtype}, {gather_dtype}, {self.max_length}"
+        """What tokens depend on besides a request's own parameters, as far as it was said here."""
         self._programs = Programs(decoder)
         self._crew = crew or Alone()
-        self._crew.agree(_facts(decoder, options, combine, residual, gather_dtype))
+        self._crew.agree(_facts(decoder, options, self._policy.hardware, combine, residual, gather_dtype))
         self.engine = options.engine(self._programs, self._checkpoint.load(decoder), self._policy, self._crew)
         self.ends = Ends(self.tokenizer, self._checkpoint.end_token_ids)
         self.max_batch_size = max_batch_size
@@ -137,7 +142,9 @@ class LLM:
         Raises:
           RequestError: as `generate`, before anything runs.
         """
-        return (job.event(generation) for job, generation in self._run(self.jobs(prompts, params)))
+        jobs = self.jobs(prompts, params)
+        unasked = chain.from_iterable(job.unasked for job in jobs)
+        return chain(unasked, (job.event(generation) for job, generation in self._run(jobs)))
 
     def logits(self, prompts: str | Sequence[Prompt]) -> list[Float[np.ndarray, "length vocab"]]:
         """For each prompt, the float32 logits after each of its tokens.
@@ -274,19 +281,25 @@ class LLM:
             return [index(token) for token in prompt]
         except TypeError as error:
             raise RequestError(
-                f"prompt {number} must be a text or a list of token ids, got {shortened(prompt)}"
+                f"prompt {number} must be a text or a list of token ids, got {shortened(prompt)}: a prompt of token "
+                "ids goes into a list of prompts"
             ) from error
 
 
-def _facts(decoder: ShardedDecoder, options: Options, *route: object) -> dict[str, str]:
+def _facts(decoder: ShardedDecoder, options: Options, hardware: Hardware, *route: object) -> dict[str, str]:
     """What all processes must have been given alike."""
     return {
-        "the model": shortened(decoder.config),
+        "the model": f"{shortened(decoder.config)} ({_digest(decoder.config)})",
+        "the hardware": str(hardware),
         "the mesh": str(decoder.placement),
         "the dtype": decoder.dtype,
         "the route": ", ".join(map(str, route)),
         "the options": str(options),
     }
+
+
+def _digest(config: ModelConfig) -> str:
+    return hashlib.sha256(repr(config).encode()).hexdigest()[:12]
 
 
 def checked_length(config: ModelConfig, asked: int | None) -> int:
@@ -296,8 +309,8 @@ def checked_length(config: ModelConfig, asked: int | None) -> int:
       RequestError: none, or more than the model was made for.
     """
     most = config.max_positions
-    if asked is not None and not 1 <= asked <= most:
-        raise RequestError(f"max_length must be from 1 to the {most} positions of this model, got {asked}")
+    if asked is not None and not (isinstance(asked, int) and 1 <= asked <= most):
+        raise RequestError(f"max_length must be from 1 to the {most} positions of this model, got {asked!r}")
     return asked or most
 
 

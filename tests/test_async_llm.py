@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -107,13 +109,39 @@ def test_ids_in_use_and_bad_requests_leave_the_others_alone(llm: LLM) -> None:
     run(ask())
 
 
+def test_a_stream_that_nobody_reads_is_not_begun(llm: LLM) -> None:
+    async def ask() -> None:
+        async with AsyncLLM(llm) as served:
+            for _ in range(2):
+                unread = served.stream("1+1=", ENDLESS, request_id="mine")
+                await asyncio.sleep(0.05)
+                assert not used_pages(llm)
+                del unread
+            nothing = [event async for event in served.stream("1+1=", SamplingParams(max_tokens=0))]
+            assert [(event.text, event.token_ids, event.finish_reason) for event in nothing] == [("", [], "length")]
+
+    run(ask())
+
+
 def test_an_engine_that_fails_tells_everyone_who_waits(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come while it fails too."""
+    failing = threading.Event()
+
+    def fail() -> None:
+        failing.set()
+        time.sleep(0.2)
+        raise ZeroDivisionError
+
     async def ask() -> None:
         served = AsyncLLM(llm)
         with monkeypatch.context() as patch:
-            patch.setattr(llm.engine, "step", lambda: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                await served.generate("1+1=", GREEDY)
+            patch.setattr(llm.engine, "step", fail)
+            first = asyncio.create_task(served.generate("1+1=", GREEDY))
+            while not failing.is_set():
+                await asyncio.sleep(0.01)
+            for task in (first, asyncio.create_task(served.generate("2+2=", GREEDY))):
+                with pytest.raises(ZeroDivisionError):
+                    await task
         with pytest.raises(RequestError, match="closed, or its engine failed"):
             await served.generate("1+1=", GREEDY)
 

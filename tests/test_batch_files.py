@@ -108,8 +108,12 @@ def test_what_was_decoded_before_a_kill_is_not_decoded_again(
     begun: list[int] = []
     add = llm.engine.add
     monkeypatch.setattr(llm.engine, "add", lambda generation: (begun.append(1), add(generation)))
-    with pytest.raises(RequestError, match="was begun with another input or other parameters"):
+    with pytest.raises(RequestError, match="was begun with another input, model"):
         generate_file(llm, source, output, SamplingParams(temperature=0, max_tokens=7))
+    with monkeypatch.context() as patch:
+        patch.setattr(llm, "identity", llm.identity.replace("float32", "bfloat16"))
+        with pytest.raises(RequestError, match="was begun with another input, model"):
+            generate_file(llm, source, output, GREEDY)
     generate_file(llm, source, output, GREEDY)
     assert len(begun) == 12 - 5
     assert [result["samples"][0]["text"] for result in read(output)] == [str(2 * n) for n in range(12)]
@@ -123,6 +127,24 @@ def test_an_empty_file_has_no_results(llm: LLM, paths: tuple[Path, Path]) -> Non
     write(source)
     generate_file(llm, source, output, GREEDY)
     assert output.read_text() == ""
+
+
+def test_what_is_no_text_leaves_the_others_running(llm: LLM, paths: tuple[Path, Path]) -> None:
+    source, output = paths
+    source.write_bytes(b'{"prompt": "1+\xff="}\n' + b"[" * 200_000 + b'\n{"prompt": "1+1="}\n')
+    assert generate_file(llm, source, output, GREEDY) == 2
+    first, second, third = read(output)
+    assert first["error"].startswith("this is no JSON")
+    assert second["error"].startswith("this is no JSON")
+    assert third["samples"][0]["text"] == "2"
+
+
+def test_a_damaged_journal_is_told(llm: LLM, paths: tuple[Path, Path]) -> None:
+    source, output = paths
+    write(source, {"prompt": "1+1="})
+    output.with_name("out.jsonl.partial").write_text("{}\n{]\n")
+    with pytest.raises(RequestError, match="partial is damaged at line 2: delete it"):
+        generate_file(llm, source, output, GREEDY)
 
 
 def test_bad_paths(llm: LLM, paths: tuple[Path, Path], tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_a_step_of_nothing_cannot_be_explained(golden: LLM) -> None:
         ({"dtype": "int32"}, ConfigError, "dtype must be bfloat16, float16 or float32, got 'int32'"),
         ({"max_length": 65}, RequestError, "from 1 to the 64 positions of this model, got 65"),
         ({"max_length": 0}, RequestError, "from 1 to the 64 positions of this model, got 0"),
-        ({"max_batch_size": 0}, RequestError, "max_batch_size must be at least 1, got 0"),
+        ({"max_batch_size": 0}, RequestError, "max_batch_size must be a whole number, at least 1, got 0"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[MoEJaxError], message: str) -> None:
@@ -225,3 +225,47 @@ def test_the_bundled_model_is_small_and_the_default() -> None:
     assert sum(path.stat().st_size for path in ADDER.iterdir()) < 5 * 2**20
     assert LLM(mesh="data=1").config.max_positions == 64
     assert jax.device_count() == 8
+
+
+def test_after_an_interrupted_step_answers_are_as_before(golden: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was planned and never ran is not taken for computed, nor shared."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    prompt, greedy = [list(range(50, 83))], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(golden.engine._executor, "run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            golden.generate(prompt, greedy)
+    assert golden.stats().cache_use == golden.stats().running == golden.stats().waiting == 0
+    (first,), hits = golden.generate(prompt, greedy), golden.stats().prefix_hits
+    assert hits == 0
+    (second,) = golden.generate(prompt, greedy)
+    assert golden.stats().prefix_hits == 32
+    assert first.token_ids == second.token_ids
+
+
+def test_warm_up_between_requests(adder: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a step planned ahead still in flight; and not while requests run."""
+    monkeypatch.setattr(type(adder.engine._sizes), "steps", lambda _: [])
+    adder.generate("1+1=", SamplingParams(temperature=0))
+    adder.warm_up()
+    stream = adder.stream("1+1=", SamplingParams(temperature=0))
+    next(stream)
+    with pytest.raises(RequestError, match="requests are running"):
+        adder.warm_up()
+    assert [event.finish_reason for event in stream][-1] == "stop"
+
+
+def test_a_stream_of_no_tokens_says_why_it_ended(adder: LLM) -> None:
+    (event,) = adder.stream("1+1=", SamplingParams(max_tokens=0))
+    assert (event.text, event.token_ids, event.finish_reason) == ("", [], "length")
+    (event,) = adder.stream("1+1=", SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=1))
+    assert (event.text, event.token_ids, event.finish_reason) == ("", [], "length")
+
+
+def test_candidates_are_tokens_of_the_vocabulary(adder: LLM) -> None:
+    (output,) = adder.generate("1+1=", SamplingParams(temperature=0, logprobs=20))
+    assert output.samples[0].top_logprobs is not None
+    assert all(token >= 0 for column in output.samples[0].top_logprobs for token in column)

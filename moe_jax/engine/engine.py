@@ -17,8 +17,10 @@ from moe_jax.engine.generation import Candidates, Generation, Landing, Need
 from moe_jax.engine.orders import Claims, Order, Piece, idle_order, order
 from moe_jax.engine.sizes import Sizes
 from moe_jax.engine.stats import Latency, Meter, Stats
+from moe_jax.errors import RequestError
 from moe_jax.programs import Asked, Drawn, Scored
 from moe_jax.requests import MOST_CANDIDATES, FinishReason
+from moe_jax.sampling import NOWHERE
 from moe_jax.scheduler import Plan, Request, Scheduler
 from moe_jax.sharding import Placement, Role
 
@@ -66,13 +68,28 @@ class Engine:
             self._end(generation, "cancelled")
 
     def step(self) -> None:
-        """Have the next step run, then read the results of the one before: generations that got something report it."""
+        """Have the next step run, then read the results of the one before: generations that got something report it.
+
+        If it fails or is interrupted, all that ran ends with an error, and the engine is as new.
+        """
         began = self._now()
-        plan = self._scheduler.plan()
-        before, self._flight = self._flight, self._dispatch(plan) if plan else None
-        if before:
-            self._land(before)
+        try:
+            plan = self._scheduler.plan()
+            before, self._flight = self._flight, self._dispatch(plan) if plan else None
+            if before:
+                self._land(before)
+        except BaseException:
+            self._start_over()
+            raise
         self._meter.busy_seconds += self._now() - began
+
+    def _start_over(self) -> None:
+        """What was planned and has not run cannot be told from what has: the cache may hold anything."""
+        self._flight = None
+        for generation in list(self._generations.values()):
+            self._end(generation, "error", "the step that it was in failed, or was interrupted")
+        self._scheduler = Scheduler(self._scheduler.limits)
+        self._executor.start_over()
 
     def obey(self, order: Order) -> None:
         """In a process that follows: what the engine of process 0 has its executor run."""
@@ -102,9 +119,14 @@ class Engine:
     def warm_up(self, variants: Sequence[Asked], *, progress: bool) -> None:
         """Compile every step that can come to be needed, for requests that ask this much.
 
-        Nothing may be running.
+        Raises:
+          RequestError: requests are running.
         """
-        assert not self.has_work
+        if self._generations:
+            raise RequestError("requests are running: warm up before there are any, or when they have ended")
+        if self._flight:
+            flight, self._flight = self._flight, None
+            self._land(flight)
         steps = list(product(self._sizes.steps(), variants))
         for size, asked in tqdm(steps, desc="compiling", unit=" steps", disable=not progress, leave=False):
             jax.block_until_ready(self._executor.run(idle_order(size, self._sizes, self._placement, asked)))
@@ -186,13 +208,18 @@ def _read(results: tuple[Drawn, Scored | None]) -> tuple[Any, Any]:
 def _candidates(drawn: Drawn, landing: Landing, count: int | None) -> list[Candidates]:
     rows = slice(None, len(landing.tokens)), slice(None, count)
     tokens, logprobs = (part[landing.line][rows].tolist() for part in (drawn.top_tokens, drawn.top_logprobs))
-    return [dict(zip(*row, strict=True)) for row in zip(tokens, logprobs, strict=True)]
+    return [_by_token(*row) for row in zip(tokens, logprobs, strict=True)]
+
+
+def _by_token(tokens: list[int], logprobs: list[float]) -> Candidates:
+    """Without those beyond the vocabulary."""
+    return {token: logprob for token, logprob in zip(tokens, logprobs, strict=True) if token != NOWHERE}
 
 
 def _tell(generation: Generation, piece: Piece, scored: Any) -> None:
     """What is asked of a prompt's tokens; of those told before it was preempted, nothing again."""
     prompt, length = generation.told_of_prompt, len(generation.request.prompt)
-    if scored.logits is not None:
+    if generation.wants_logits:
         known = sum(map(len, prompt.logits))
         rows = scored.logits[piece.rows][max(known - piece.start, 0) : length - piece.start]
         prompt.logits.append(np.array(rows))
@@ -202,4 +229,4 @@ def _tell(generation: Generation, piece: Piece, scored: Any) -> None:
         prompt.logprobs.append(float(scored.logprobs[row]))
         best = slice(None, generation.params.prompt_logprobs)
         tokens, logprobs = scored.top_tokens[row][best].tolist(), scored.top_logprobs[row][best].tolist()
-        prompt.candidates.append(dict(zip(tokens, logprobs, strict=True)))
+        prompt.candidates.append(_by_token(tokens, logprobs))

@@ -8,7 +8,7 @@ from functools import cache
 from moe_jax.distributed import Crew
 from moe_jax.engine.orders import Order
 from moe_jax.engine.sizes import Sizes
-from moe_jax.models import Parameters
+from moe_jax.models import Caches, Parameters
 from moe_jax.programs import PAGE, Drawn, Programs, Scored
 from moe_jax.sharding import Policy, Role, Route
 
@@ -32,9 +32,15 @@ class Executor:
         self.programs = programs
         self._crew = crew
         self._parameters, self._policy, self._sizes = parameters, policy, sizes
-        self._caches = programs.decoder.empty_caches(pages, PAGE, sizes.slots)
-        self._slots = self.programs.empty_slots(sizes.slots, sizes.positions)
+        self._pages = pages
         self._route = cache(self._decide)
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Empty caches and slots; a step that failed may have taken the old ones with it."""
+        self._caches: Caches = []  # before there are others
+        self._caches = self.programs.decoder.empty_caches(self._pages, PAGE, self._sizes.slots)
+        self._slots = self.programs.empty_slots(self._sizes.slots, self._sizes.positions)
 
     def run(self, order: Order) -> tuple[Drawn, Scored | None]:
         """Have it run by all processes; the results are waited for when they are read."""

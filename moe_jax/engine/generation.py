@@ -141,12 +141,13 @@ class Generation:
         before = len(self.tokens)
         self.tokens += landing.tokens
         self.logprobs += landing.logprobs
+        has_end = not self.end_ids.isdisjoint(landing.tokens)
+        if has_end:
+            ends = (place for place in range(before, len(self.tokens)) if self.tokens[place] in self.end_ids)
+            self._cut(next(ends) + 1)
         if self.params.stop and self._stops_within(before):
             return
-        if not self.end_ids.isdisjoint(landing.tokens):
-            self._cut(
-                next(place for place in range(before, len(self.tokens)) if self.tokens[place] in self.end_ids) + 1
-            )
+        if has_end:
             self.finish("stop")
         elif len(self.tokens) == self.request.most_tokens:
             self.finish("length")

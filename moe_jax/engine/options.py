@@ -40,10 +40,10 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "prefill_tokens", "decode_steps", "cache_pages"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise RequestError(f"{name} must be at least 1, got {value}")
-        if not 0 < self.cache_memory <= 1:
-            raise RequestError(f"cache_memory is a share, above 0 and at most 1, got {self.cache_memory}")
+            if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value >= 1):
+                raise RequestError(f"{name} must be a whole number, at least 1, got {value!r}")
+        if not (isinstance(self.cache_memory, int | float) and 0 < self.cache_memory <= 1):
+            raise RequestError(f"cache_memory is a share, above 0 and at most 1, got {self.cache_memory!r}")
 
     def sizes(self, decoder: ShardedDecoder) -> Sizes:
         slots = -(-self.max_batch_size // decoder.placement.size(Role.TOKENS))

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from recorder import recorded
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from moe_jax import SamplingParams
 from moe_jax.engine import Engine, Generation, News
+from moe_jax.engine.generation import Landing
 from moe_jax.engine.sizes import Sizes
 from moe_jax.errors import RequestError
 from moe_jax.scheduler import Request
@@ -97,4 +100,14 @@ def test_every_step_has_a_size_and_the_sizes_are_few(
     assert size.prompt_rows >= rows
     assert size.pages * 16 >= longest
     assert not rows or (size.prompt_lines - prompts) * size.chunk + size.chunk > rows - size.chunk
-    assert len(known) <= 5 * 5 + 2 * 4 * 5
+    assert len(known) <= 5 * 5 + 2 * 6 * 5
+
+
+def test_nothing_after_an_end_token_is_read_for_stop_strings() -> None:
+    """More end tokens than the devices know of end a sample on the host."""
+    words = Tokenizer(WordLevel({str(number): number for number in range(40)}, unk_token="0"))
+    params = SamplingParams(temperature=0, stop="9", logprobs=None)
+    generation = Generation(Request("one", [1], 9), params, 0, frozenset(range(20, 40)), words, News())
+    generation.land(Landing([1, 25, 9], [0.0] * 3, 0, True))
+    assert (generation.tokens, generation.finish_reason) == ([1, 25], "stop")
+    assert "9" not in generation.text
