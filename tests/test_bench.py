@@ -126,7 +126,9 @@ def test_serve(tmp_path: Path) -> None:
         assert 0 <= variant["pad_share"] < 1
         assert 0 < variant["cache_use"] <= 1
         assert variant["preemptions"] == 0
-    assert printed["speedup"]["lowest"] <= printed["speedup"]["median"] <= printed["speedup"]["highest"]
+    for ratio in printed["speedup"].values():
+        assert ratio["lowest"] <= ratio["median"] <= ratio["highest"]
+    assert printed["speedup"]["continuous"]["median"] == 1
 
 
 def test_host(tmp_path: Path) -> None:

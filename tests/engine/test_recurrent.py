@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parents[1] / "goldens" / "qwen3_next_e8_top2"
 POSITIONS, PAGES = 128, 9
 """Of a sequence; and on each token shard, one more than the longest sequence needs."""
 
-BEGINNING = np.random.default_rng(0).integers(0, 97, 100).tolist()
+BEGINNING = np.random.default_rng(0).integers(0, 48, 100).tolist()
 PROMPTS = [BEGINNING[:length] for length in (61, 100, 62, 1, 15)] + [[7], [*BEGINNING[:60], 1, 2], BEGINNING[3:90]]
 PARAMS = [SamplingParams(temperature=0, max_tokens=tokens) for tokens in (24, 3, 20)]
 
