@@ -36,7 +36,7 @@ from moe_jax.engine.sizes import Sizes
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import PAGE, Drawn, Programs, Scored
 from moe_jax.requests import SamplingParams
-from moe_jax.scheduler import CacheGroup, Limits, Plan, Request, Scheduler
+from moe_jax.scheduler import Limits, Plan, Request, Scheduler
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
 
@@ -110,9 +110,7 @@ def measure(decoder: ShardedDecoder, options: Namespace, steps: int) -> dict[str
     positions = 2 * PROMPT + steps * (options.repeats + options.requests)
     choices = Options(positions, options.requests, decode_steps=steps)
     sizes, shards = choices.sizes(decoder), decoder.placement.size(Role.TOKENS)
-    groups = tuple(CacheGroup(sizes.needed_pages(window), window) for window in decoder.windows)
-    rows, prompts = sizes.prompt_rows, sizes.prompts
-    limits = Limits(shards, sizes.slots, PAGE, groups, rows, prompts, rows, steps, prefix_cache=True)
+    limits = choices.limits(decoder, sizes, {window: sizes.needed_pages(window) for window in decoder.windows})
     executor = Instant(programs, watch, steps)
     engine = WatchedEngine(WatchedScheduler(limits, watch), executor, sizes, decoder.placement, watch)
     for number in range(options.requests):

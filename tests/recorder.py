@@ -10,9 +10,8 @@ import numpy as np
 from moe_jax.engine import Engine, Options
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.orders import Order
-from moe_jax.programs import PAGE, Drawn, Programs
-from moe_jax.scheduler import CacheGroup, Limits, Scheduler
-from moe_jax.sharding import Role
+from moe_jax.programs import Drawn, Programs
+from moe_jax.scheduler import Scheduler
 from moe_jax.sharding.rows import on_host
 
 DECODE_STEPS = 8
@@ -37,16 +36,6 @@ def recorded(positions: int, slots: int, pages: int) -> tuple[Engine, Recorder]:
     recorder = Recorder()
     decoder = recorder.programs.decoder
     options = Options(positions, max_batch_size=8 * slots, prefill_tokens=positions, decode_steps=DECODE_STEPS)
-    sizes, shards = options.sizes(decoder), decoder.placement.size(Role.TOKENS)
-    limits = Limits(
-        shards=shards,
-        slots=slots,
-        page=PAGE,
-        groups=(CacheGroup(pages, None),),
-        chunk=sizes.prompt_rows,
-        chunks=sizes.prompts,
-        rows=sizes.prompt_rows,
-        decode_steps=DECODE_STEPS,
-        prefix_cache=True,
-    )
+    sizes = options.sizes(decoder)
+    limits = options.limits(decoder, sizes, {None: pages})
     return Engine(Scheduler(limits), recorder, sizes, decoder.placement), recorder

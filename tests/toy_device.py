@@ -100,7 +100,7 @@ class Device:
         for request, start, end in rows:
             true = self._true[request]
             for number, memory in enumerate(self._memory[request.shard]):
-                first, ids = request.table(number)
+                first, ids = request.pages[number].first, request.pages[number].ids
                 for position in range(start, end):
                     at = position // page - first
                     assert 0 <= at < len(ids), "there is a page for each position that is written"
@@ -112,12 +112,8 @@ class Device:
     def _check(self, request: Request, start: int, end: int) -> None:
         """What rows of consecutive positions see is what the toy model says."""
         page, true = self.limits.page, self._true[request]
-        for group, memory, (first, ids) in zip(
-            self.limits.groups,
-            self._memory[request.shard],
-            (request.table(number) for number in range(len(self.limits.groups))),
-            strict=True,
-        ):
+        for group, memory, table in zip(self.limits.groups, self._memory[request.shard], request.pages, strict=True):
+            first, ids = table.first, table.ids
             since = 0 if group.window is None else max(start - group.window + 1, 0)
             assert first * page <= since, "there is a page for each position that is seen"
             held = [state for id in ids for state in memory[id]]

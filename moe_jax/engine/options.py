@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_jax.distributed import Crew
@@ -84,11 +85,9 @@ class Options:
             )
         return pages
 
-    def engine(self, programs: Programs, parameters: Parameters, policy: Policy, crew: Crew) -> Engine:
-        decoder = programs.decoder
-        sizes = self.sizes(decoder)
-        pages = self.pages(decoder, policy, sizes)
-        limits = Limits(
+    def limits(self, decoder: ShardedDecoder, sizes: Sizes, pages: Mapping[int | None, int]) -> Limits:
+        """What the scheduler keeps to."""
+        return Limits(
             shards=decoder.placement.size(Role.TOKENS),
             slots=sizes.slots,
             page=PAGE,
@@ -99,8 +98,13 @@ class Options:
             decode_steps=sizes.decode_steps,
             prefix_cache=self.prefix_cache and not decoder.config.recurrent,  # pages carry no states
         )
+
+    def engine(self, programs: Programs, parameters: Parameters, policy: Policy, crew: Crew) -> Engine:
+        decoder = programs.decoder
+        sizes = self.sizes(decoder)
+        pages = self.pages(decoder, policy, sizes)
         executor = Executor(programs, parameters, policy, sizes, pages, crew)
-        return Engine(Scheduler(limits), executor, sizes, decoder.placement)
+        return Engine(Scheduler(self.limits(decoder, sizes, pages)), executor, sizes, decoder.placement)
 
 
 PROMPTS = 8

@@ -92,7 +92,7 @@ class _Writer:
     def __init__(self, size: StepSize, sizes: Sizes, shards: int, generation: Callable[[Request], Generation]) -> None:
         self.claims = Claims()
         self._budgets = np.zeros((shards, size.lines), np.int32)
-        self._size, self._windows, self._generation = size, sizes.windows, generation
+        self._size, self._generation = size, generation
         self._slots = np.full((shards, size.lines), sizes.slots, np.int32)
         self._draws = np.zeros((shards, size.lines), bool)
         self._knobs = [[NOBODY] * size.prompt_lines for _ in range(shards)]
@@ -156,10 +156,8 @@ class _Writer:
 
     def _tables(self, request: Request, start: int, end: int) -> list[PageRange]:
         """Of each group, the pages that positions from `start` up to `end` see."""
-        ranges = []
-        for group, window in enumerate(self._windows):
-            before, pages = request.table(group)
-            first = 0 if window is None else max(start - window + 1, 0) // PAGE
-            last = -(-end // PAGE)
-            ranges.append(PageRange(first * PAGE, pages[first - before : last - before]))
+        ranges, last = [], -(-end // PAGE)
+        for table in request.pages:
+            first = table.pool.group.first_page(start, PAGE)
+            ranges.append(PageRange(first * PAGE, table.ids[first - table.first : last - table.first]))
         return ranges

@@ -1,7 +1,7 @@
 """Grouped-query attention (Ainslie et al., arXiv:2305.13245) over a cache, on the heads that this device holds.
 
 T  rows   D  hidden   H  query heads, K  KV heads of this device   d  head width
-S  lines of a grid   C  their chunk   N  cached positions of a line   G  H / K   v  width of values
+S  lines of a grid   C  their chunk   n  positions of a block   G  H / K   v  width of values
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moe_jax.config import AttentionConfig, Norm, OutputGate, QKNorm, Window
 from moe_jax.layers import parameter
 from moe_jax.layers.cache import Block, Cache, Cached
 from moe_jax.layers.norm import HeadNorm, ProjectionNorm, UnitHeadNorm
-from moe_jax.layers.parameter import HeadNumber, one_head
+from moe_jax.layers.parameter import HeadNumber, once, one_head, only_head
 from moe_jax.layers.rope import Rotary
 from moe_jax.layers.softmax import Seen, weighted_values
 from moe_jax.layers.step import Grid, Packing, Step
@@ -74,14 +74,14 @@ class Attention(nnx.Module):
             out *= jax.nn.sigmoid(self.gate(x))
         part = jnp.einsum("thv,hvd->td", out, self.output[...])
         if self.output_bias is not None:
-            part += jnp.where(placement.index(Role.HEADS) == 0, self.output_bias[...], 0)
+            part += once(self.output_bias[...], placement, Role.HEADS)
         return step.residual.heads_partial_sum(part), cache
 
     def _project(
         self, x: Float[Array, "T D"], positions: Int32[Array, "T"], placement: Placement
     ) -> tuple[Float[Array, "T H d"], Float[Array, "T K d"], Float[Array, "T K v"]]:
         """Queries, keys and values, as they meet."""
-        only = self._only_kv_head(placement)
+        only = only_head(self.config.kv_heads, placement)
         query, key, value = self.query(x), self.key(x, only), self.value(x, only)
         rotated_first = self.config.qk_norm in (QKNorm.ROTATED_HEAD, QKNorm.ROTATED_UNIT)
         if not rotated_first:
@@ -121,11 +121,6 @@ class Attention(nnx.Module):
 
         sinks = None if self.sinks is None else self.sinks[...]
         return attend(packing.to_grid(query, grid), cached, seen, self.scale, sinks)
-
-    def _only_kv_head(self, placement: Placement) -> HeadNumber | None:
-        """The one KV head that this device's query heads share, where there are fewer KV heads than devices."""
-        devices, kv_heads = placement.size(Role.HEADS), self.config.kv_heads
-        return None if devices <= kv_heads else placement.index(Role.HEADS) // (devices // kv_heads)
 
 
 def output_gate(

@@ -18,12 +18,12 @@ from moe_jax.config import DecayConfig, DeltaConfig, HeadGate
 from moe_jax.layers import parameter
 from moe_jax.layers.attention import HeadProjection
 from moe_jax.layers.norm import HeadNorm
-from moe_jax.layers.parameter import HeadNumber
+from moe_jax.layers.parameter import only_head
 from moe_jax.layers.recurrences import Delta, delta_rule
 from moe_jax.layers.short_convolution import ShortConvolution
 from moe_jax.layers.states import States
 from moe_jax.layers.step import Step
-from moe_jax.sharding import PartialSum, Placement, Role
+from moe_jax.sharding import PartialSum, Role
 
 S = TypeVar("S", bound=States)
 GATES = {HeadGate.SILU: jax.nn.silu, HeadGate.SIGMOID: jax.nn.sigmoid}
@@ -72,7 +72,7 @@ class DeltaAttention(nnx.Module):
     def __call__(self, x: Float[Array, "T D"], step: Step, states: S, layer: Int32[Array, ""]) -> tuple[PartialSum, S]:
         """This device's heads' part of the output, and the states with the rows taken in."""
         placement = step.residual.placement
-        only = self._only_key_head(placement)
+        only = only_head(self.config.key_heads, placement)
         query, states = self.query_convolution(self.query(x, only), states, layer, 0, step, only)
         key, states = self.key_convolution(self.key(x, only), states, layer, 1, step, only)
         value, states = self.value_convolution(self.value(x), states, layer, 2, step)
@@ -91,11 +91,6 @@ class DeltaAttention(nnx.Module):
         out = self.norm(out) * GATES[self.config.gate](self.gate(x).astype(jnp.float32))
         part = jnp.einsum("thv,hvd->td", out.astype(x.dtype), self.output[...])
         return step.residual.heads_partial_sum(part), states
-
-    def _only_key_head(self, placement: Placement) -> HeadNumber | None:
-        """The one key head that this device's heads share, where there are fewer key heads than devices."""
-        devices, key_heads = placement.size(Role.HEADS), self.config.key_heads
-        return None if devices <= key_heads else placement.index(Role.HEADS) // (devices // key_heads)
 
 
 def _unit(x: Float[Array, "T H K"]) -> Float[Array, "T H K"]:

@@ -16,6 +16,7 @@ from moe_jax.config import MoEConfig, Weighted
 from moe_jax.layers import parameter
 from moe_jax.layers.activation import gated
 from moe_jax.layers.grouped_matmul import grouped_matmul
+from moe_jax.layers.parameter import once
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.collectives import argsort
 
@@ -83,7 +84,5 @@ class Experts(nnx.Module):
         gate, up = jnp.split(gates_ups, 2, axis=1)
         out = grouped_matmul(gated(self.activation, gate, up), down, sizes)
         if self.down_bias is not None:
-            # Once, by the first of the devices that the width is split over.
-            bias = jnp.where(placement.index(Role.FFN) == 0, self.down_bias[...], 0)
-            out += bias.at[experts].get(mode="clip")
+            out += once(self.down_bias[...], placement, Role.FFN).at[experts].get(mode="clip")
         return out

@@ -26,6 +26,7 @@ from moe_jax.layers import parameter
 from moe_jax.layers.attention import HeadProjection, output_gate, products
 from moe_jax.layers.cache import Block, Cache, Cached
 from moe_jax.layers.norm import RMSNorm
+from moe_jax.layers.parameter import once
 from moe_jax.layers.rope import Rotary
 from moe_jax.layers.softmax import Seen, weighted_values
 from moe_jax.layers.step import Grid, Packing, Step
@@ -85,7 +86,7 @@ class LatentAttention(nnx.Module):
             out *= jax.nn.sigmoid(self.gate(x))
         part = jnp.einsum("thv,hvd->td", out, self.output[...])
         if self.output_bias is not None:
-            part += jnp.where(placement.index(Role.HEADS) == 0, self.output_bias[...], 0)
+            part += once(self.output_bias[...], placement, Role.HEADS)
         return step.residual.heads_partial_sum(part), cache
 
     def _attend(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 from moe_jax.config import MambaConfig
 from moe_jax.layers import parameter
 from moe_jax.layers.norm import RMSNorm
+from moe_jax.layers.parameter import once
 from moe_jax.layers.recurrences import Selection, selective_scan
 from moe_jax.layers.short_convolution import ShortConvolution
 from moe_jax.layers.states import States
@@ -74,7 +75,7 @@ class Mamba(nnx.Module):
         out = (out + self.skip[...] * seen) * jax.nn.silu(self.gate(x).astype(jnp.float32))
         part = out.astype(x.dtype) @ self.output[...]
         if self.output_bias is not None:
-            part += jnp.where(placement.index(Role.HEADS) == 0, self.output_bias[...], 0)
+            part += once(self.output_bias[...], placement, Role.HEADS)
         return step.residual.heads_partial_sum(part), states
 
     def _selection(self, seen: Float[Array, "T H"], step: Step) -> Selection:

@@ -33,6 +33,17 @@ def one_head(weight: Array, only: HeadNumber | None, *, axis: int) -> Array:
     return weight if only is None else lax.dynamic_slice_in_dim(weight, only, 1, axis)
 
 
+def only_head(heads: int, placement: Placement) -> HeadNumber | None:
+    """The one of so many heads that this device's query heads share, where there are fewer of them than devices."""
+    devices = placement.size(Role.HEADS)
+    return None if devices <= heads else placement.index(Role.HEADS) // (devices // heads)
+
+
+def once(bias: Array, placement: Placement, role: Role) -> Array:
+    """A bias for a partial sum: on the first of the devices that the role splits over, zero on the others."""
+    return jnp.where(placement.index(role) == 0, bias, 0)
+
+
 def placed(parameters: nnx.State, placement: Placement) -> nnx.State:
     """The shapes, dtypes and, from their labels, shardings of parameters, whether they are arrays or abstract."""
 

@@ -106,11 +106,6 @@ class Request:
         """Positions of the cache that it can come to fill."""
         return len(self.prompt) + self.most_tokens - 1
 
-    def table(self, group: int) -> tuple[int, array[int]]:
-        """How many pages of the sequence come before those it has, and those it has, in an array that lives on."""
-        table = self.pages[group]
-        return table.first, table.ids
-
     def sequence(self, start: int, end: int) -> tuple[int, ...]:
         """Some of the prompt and the known tokens."""
         prompt = len(self.prompt)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.plain import Weights, logits
+from tests.plain import logits
 
 HERE = Path(__file__).parent
 PROMPT_LENGTHS = (5, 1, 12, 3, 9, 2)
@@ -130,9 +131,9 @@ def drawn(config: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndar
     return weights
 
 
-def reference(config: dict[str, Any], weights: Weights, prompts: list[list[int]]) -> dict[str, np.ndarray]:
-    """The arrays of `reference.npz` but the seed."""
-    rows, vocab = len(prompts), config["vocab_size"]
+def reference(vocab: int, logits: Callable[[list[int]], np.ndarray], prompts: list[list[int]]) -> dict[str, np.ndarray]:
+    """The arrays of `reference.npz` but the seed; `logits` are those after each token of a sequence."""
+    rows = len(prompts)
     made = {
         "prompts": np.full((rows, max(PROMPT_LENGTHS)), -1, np.int32),
         "prompt_logits": np.zeros((rows, max(PROMPT_LENGTHS), vocab), np.float32),
@@ -142,12 +143,23 @@ def reference(config: dict[str, Any], weights: Weights, prompts: list[list[int]]
     for row, prompt in enumerate(prompts):
         sequence = list(prompt)
         for step in range(STEPS):
-            made["token_logits"][row, step] = logits(config, weights, sequence)[-1]
+            made["token_logits"][row, step] = logits(sequence)[-1]
             sequence.append(int(made["token_logits"][row, step].argmax()))
         made["prompts"][row, : len(prompt)] = prompt
-        made["prompt_logits"][row, : len(prompt)] = logits(config, weights, prompt)
+        made["prompt_logits"][row, : len(prompt)] = logits(prompt)
         made["tokens"][row] = sequence[len(prompt) :]
     return made
+
+
+def write(
+    name: str, config: dict[str, Any], weights: dict[str, np.ndarray], made: dict[str, np.ndarray], seed: int
+) -> None:
+    """The folder of a case."""
+    shutil.rmtree(HERE / name, ignore_errors=True)
+    (HERE / name).mkdir()
+    (HERE / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(weights, HERE / name / "model.safetensors", metadata={"format": "pt"})
+    np.savez_compressed(HERE / name / "reference.npz", **made, seed=seed)
 
 
 def faults(
@@ -185,16 +197,12 @@ def make_case(name: str) -> int:
         rng = np.random.default_rng(seed)
         weights = drawn(config, rng)
         prompts = [rng.integers(config["vocab_size"], size=length).tolist() for length in PROMPT_LENGTHS]
-        made = reference(config, weights, prompts)
+        made = reference(config["vocab_size"], partial(logits, config, weights), prompts)
         fault = next(faults(config, weights, prompts, made, rng), None)
         if fault is None:
             break
         print(f"{name}: not seed {seed}, {fault}")
-    shutil.rmtree(HERE / name, ignore_errors=True)
-    (HERE / name).mkdir()
-    (HERE / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(weights, HERE / name / "model.safetensors", metadata={"format": "pt"})
-    np.savez_compressed(HERE / name / "reference.npz", **made, seed=seed)
+    write(name, config, weights, made, seed)
     return seed
 
 

@@ -1,6 +1,6 @@
 """Make the golden checkpoints of bailing_moe_linear, which transformers does not have, with plain NumPy.
 
-    python tests/goldens/make_ring_linear.py
+    python -m tests.goldens.make_ring_linear
 
 The folders hold what those of `make_goldens.py` hold. The model is written here for reading, in double precision: one
 sequence at a time, one position and one head after the other, nothing cached, nothing shared with the package.
@@ -8,19 +8,14 @@ sequence at a time, one position and one head after the other, nothing cached, n
 
 from __future__ import annotations
 
-import json
 from itertools import count
 from math import exp, log2
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-HERE = Path(__file__).parent
-PROMPT_LENGTHS = (5, 1, 12, 3, 9, 2)
-STEPS = 8
-GAIN = 1.5
+from tests.goldens.make_plain_goldens import GAIN, PROMPT_LENGTHS, STEPS, reference, write
+
 MIN_TOKEN_GAP, MIN_CHOICE_GAP = 1e-3, 1e-3
 """Best to second-best logit, relative to the largest; last expert (or group) that is kept to the first that is not."""
 
@@ -217,25 +212,6 @@ def rates(heads: int) -> list[float]:
     return rates(below) + rates(2 * below)[::2][: heads - below]
 
 
-def reference(model: Model, prompts: list[list[int]]) -> dict[str, np.ndarray]:
-    rows, length, vocab = len(prompts), max(map(len, prompts)), model.config["vocab_size"]
-    found = {
-        "prompts": np.full((rows, length), -1, np.int32),
-        "prompt_logits": np.zeros((rows, length, vocab), np.float32),
-        "tokens": np.zeros((rows, STEPS), np.int32),
-        "token_logits": np.zeros((rows, STEPS, vocab), np.float32),
-    }
-    for row, prompt in enumerate(prompts):
-        found["prompts"][row, : len(prompt)] = prompt
-        found["prompt_logits"][row, : len(prompt)] = model.logits(prompt)
-        sequence = list(prompt)
-        for step in range(STEPS):
-            found["token_logits"][row, step] = model.logits(sequence)[-1]
-            sequence.append(int(found["token_logits"][row, step].argmax()))
-        found["tokens"][row] = sequence[len(prompt) :]
-    return found
-
-
 def fault(model: Model, found: dict[str, np.ndarray]) -> str | None:
     logits = found["token_logits"]
     second, first = np.moveaxis(np.sort(logits)[..., -2:], -1, 0)
@@ -254,15 +230,11 @@ def main() -> None:
             model = Model(COMMON | settings, seed)
             random = np.random.default_rng(seed)
             prompts = [random.integers(settings["vocab_size"], size=length).tolist() for length in PROMPT_LENGTHS]
-            found = reference(model, prompts)
+            found = reference(settings["vocab_size"], model.logits, prompts)
             if (why := fault(model, found)) is None:
                 break
             print(f"{name}: not seed {seed}, {why}")
-        folder = HERE / name
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(model.config, indent=2))
-        save_file(model.tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        np.savez_compressed(folder / "reference.npz", **found, seed=np.array(seed))
+        write(name, model.config, model.tensors, found, seed)
         print(f"{name}: seed {seed}")
 
 

@@ -123,9 +123,9 @@ class Serving:
             for number, pool in enumerate(shard.pages.pools):
                 held = [0] * pool.group.pages
                 for request in shard.running:
-                    first, ids = request.table(number)
-                    assert (first + len(ids)) * self.limits.page >= request.computed
-                    for page in ids:
+                    table = request.pages[number]
+                    assert (table.first + len(table.ids)) * self.limits.page >= request.computed
+                    for page in table.ids:
                         held[page] += 1
                 assert held == pool.references
                 unheld = [page for page, holds in enumerate(held) if not holds]
@@ -271,7 +271,7 @@ def test_a_beginning_is_shared_in_the_step_that_computes_it_and_the_last_token_a
     first, second = (serving.add(Request(name, range(8), 3)) for name in "ab")
     (chunks,) = serving.step().chunks
     assert [(chunk.request, chunk.start, chunk.end) for chunk in chunks] == [(first, 0, 8), (second, 4, 8)]
-    assert first.table(0)[1][0] == second.table(0)[1][0]
+    assert first.pages[0].ids[0] == second.pages[0].ids[0]
     serving.finish()
     assert serving.scheduler.prefix_hits == second.cached == 4
 

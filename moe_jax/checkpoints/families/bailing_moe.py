@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from moe_jax.checkpoints.families import ling_layers
 from moe_jax.checkpoints.families.deepseek_layers import dense_layers, group_limit
 from moe_jax.checkpoints.families.llama_fields import attention, experts, model
-from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE, SHARED
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import joined, linear, plain
 from moe_jax.config import (
     DenseConfig,
     GroupScore,
@@ -19,21 +18,7 @@ from moe_jax.config import (
     SharedExpertConfig,
 )
 
-ATTENTION = "model.layers.{layer}.attention."
-QKV = ("attention.query.weight", "attention.key.weight", "attention.value.weight")
-SOURCES = {
-    **MODEL,
-    **ATTENTION_BLOCK,
-    **DENSE_MLP,
-    **MOE,
-    **SHARED,
-    **joined(ATTENTION + "query_key_value.weight", *QKV),
-    "embedding.table": plain("model.word_embeddings.weight"),
-    "attention.query_norm.weight": plain(ATTENTION + "query_layernorm.weight"),
-    "attention.key_norm.weight": plain(ATTENTION + "key_layernorm.weight"),
-    "attention.output": linear(ATTENTION + "dense.weight", inputs=2),
-    "ffn.router.selection_bias": plain(MLP + "gate.expert_bias"),
-}
+SOURCES = {**ling_layers.SOURCES, **ling_layers.heads("attention")}
 ONLY = {
     "multi_gate": False,
     "norm_softmax": False,

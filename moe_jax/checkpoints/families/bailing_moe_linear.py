@@ -9,22 +9,16 @@ from moe_jax.checkpoints.families.gated_delta import recurrent_layers
 from moe_jax.checkpoints.families.ling_layers import ATTENTION
 from moe_jax.checkpoints.families.llama_fields import attention, model
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import joined, linear, plain
+from moe_jax.checkpoints.names import linear, plain
 from moe_jax.config import LayerConfig, LightningConfig, ModelConfig, QKNorm
 
 SOURCES = {
     **ling_layers.SOURCES,
-    "attention.output": linear(ATTENTION + "dense.weight", inputs=2),
+    **ling_layers.heads("attention"),
+    **ling_layers.heads("recurrence"),
     "recurrence.gate.weight": linear(ATTENTION + "g_proj.weight"),
     "recurrence.norm.weight": plain(ATTENTION + "g_norm.weight"),
-    "recurrence.output": linear(ATTENTION + "dense.weight", inputs=2),
 }
-for mixer in ("attention", "recurrence"):
-    parts = (f"{mixer}.{part}.weight" for part in ("query", "key", "value"))
-    SOURCES |= joined(ATTENTION + "query_key_value.weight", *parts)
-    SOURCES |= {
-        f"{mixer}.{part}_norm.weight": plain(ATTENTION + f"{part}_layernorm.weight") for part in ("query", "key")
-    }
 
 
 def read(fields: Fields) -> ModelConfig:

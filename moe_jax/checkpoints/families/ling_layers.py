@@ -1,4 +1,4 @@
-"""What the hybrid models of the Ling line share: names of tensors, latent attention, and experts."""
+"""What models of the Ling line share: names of tensors; of the hybrid ones, latent attention and experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moe_jax.checkpoints.families import latent_attention
 from moe_jax.checkpoints.families.deepseek_layers import feed_forwards
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE, SHARED
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import linear, plain
+from moe_jax.checkpoints.names import Source, joined, linear, plain
 from moe_jax.config import DenseConfig, LatentAttentionConfig, MoEConfig
 
 ATTENTION = "model.layers.{layer}.attention."
@@ -29,6 +29,16 @@ SOURCES = {
     "ffn.router.selection_bias": plain(MLP + "gate.expert_bias"),
     **SHARED,
 }
+
+
+def heads(mixer: str) -> dict[str, Source]:
+    """Of a mixer whose queries, keys and values are in one tensor."""
+    parts = (f"{mixer}.{part}.weight" for part in ("query", "key", "value"))
+    return {
+        **joined(ATTENTION + "query_key_value.weight", *parts),
+        **{f"{mixer}.{part}_norm.weight": plain(ATTENTION + f"{part}_layernorm.weight") for part in ("query", "key")},
+        f"{mixer}.output": linear(ATTENTION + "dense.weight", inputs=2),
+    }
 
 
 def latent(fields: Fields) -> LatentAttentionConfig:
