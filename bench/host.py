@@ -23,7 +23,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding
 
 from bench import model, script
@@ -38,7 +40,6 @@ from moe_jax.programs import PAGE, Drawn, Programs, Scored
 from moe_jax.requests import SamplingParams
 from moe_jax.scheduler import Limits, Plan, Request, Scheduler
 from moe_jax.sharding import Placement, Role
-from moe_jax.sharding.rows import on_host
 
 QUICK = {"repeats": 3, "requests": 16}
 PROMPT = 100
@@ -66,18 +67,18 @@ class Instant(Executor):
         self.programs, self._watch, self._steps = programs, watch, steps
         self._sharding = NamedSharding(programs.decoder.placement.mesh, programs.decoder.rows_spec)
 
-    def run(self, order: Order) -> tuple[Drawn, Scored | None]:
+    def run(self, order: Order) -> tuple[Array, Scored | None]:
         with self._watch.time("put"):
             budgets = () if order.budgets is None else (order.budgets,)
             jax.block_until_ready(self.programs.on_devices(order.turn, *budgets))
         with self._watch.time("answer"):
             return self._answer(order), None
 
-    def _answer(self, order: Order) -> Drawn:
-        given = np.asarray(order.turn.draws if order.budgets is None else order.budgets, np.int32)
-        tokens = np.zeros((len(given), self._steps), np.int32)
-        drawn = Drawn(*map(on_host, (tokens, tokens.astype(np.float32), tokens[:, :0], tokens[:, :0], given)))
-        return jax.block_until_ready(jax.device_put(drawn, self._sharding))
+    def _answer(self, order: Order) -> Array:
+        given = jnp.asarray(order.turn.draws if order.budgets is None else order.budgets, jnp.int32)
+        tokens = jnp.zeros((len(given), self._steps), jnp.int32)
+        drawn = Drawn(tokens, tokens.astype(jnp.float32), tokens[:, :0], tokens[:, :0], given)
+        return jax.block_until_ready(jax.device_put(drawn.joined(), self._sharding))
 
 
 class WatchedScheduler(Scheduler):

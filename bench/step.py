@@ -6,6 +6,7 @@ T  rows of a token shard, one for each of as many slots     N  gathered rows    
 from __future__ import annotations
 
 import re
+from array import array
 from typing import Any
 
 import jax
@@ -13,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int32
 
 from bench.combine import exchange
 from bench.timing import Program, Times, sends
 from moe_jax.config import LayerConfig, MoEConfig
 from moe_jax.engine.orders import ON_TAPE
 from moe_jax.layers import Grid
-from moe_jax.models import PageRange, Parameters, Segment, Shape, ShardedDecoder, group_layers, pack
-from moe_jax.programs import PAGE, Parcel, Programs, Turn
+from moe_jax.models import Lines, PageRange, Parameters, Segment, Shape, ShardedDecoder, group_layers, pack
+from moe_jax.programs import PAGE, Drawn, Parcel, Programs, Turn
 from moe_jax.sharding import Combine, Role, Route, Rows
 from moe_jax.sharding.census import Collective, collectives
 from moe_jax.sharding.rows import on_host
@@ -46,18 +47,23 @@ class Decode:
         self.compiled = programs.decode_step(lines, positions, Route.whole(combine))
         self.collectives = collectives(self.compiled.as_text() or "")
         self.alone = gather_and_combine(decoder, rows, combine)
-        self.tokens: list[Int[Array, "shards*T"]] = []
+        self._drawn: list[Int32[Array, "shards*T W"]] = []
         self._parameters, self._turns = parameters, turns
         pages = dict.fromkeys(decoder.windows, lines * -(-positions // PAGE))
         self._caches = decoder.empty_caches(pages, PAGE, lines)
         self._slots = programs.empty_slots(lines, positions)
 
-    def __call__(self) -> Int[Array, "shards*T"]:
-        """The next token of every sequence."""
-        turn = self._turns[len(self.tokens)]
+    def __call__(self) -> Int32[Array, "shards*T W"]:
+        """The next token of every sequence, joined with what else is drawn."""
+        turn = self._turns[len(self._drawn)]
         drawn, _, self._slots, self._caches = self.compiled(self._parameters, self._caches, self._slots, turn)
-        self.tokens.append(drawn.tokens[:, 0])
-        return self.tokens[-1]
+        self._drawn.append(drawn)
+        return drawn
+
+    @property
+    def tokens(self) -> Int32[Array, "steps shards*T"]:
+        """Of every step so far."""
+        return on_host(np.array([Drawn.parted(np.asarray(drawn), top=0).tokens[:, 0] for drawn in self._drawn]))
 
     @property
     def is_alike(self) -> bool:
@@ -125,13 +131,16 @@ def prepared(decoder: ShardedDecoder, sequences: int, positions: int, steps: int
     here, random, each = decoder.placement, np.random.default_rng(0), -(-positions // PAGE)
     shards, programs = here.size(Role.TOKENS), Programs(decoder)
     shape = Shape((Grid(sequences, 1),), sequences, tuple((window, each) for window in decoder.windows))
-    own = [[PageRange(0, range(line * each, (line + 1) * each))] * len(decoder.windows) for line in range(sequences)]
+    own = [
+        [PageRange(0, array("i", range(line * each, (line + 1) * each)))] * len(decoder.windows)
+        for line in range(sequences)
+    ]
     first = random.integers(decoder.config.vocab_size, size=(shards, sequences)).tolist()
     places = np.tile(np.arange(sequences, dtype=np.int32), shards)
     turns = []
     for step in range(steps):
         tokens = [[ON_TAPE] * sequences] * shards if step else first
-        lines = [[[Segment(step, [token], pages) for token, pages in zip(of, own, strict=True)]] for of in tokens]
-        batch, _ = pack(lines, shape, here)
+        segments = ([Segment(step, [token], pages) for token, pages in zip(of, own, strict=True)] for of in tokens)
+        batch, _ = pack([[Lines.of(each, len(shape.tables))] for each in segments], shape, here)
         turns.append(programs.on_devices(Turn(batch, on_host(places), on_host(np.ones_like(places, bool)), None)))
     return turns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from moe_jax.config import (
     SharedExpertConfig,
 )
 from moe_jax.layers import Grid
-from moe_jax.models import Batch, Caches, PageRange, Segment, Shape, ShardedDecoder, pack
+from moe_jax.models import Batch, Caches, Lines, PageRange, Segment, Shape, ShardedDecoder, pack
 from moe_jax.sharding import Combine, RaggedCombine, ReduceCombine, Role, Route
 
 ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=4, rope=RopeConfig(1e4))
@@ -62,7 +63,7 @@ class Part:
 
 def parts(prompts: Sequence[Sequence[int]], seats: Sequence[Seat]) -> Iterator[dict[Seat, Part]]:
     """The prompts cut into steps of at most `CHUNK` tokens of each."""
-    own = {seat: range(seat.line, PAGES, SLOTS) for seat in seats}  # the pages of the lines alternate
+    own = {seat: array("i", range(seat.line, PAGES, SLOTS)) for seat in seats}  # the pages of the lines alternate
     for start in range(0, max(map(len, prompts)), CHUNK):
         yield {
             seat: Part(number, Segment(start, prompt[start : start + CHUNK], [PageRange(0, own[seat])]))
@@ -110,7 +111,8 @@ def packed(where: str, step: Mapping[Seat, Part]) -> tuple[Batch, list[int], lis
     """The batch, and the parts in the order of their rows, with the first row of each."""
     shards = [[step[seat] for seat in sorted(step) if seat.shard == shard] for shard in range(token_shards(where))]
     shape = Shape((Grid(SLOTS, CHUNK),), CAPACITY, ((None, POSITIONS // PAGE),))
-    batch, first_rows = pack([[[part.segment for part in shard]] for shard in shards], shape, placement(where))
+    lines = [[Lines.of([part.segment for part in shard], tables=1)] for shard in shards]
+    batch, first_rows = pack(lines, shape, placement(where))
     return batch, first_rows, [part for shard in shards for part in shard]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import decoders
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.engine import Engine, Options
@@ -12,7 +13,6 @@ from moe_jax.engine.executor import Executor
 from moe_jax.engine.orders import Order
 from moe_jax.programs import Drawn, Programs
 from moe_jax.scheduler import Scheduler
-from moe_jax.sharding.rows import on_host
 
 DECODE_STEPS = 8
 
@@ -28,7 +28,7 @@ class Recorder(Executor):
         tokens = np.zeros((len(order.turn.slots), DECODE_STEPS), np.int32)
         given = order.budgets if order.budgets is not None else order.turn.draws
         parts = (tokens, tokens.astype(np.float32), tokens[..., :0], tokens[..., :0], np.asarray(given, np.int32))
-        return Drawn(*map(on_host, parts)), None
+        return np.asarray(Drawn(*map(jnp.asarray, parts)).joined()), None
 
 
 def recorded(positions: int, slots: int, pages: int) -> tuple[Engine, Recorder]:

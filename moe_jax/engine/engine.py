@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int32
 from tqdm import tqdm
 
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.generation import Candidates, Generation, Landing, Need
-from moe_jax.engine.orders import Claims, Order, Piece, idle_order, order
+from moe_jax.engine.orders import Claims, Draw, Order, Piece, idle_order, order
 from moe_jax.engine.sizes import Sizes
 from moe_jax.engine.stats import Latency, Meter, Stats
 from moe_jax.errors import RequestError
@@ -30,7 +31,11 @@ class Flight(NamedTuple):
 
     plan: Plan
     claims: Claims
-    results: tuple[Drawn, Scored | None]
+    drawn: Int32[Array, "shards*L W"]
+    """Joined."""
+    top: int
+    """Candidates of each token."""
+    scored: Scored | None
 
 
 class Engine:
@@ -140,36 +145,28 @@ class Engine:
         orders, claims = order(plan, self._sizes, self._placement, asked, self._generations.__getitem__)
         self._meter.step(plan.rows, orders.turn.batch.rows.capacity, plan.steps)
         self._meter.prompt_tokens += sum(chunk.end - chunk.start for chunks in plan.chunks for chunk in chunks)
-        return Flight(plan, claims, self._executor.run(orders))
+        drawn, scored = self._executor.run(orders)
+        return Flight(plan, claims, drawn, asked.top, scored)
 
     def _land(self, flight: Flight) -> None:
         """Requests that have ended meanwhile get nothing."""
-        drawn, scored = _read(flight.results)
+        drawn, scored = Drawn.parted(np.asarray(flight.drawn), flight.top), jax.device_get(flight.scored)
         for piece in flight.claims.pieces:
             if generation := self._generations.get(piece.request):
                 _tell(generation, piece, scored)
-        tokens, logprobs, given = (part.tolist() for part in (drawn.tokens, drawn.logprobs, drawn.given))
-        sound = np.isfinite(drawn.logprobs).all(axis=1).tolist()
-        landings = {
-            request: Landing(tokens[line][: given[line]], logprobs[line][: given[line]], line, sound[line])
-            for request, line in flight.claims.draws
-        }
+        landings = _landings(drawn, flight.claims.draws)
         self._scheduler.landed(flight.plan, {request: landing.tokens for request, landing in landings.items()})
-        heirs = [(self._generations.get(request), landing) for request, landing in landings.items()]
-        took = [(generation, landing) for generation, landing in heirs if generation]
-        self._hear(took)
-        for generation, landing in took:
-            if generation.wants_candidates:
-                generation.candidates += _candidates(drawn, landing, generation.params.logprobs)
-            self._take(generation, landing)
-
-    def _hear(self, took: Sequence[tuple[Generation, Landing]]) -> None:
-        now = self._now()
-        waits = now - np.array([generation.last_heard for generation, _ in took])
-        first = np.array([not generation.tokens for generation, _ in took], bool)
-        self._meter.land(waits, np.array([len(landing.tokens) for _, landing in took], int), first)
-        for generation, _ in took:
-            generation.last_heard = now
+        now, heard, counts, first = self._now(), [], [], []
+        for request, landing in landings.items():
+            if generation := self._generations.get(request):
+                heard.append(generation.last_heard)
+                counts.append(len(landing.tokens))
+                first.append(not generation.tokens)
+                generation.last_heard = now
+                if generation.wants_candidates:
+                    generation.candidates += _candidates(drawn, landing, generation.params.logprobs)
+                self._take(generation, landing)
+        self._meter.land(now - np.array(heard), np.array(counts, int), np.array(first, bool))
 
     def _now(self) -> float:
         """Seconds, those of compilation left out."""
@@ -197,12 +194,13 @@ class Engine:
         self._meter.finished += 1
 
 
-def _read(results: tuple[Drawn, Scored | None]) -> tuple[Any, Any]:
-    """The results on the host, but for empty ones, which need not be asked of every device."""
-    leaves, tree = jax.tree.flatten(results)
-    full = iter(jax.device_get([leaf for leaf in leaves if leaf.size]))
-    read = [next(full) if leaf.size else np.empty(leaf.shape, leaf.dtype) for leaf in leaves]
-    return jax.tree.unflatten(tree, read)
+def _landings(drawn: Any, draws: Sequence[Draw]) -> dict[Request, Landing]:
+    tokens, logprobs, given = (part.tolist() for part in (drawn.tokens, drawn.logprobs, drawn.given))
+    sound = np.isfinite(drawn.logprobs).all(axis=1).tolist()
+    return {
+        request: Landing(tokens[line][: given[line]], logprobs[line][: given[line]], line, sound[line])
+        for request, line in draws
+    }
 
 
 def _candidates(drawn: Drawn, landing: Landing, count: int | None) -> list[Candidates]:

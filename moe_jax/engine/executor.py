@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
+from jaxtyping import Array, Int32
+
 from moe_jax.distributed import Crew
 from moe_jax.engine.orders import Order
 from moe_jax.engine.sizes import Sizes
 from moe_jax.models import Caches, Parameters
-from moe_jax.programs import PAGE, Drawn, Programs, Scored
+from moe_jax.programs import PAGE, Programs, Scored
 from moe_jax.sharding import Policy, Role, Route
 
 
@@ -42,12 +44,12 @@ class Executor:
         self._caches = self.programs.decoder.empty_caches(self._pages, PAGE, self._sizes.slots)
         self._slots = self.programs.empty_slots(self._sizes.slots, self._sizes.positions)
 
-    def run(self, order: Order) -> tuple[Drawn, Scored | None]:
-        """Have it run by all processes; the results are waited for when they are read."""
+    def run(self, order: Order) -> tuple[Int32[Array, "shards*L W"], Scored | None]:
+        """Have it run by all processes. What is drawn comes joined; it is waited for when it is read."""
         self._crew.tell(order)
         return self.obey(order)
 
-    def obey(self, order: Order) -> tuple[Drawn, Scored | None]:
+    def obey(self, order: Order) -> tuple[Int32[Array, "shards*L W"], Scored | None]:
         """This process's part of it."""
         route, state = self._route(order.turn.batch.rows.capacity), (self._parameters, self._caches, self._slots)
         if order.budgets is None:

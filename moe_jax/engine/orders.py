@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain, count, repeat
 from typing import NamedTuple
 
 import jax
@@ -13,10 +13,10 @@ from jaxtyping import Array, Int32
 
 from moe_jax.engine.generation import Generation
 from moe_jax.engine.sizes import Sizes, StepSize
-from moe_jax.models import PageRange, Segment, pack
+from moe_jax.models import Lines, PageRange, Segment, pack
 from moe_jax.programs import PAGE, Asked, Turn
 from moe_jax.sampling import Knobs
-from moe_jax.scheduler import Chunk, Decodes, Plan, Request
+from moe_jax.scheduler import Chunk, Decodes, Plan, Request, Table
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
 
@@ -97,21 +97,20 @@ class _Writer:
         self._draws = np.zeros((shards, size.lines), bool)
         self._knobs = [[NOBODY] * size.prompt_lines for _ in range(shards)]
         self._targets = np.zeros((shards, size.shape.capacity), np.int32)
-        self._segments: list[list[list[Segment]]] = []
+        self._lines: list[list[Lines]] = []
 
     def shard(self, decodes: Decodes, chunks: Sequence[Chunk]) -> None:
         """The lines of the next token shard."""
-        shard = len(self._segments)
-        decoding = self._decoding(shard, decodes)
-        prompts: list[Segment] = []
+        shard = len(self._lines)
+        decoding, prompts = self._decoding(shard, decodes), Lines(len(self._size.windows))
         row = len(decodes)
         for chunk in chunks:
             for start in range(chunk.start, chunk.end, self._size.chunk):
                 end = min(start + self._size.chunk, chunk.end)
-                prompts.append(self._prompt(shard, len(prompts), row, chunk, start, end))
+                prompts.add(self._prompt(shard, len(prompts), row, chunk, start, end))
                 row += end - start
         parts = ((self._size.decoding, decoding), (self._size.prompt_lines, prompts))
-        self._segments.append([segments for lines, segments in parts if lines])
+        self._lines.append([lines for most, lines in parts if most])
 
     def order(self, placement: Placement, asked: Asked) -> Order:
         """One step where there are prompts, else as many as the lines want."""
@@ -119,7 +118,7 @@ class _Writer:
         return Order(self._turn(placement), budgets, asked)
 
     def _turn(self, placement: Placement) -> Turn:
-        batch, _ = pack(self._segments, self._size.shape, placement)
+        batch, _ = pack(self._lines, self._size.shape, placement)
         knobs = list(chain(*self._knobs))
         return Turn(
             batch,
@@ -129,15 +128,17 @@ class _Writer:
             targets=on_host(self._targets.reshape(-1)) if self.claims.pieces else None,
         )
 
-    def _decoding(self, shard: int, decodes: Decodes) -> list[Segment]:
-        lines = slice(len(decodes))
-        self._slots[shard, lines] = [request.slot for request in decodes.requests]
-        self._draws[shard, lines], self._budgets[shard, lines] = True, decodes.steps
+    def _decoding(self, shard: int, decodes: Decodes) -> Lines:
+        taken, lines = slice(len(decodes)), Lines(len(self._size.windows))
+        self._slots[shard, taken] = [request.slot for request in decodes.requests]
+        self._draws[shard, taken], self._budgets[shard, taken] = True, decodes.steps
         self.claims.draws.extend(map(Draw, decodes.requests, count(shard * self._size.lines)))
-        return [
-            Segment(position, (ON_TAPE,), self._tables(request, position, position + steps))
-            for request, position, steps in decodes
-        ]
+        lines.starts.extend(decodes.positions)
+        lines.lengths.extend(repeat(1, len(decodes)))
+        lines.tokens.extend(repeat(ON_TAPE, len(decodes)))
+        for number, ranges in enumerate(lines.tables):
+            ranges += [_seen(request.pages[number], start, start + steps) for request, start, steps in decodes]
+        return lines
 
     def _prompt(self, shard: int, number: int, row: int, chunk: Chunk, start: int, end: int) -> Segment:
         request, line = chunk.request, self._size.decoding + number
@@ -152,12 +153,10 @@ class _Writer:
             self.claims.pieces.append(Piece(request, start, slice(first, first + end - start)))
             following = request.sequence(start + 1, end + 1)
             self._targets[shard, row : row + len(following)] = following
-        return Segment(start, request.sequence(start, end), self._tables(request, start, end))
+        return Segment(start, request.sequence(start, end), [_seen(table, start, end) for table in request.pages])
 
-    def _tables(self, request: Request, start: int, end: int) -> list[PageRange]:
-        """Of each group, the pages that positions from `start` up to `end` see."""
-        ranges, last = [], -(-end // PAGE)
-        for table in request.pages:
-            first = table.pool.group.first_page(start, PAGE)
-            ranges.append(PageRange(first * PAGE, table.ids[first - table.first : last - table.first]))
-        return ranges
+
+def _seen(table: Table, start: int, end: int) -> PageRange:
+    """The pages that positions from `start` up to `end` see."""
+    first = table.pool.group.first_page(start, PAGE)
+    return PageRange(first * PAGE, table.ids[first - table.first : -(-end // PAGE) - table.first])

@@ -1,6 +1,6 @@
 """The decoder that every family shares, assembled from its config."""
 
-from moe_jax.models.batch import Batch, PageRange, Segment, Shape, pack
+from moe_jax.models.batch import Batch, Lines, PageRange, Segment, Shape, pack
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import Group, group_layers
 from moe_jax.models.sharded import Parameters, ShardedDecoder
@@ -10,6 +10,7 @@ __all__ = [
     "Caches",
     "Decoder",
     "Group",
+    "Lines",
     "PageRange",
     "Parameters",
     "Segment",

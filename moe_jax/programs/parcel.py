@@ -6,7 +6,8 @@ W  words of a token shard     V  words that are the same everywhere
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,10 @@ class Parcel:
             ends[kind] += words[kind][-1].shape[1]
         joined = (on_host(np.concatenate(words[kind], axis=1).reshape(-1)) for kind in (True, False))
         return cls(*joined, tree=tree, items=tuple(items))
+
+    def each(self, change: Callable[[Any, Any], Any], split: Any, same: Any) -> Parcel:
+        """With its arrays changed, each by what belongs to it."""
+        return replace(self, split=change(self.split, split), same=change(self.same, same))
 
     def open(self) -> Any:
         """The tree, in a compiled program, on the device of a token shard."""

@@ -19,10 +19,10 @@ from jax.stages import Compiled
 from jaxtyping import Array, Int32
 
 from moe_jax.layers import Grid
-from moe_jax.models import Batch, Caches, Parameters, Shape, ShardedDecoder, pack
+from moe_jax.models import Batch, Caches, Lines, Parameters, Shape, ShardedDecoder, pack
 from moe_jax.models.decoder import Decoder
 from moe_jax.programs.parcel import Parcel
-from moe_jax.programs.steps import Asked, Drawn, Scored, Slots, Turn, advance, decode
+from moe_jax.programs.steps import Asked, Scored, Slots, Turn, advance, decode
 from moe_jax.sampling import Knobs
 from moe_jax.sharding import Role, Route
 
@@ -40,12 +40,14 @@ class Programs:
         self.decoder = decoder
         self._options = dict(options or {})
         self._compiled: dict[Any, Compiled] = {}
+        self._shardings = self._named((decoder.rows_spec, PartitionSpec()))
+        """Of a parcel's two arrays."""
         self.compilations = 0
         self.compile_seconds = 0.0
 
     def advance(
         self, parameters: Parameters, caches: Caches, slots: Slots, turn: Turn, *, route: Route, asked: Asked
-    ) -> tuple[Drawn, Scored | None, Slots, Caches]:
+    ) -> tuple[Int32[Array, "shards*L W"], Scored | None, Slots, Caches]:
         """One step: `steps.advance`. The caches and slots given are overwritten: use those returned."""
         run = partial(advance, route=route, asked=asked)
         return self._run(run, parameters, caches, slots, self.on_devices(turn))
@@ -61,7 +63,7 @@ class Programs:
         most: int,
         route: Route,
         asked: Asked,
-    ) -> tuple[Drawn, None, Slots, Caches]:
+    ) -> tuple[Int32[Array, "shards*L W"], None, Slots, Caches]:
         """Several steps: `steps.decode`. The caches and slots given are overwritten: use those returned."""
         asked = replace(asked, logits=False)  # there are no prompts
         run = partial(decode, most=most, route=route, asked=asked)
@@ -75,12 +77,9 @@ class Programs:
         decoder, pages = self.decoder, -(-positions // PAGE)
         tables = tuple((window, pages) for window in decoder.windows)
         shards = decoder.placement.size(Role.TOKENS)
-        batch, _ = pack([[[]]] * shards, Shape((Grid(lines, 1),), lines, tables), decoder.placement)
+        batch, _ = pack([[Lines(len(tables))]] * shards, Shape((Grid(lines, 1),), lines, tables), decoder.placement)
         turn = Turn(batch, np.zeros(shards * lines, np.int32), np.ones(shards * lines, bool), None)  # type: ignore[arg-type]
-        parcel = self._parcel(turn)
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), parcel, self._shardings(parcel)
-        )
+        abstract = self._parcel(turn).each(_abstract, *self._shardings)
         caches = decoder.abstract_caches(dict.fromkeys(decoder.windows, lines * pages), PAGE, lines)
         step = partial(advance, route=route, asked=Asked())
         return self._compile(step, decoder.parameters, caches, self.abstract_slots(lines, positions), abstract)
@@ -102,11 +101,7 @@ class Programs:
 
     def on_devices(self, turn: Turn, *budgets: Int32[Array, "shards*L"]) -> Parcel:
         """What a step takes, on the devices that take it."""
-        parcel = self._parcel(turn, *budgets)
-        shardings = self._shardings(parcel)
-        if jax.process_count() == 1:
-            return jax.device_put(parcel, shardings)
-        return jax.tree.map(_own_part, parcel, shardings)
+        return self._parcel(turn, *budgets).each(_placed, *self._shardings)
 
     def _parcel(self, *contents: Any) -> Parcel:
         return Parcel.wrap(contents, SPLIT[: len(contents)], self.decoder.placement.size(Role.TOKENS))
@@ -131,17 +126,12 @@ class Programs:
             return step(decoder, caches, slots, *parcel.open())
 
         rows, caches = self.decoder.rows_spec, self.decoder.cache_spec
-        program = self.decoder.per_device(run, (caches, rows, self._specs(parcel)), (rows, rows, rows, caches))
+        specs = replace(parcel, split=rows, same=PartitionSpec())
+        program = self.decoder.per_device(run, (caches, rows, specs), (rows, rows, rows, caches))
         program.__name__ = step.func.__name__  # what profiles call it
         results = PartitionSpec() if jax.process_count() > 1 else rows  # each process can read its own devices
         kept = self._named((results, results, rows, caches))
         return jax.jit(program, donate_argnums=(1, 2), out_shardings=kept)
-
-    def _specs(self, parcel: Parcel) -> Parcel:
-        return replace(parcel, split=self.decoder.rows_spec, same=PartitionSpec())
-
-    def _shardings(self, parcel: Parcel) -> Parcel:
-        return self._named(self._specs(parcel))
 
     def _named(self, specs: Any) -> Any:
         mesh = self.decoder.placement.mesh
@@ -150,6 +140,10 @@ class Programs:
         )
 
 
-def _own_part(array: np.ndarray, sharding: NamedSharding) -> Array:
+def _placed(array: np.ndarray, sharding: NamedSharding) -> Array:
     """An array over the devices of all processes, each of which has the whole on its host."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _abstract(array: np.ndarray, sharding: NamedSharding) -> Any:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

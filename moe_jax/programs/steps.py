@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -20,6 +21,7 @@ from moe_jax.models.decoder import Decoder
 from moe_jax.sampling import Knobs, Sampled, logprobs_of, sample
 from moe_jax.sharding import Role, Route
 from moe_jax.sharding.collectives import sum_devices, vary_alike
+from moe_jax.sharding.rows import on_host
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +72,22 @@ class Drawn(NamedTuple):
     given: Int32[Array, "L"]
     """How many of the tokens count."""
 
+    def joined(self) -> Int32[Array, "L W"]:
+        """All of it in one array, for the host's work is the same for each that it reads."""
+        columns = (lax.bitcast_convert_type(part, jnp.int32).reshape(len(self.given), -1) for part in self)
+        return jnp.concatenate(list(columns), axis=1)
+
+    @classmethod
+    def parted(cls, joined: np.ndarray, top: int) -> Drawn:
+        """What was joined, on the host."""
+        lines, words = joined.shape
+        steps = (words - 1) // (2 + 2 * top)
+        ends = np.cumsum([steps, steps, steps * top, steps * top])
+        tokens, logprobs, top_tokens, top_logprobs, given = np.split(joined, ends, axis=1)
+        logprobs, top_logprobs = logprobs.view(np.float32), top_logprobs.view(np.float32)
+        of_top = (part.reshape(lines, steps, top) for part in (top_tokens, top_logprobs))
+        return cls(*map(on_host, (tokens, logprobs, *of_top, given[:, 0])))
+
 
 class Scored(NamedTuple):
     """Of the targets of all rows."""
@@ -82,14 +100,14 @@ class Scored(NamedTuple):
 
 def advance(
     decoder: Decoder, caches: Caches, slots: Slots, turn: Turn, *, route: Route, asked: Asked
-) -> tuple[Drawn, Scored | None, Slots, Caches]:
-    """One step; every line that draws gives one token."""
+) -> tuple[Int32[Array, "L W"], Scored | None, Slots, Caches]:
+    """One step, and what it gives, joined; every line that draws gives one token."""
     if turn.knobs is not None:
         slots = replace(slots, knobs=_remembered(slots.knobs, turn))
     sampled, scored, slots, caches = _step(decoder, caches, slots, turn, route, asked)
     tokens, logprobs, top_tokens, top_logprobs = (part[:, None] for part in sampled)
     given = turn.draws.astype(jnp.int32)
-    return Drawn(tokens, logprobs, top_tokens, top_logprobs, given), scored, slots, caches
+    return Drawn(tokens, logprobs, top_tokens, top_logprobs, given).joined(), scored, slots, caches
 
 
 def decode(
@@ -102,8 +120,8 @@ def decode(
     most: int,
     route: Route,
     asked: Asked,
-) -> tuple[Drawn, None, Slots, Caches]:
-    """Up to K steps, in each of which every line takes the token that the step before gave it.
+) -> tuple[Int32[Array, "L W"], None, Slots, Caches]:
+    """Up to K steps, in each of which every line takes the token that the step before gave it; what they give, joined.
 
     A line ends when it has as many tokens as its budget says, or an end token; all of them end the loop.
 
@@ -134,7 +152,7 @@ def decode(
     drawn = Drawn(tokens, logprobs, top_tokens, top_logprobs, jnp.zeros_like(budgets))
     start = (jnp.zeros((), jnp.int32), running(alive), alive, drawn, slots, caches)
     *_, drawn, slots, caches = lax.while_loop(lambda carry: carry[1] > 0, body, start)
-    return drawn, None, slots, caches
+    return drawn.joined(), None, slots, caches
 
 
 def _step(

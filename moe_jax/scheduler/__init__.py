@@ -2,7 +2,7 @@
 
 from moe_jax.scheduler.limits import CacheGroup, Limits
 from moe_jax.scheduler.plan import Chunk, Decodes, Plan
-from moe_jax.scheduler.request import Request
+from moe_jax.scheduler.request import Request, Table
 from moe_jax.scheduler.scheduler import Scheduler
 
-__all__ = ["CacheGroup", "Chunk", "Decodes", "Limits", "Plan", "Request", "Scheduler"]
+__all__ = ["CacheGroup", "Chunk", "Decodes", "Limits", "Plan", "Request", "Scheduler", "Table"]

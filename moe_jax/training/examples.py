@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from moe_jax.layers import Grid
-from moe_jax.models import Batch, Segment, Shape, pack
+from moe_jax.models import Batch, Lines, Segment, Shape, pack
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
 
@@ -37,8 +37,8 @@ def examples(
     shards = spread([len(tokens) for tokens in inputs], placement.size(Role.TOKENS))
     lines = max(map(len, shards))
     shape = Shape((Grid(lines, longest),), lines * longest)
-    segments = [[[Segment(0, inputs[number]) for number in of_shard]] for of_shard in shards]
-    batch, first_rows = pack(segments, shape, placement)
+    segments = ([Segment(0, inputs[number]) for number in of_shard] for of_shard in shards)
+    batch, first_rows = pack([[Lines.of(each)] for each in segments], shape, placement)
     targets = np.full(batch.tokens.shape, NOT_A_TARGET, np.int32)
     for first, number in zip(first_rows, chain(*shards), strict=True):
         prompt, answer = prompts[number], answers[number]
