@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from bench import scaling
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
@@ -140,3 +142,11 @@ def test_host(tmp_path: Path) -> None:
         parts = [result[part] for part in ("plan", "order", "put", "landing", "total")]
         for part in parts:
             check_time(part)
+
+
+def test_the_page_on_scaling_says_what_is_predicted() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    found = list(scaling.cells(["Qwen3-30B-A3B", "DeepSeek-V3"], [("h100", 8)]))
+    assert [cell.fits for cell in found] == [True] * 3 + [False] * 3
+    for text in (*map(str, found), *scaling.comparisons()):
+        assert text in page

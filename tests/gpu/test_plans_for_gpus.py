@@ -15,14 +15,9 @@ from typing import Any
 
 import pytest
 
+from bench.published import QWEN3_30B_A3B
+
 COMPILER = Path(sys.prefix) / "gpu-compiler"
-QWEN3_30B_A3B = {
-    "model_type": "qwen3_moe", "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
-    "intermediate_size": 6144, "max_position_embeddings": 40960, "moe_intermediate_size": 768, "norm_topk_prob": True,
-    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
-    "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
-    "dtype": "bfloat16", "vocab_size": 151936,
-}  # fmt: skip
 LAYERS, HIDDEN_BYTES = 48, 2048 * 2
 CHOICE_BYTES = 64 * (3 + 1) * 4
 """What two heads devices send to choose the token of 64 rows: three numbers gathered, one summed."""
