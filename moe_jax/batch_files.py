@@ -7,6 +7,7 @@ in a journal beside the output, which is where a run that was killed goes on: wh
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -133,9 +134,14 @@ class _Journal:
     def __enter__(self) -> Self:
         """
         Raises:
-          RequestError: it was begun for something else.
+          RequestError: it was begun for something else, or another run writes to it.
         """
         self._file = self._path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process
+        except BlockingIOError as error:
+            self._file.close()
+            raise RequestError(f"another run writes to {self._path}: wait for it, or give another output") from error
         self._file.seek(0)
         whole, _, _ = self._file.read().rpartition(b"\n")  # what a kill left of a last line has no end
         entries = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]

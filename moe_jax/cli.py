@@ -130,6 +130,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a continuation; may be repeated.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Positions of a sequence.", show_default="the model's")] = None,
     max_batch_size: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 256,
+    prefill_tokens: Annotated[int, typer.Option(help="Of prompts, in a step of a token shard, at most.")] = 512,
+    decode_steps: Annotated[int, typer.Option(help="Run by the devices before the host looks at them.")] = 8,
     cache_pages: Annotated[
         int | None, typer.Option(help="Of 16 positions, on each token shard.", show_default="as memory allows")
     ] = None,
@@ -161,6 +163,8 @@ def generate(
             gather_dtype=gather_dtype.value,
             max_length=max_length,
             max_batch_size=max_batch_size,
+            prefill_tokens=prefill_tokens,
+            decode_steps=decode_steps,
             cache_pages=cache_pages,
             crew=crew,
         )

@@ -84,7 +84,7 @@ class SamplingParams:
     seed: int | None = None
     """The same seed draws the same tokens from the same logits, whatever else is in the batch; `None` draws a new seed
     each time."""
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     """Texts that end the request where the first of them appears in the output; kept as a tuple."""
     stop_token_ids: Sequence[int] = ()
     """Tokens that end the request, besides the model's own end tokens; kept as a tuple."""
@@ -257,6 +257,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if stop is None:
+        return ()
     strings = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
     if not all(isinstance(string, str) and string for string in strings):
         raise RequestError(f"stop must be a text or several, none of them empty, got {shortened(stop)}")

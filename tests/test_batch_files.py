@@ -147,6 +147,18 @@ def test_a_damaged_journal_is_told(llm: LLM, paths: tuple[Path, Path]) -> None:
         generate_file(llm, source, output, GREEDY)
 
 
+def test_two_runs_do_not_write_to_one_journal(llm: LLM, paths: tuple[Path, Path]) -> None:
+    source, output = paths
+    write(source, {"prompt": "1+1="}, {"prompt": "2+2="})
+
+    def again(done: int, wanted: int) -> None:
+        with pytest.raises(RequestError, match="another run writes to"):
+            generate_file(llm, source, output, GREEDY)
+
+    assert generate_file(llm, source, output, GREEDY, again) == 0
+    assert len(output.read_text().splitlines()) == 2
+
+
 def test_bad_paths(llm: LLM, paths: tuple[Path, Path], tmp_path: Path) -> None:
     source, _ = paths
     with pytest.raises(RequestError, match="there is no file"):

@@ -87,6 +87,7 @@ def test_what_is_given_loosely_is_kept_plainly() -> None:
         assert type(getattr(params, name)) is int
     assert type(params.temperature) is type(params.top_p) is float
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=None) == SamplingParams()
 
 
 def test_parameters_can_be_hashed_sent_and_changed_into_others() -> None:

@@ -106,7 +106,7 @@ class Generation:
         self._news = news
         self._tokenizer = tokenizer
         self._detokenizer: Detokenizer | None = None
-        self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+        self._stops = StopStrings(params.stop or (), params.include_stop_str_in_output)
         self._read = 0
 
     @property

@@ -74,15 +74,15 @@ class Sizes:
     def step(self, decoding: int, prompt_rows: int, positions: int) -> StepSize:
         """The smallest for so many decoding requests, so many rows of prompts, and sequences of so many positions."""
         rows = _fitting(self._prompt_rows, prompt_rows) if prompt_rows else 0
-        lines = _fitting([0, self.slots] if rows else _ladder(self.slots), decoding)
+        lines = self.slots if rows else _fitting(_ladder(self.slots), decoding)
         return self._sized(lines, rows, _fitting(self._pages, -(-positions // PAGE)))
 
     def steps(self) -> Iterator[StepSize]:
         """All that `step` gives."""
         for lines, pages in product(_ladder(self.slots), self._pages):
             yield self._sized(lines, 0, pages)
-        for lines, rows, pages in product([0, self.slots], self._prompt_rows, self._pages):
-            yield self._sized(lines, rows, pages)
+        for rows, pages in product(self._prompt_rows, self._pages):
+            yield self._sized(self.slots, rows, pages)
 
     def needed_pages(self, window: int | None) -> int:
         """The most pages that can be in use at once, in one group of layers."""

@@ -106,15 +106,10 @@ class Scheduler:
         self._requests[request.id] = request
         heapq.heappush(self._waiting, (request.order, request))
 
-    def finish(self, id: Hashable) -> None:
-        """A request has had its last token: its slot and pages are free, and tokens in flight are dropped.
-
-        Nothing happens to one that has ended before, as `landed` ends those that had all their tokens.
+    def finish(self, id: Hashable) -> bool:
+        """A request has had its last token, or is no longer wanted: its slot and pages are free, and tokens in flight
+        are dropped. Whether there was one: `landed` ends those that had all their tokens.
         """
-        self.cancel(id)
-
-    def cancel(self, id: Hashable) -> bool:
-        """The same for a request that is no longer wanted. Whether there was one."""
         request = self._requests.get(id)
         if request is None:
             return False

@@ -53,7 +53,7 @@ class Serving:
         return request
 
     def cut(self, request: Request) -> None:
-        self.scheduler.cancel(request.id)
+        self.scheduler.finish(request.id)
         self.whole.discard(request)
 
     def plan(self) -> Plan:
@@ -241,7 +241,7 @@ class AnyOrder(RuleBasedStateMachine):
         running = not request.ended
         if running:
             self.serving.whole.discard(request)
-        assert self.serving.scheduler.cancel(request.id) == running
+        assert self.serving.scheduler.finish(request.id) == running
         assert request.ended
 
     @invariant()
@@ -370,9 +370,9 @@ def test_what_cannot_be_served_is_refused() -> None:
         Request("b", [], 1)
     with pytest.raises(RequestError, match="to generate"):
         Request("b", [1], 0)
-    assert scheduler.cancel("a")
-    assert not scheduler.cancel("a")
-    assert not scheduler.cancel("unknown")
+    assert scheduler.finish("a")
+    assert not scheduler.finish("a")
+    assert not scheduler.finish("unknown")
     assert scheduler.waiting == 1
 
 
