@@ -61,19 +61,24 @@ class Claims:
 
 
 def order(
-    plan: Plan, sizes: Sizes, placement: Placement, asked: Asked, generation: Callable[[Request], Generation]
+    plan: Plan,
+    sizes: Sizes,
+    placement: Placement,
+    asked: Asked,
+    generation: Callable[[Request], Generation],
+    write: type[Writer],
 ) -> tuple[Order, Claims]:
     """Write down a plan; the claims say whose the results are."""
-    writer = _Writer(_size(plan, sizes), sizes, len(plan.decodes), generation)
+    writer = write(_size(plan, sizes), sizes, len(plan.decodes), generation)
     for decodes, chunks in zip(plan.decodes, plan.chunks, strict=True):
         writer.shard(decodes, chunks)
     return writer.order(placement, asked), writer.claims
 
 
-def idle_order(size: StepSize, sizes: Sizes, placement: Placement, asked: Asked) -> Order:
+def idle_order(size: StepSize, sizes: Sizes, placement: Placement, asked: Asked, write: type[Writer]) -> Order:
     """A step in which nobody takes part."""
     shards = placement.size(Role.TOKENS)
-    writer = _Writer(size, sizes, shards, lambda request: {}[request])
+    writer = write(size, sizes, shards, lambda request: {}[request])
     for _ in range(shards):
         writer.shard(Decodes(), [])
     return writer.order(placement, asked)
@@ -86,7 +91,7 @@ def _size(plan: Plan, sizes: Sizes) -> StepSize:
     return sizes.step(max(map(len, plan.decodes)), prompt_rows, max(chain(decoded, computed)))
 
 
-class _Writer:
+class Writer:
     """Writes an order line by line, shard after shard."""
 
     def __init__(self, size: StepSize, sizes: Sizes, shards: int, generation: Callable[[Request], Generation]) -> None:
@@ -104,7 +109,7 @@ class _Writer:
         shard = len(self._segments)
         decoding = self._decoding(shard, decodes)
         prompts: list[Segment] = []
-        row = len(decodes)
+        row = len(decodes) * decodes.width
         for chunk in chunks:
             for start in range(chunk.start, chunk.end, self._size.chunk):
                 end = min(start + self._size.chunk, chunk.end)
@@ -145,14 +150,18 @@ class _Writer:
         self._slots[shard, line] = request.slot
         self._knobs[shard][number] = generation.knobs
         if chunk.samples and end == chunk.end:
-            self._draws[shard, line] = True
-            self.claims.draws.append(Draw(request, shard * self._size.lines + line))
+            self._end_prompt(shard, line, request)
         if generation.tells_prompt:
             first = shard * self._size.shape.capacity + row
             self.claims.pieces.append(Piece(request, start, slice(first, first + end - start)))
             following = request.sequence(start + 1, end + 1)
             self._targets[shard, row : row + len(following)] = following
         return Segment(start, request.sequence(start, end), self._tables(request, start, end))
+
+    def _end_prompt(self, shard: int, line: int, request: Request) -> None:
+        """After the last row of the line, tokens are chosen."""
+        self._draws[shard, line] = True
+        self.claims.draws.append(Draw(request, shard * self._size.lines + line))
 
     def _tables(self, request: Request, start: int, end: int) -> list[PageRange]:
         """Of each group, the pages that positions from `start` up to `end` see."""
