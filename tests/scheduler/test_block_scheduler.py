@@ -174,10 +174,12 @@ def workload(seed: int) -> Serving:
     serving = Serving(limits, draw.choice([3, 40]), ahead=draw.choice([0, 1, 1, 2]))
     root = [draw.randrange(1, 3) for _ in range(24)]
     for number in range(draw.randint(1, 7)):
-        for _ in range(draw.randint(0, 4)):
+        for _ in range(draw.choice([0, 1, 4, 20])):
             if serving.scheduler.has_work:
                 serving.step()
-        prompt = [*root[: draw.randint(0, 24)], *(draw.randrange(3) for _ in range(draw.randint(1, 4)))]
+        ended = [r.sequence(0, r.known) for r in serving.requests if r.ended and r.known < LONGEST - 4]
+        begin = draw.choice(ended) if ended and draw.random() < 0.4 else root[: draw.randint(0, 24)]
+        prompt = [*begin, *(draw.randrange(3) for _ in range(draw.randint(1, 4)))]
         most = draw.randint(1, LONGEST - len(prompt))
         request = BlockRequest(number, prompt, most, draw.choice([0, 0, 1]), draw.random() < 0.9, block=block)
         serving.scheduler.add(request)
