@@ -86,21 +86,26 @@ class Programs:
         return self._run(run, parameters, caches, slots, self.on_devices(turn, limits))
 
     def decode_step(self, lines: int, positions: int, route: Route) -> Compiled:
-        """The program that gives the likeliest next token of as many sequences on each token shard, over full caches.
+        """The program that gives the likeliest next token of as many sequences on each token shard, over full caches;
+        or chooses some of the tokens of a block.
 
         It needs neither weights nor the devices to be there.
         """
-        decoder, pages = self.decoder, -(-positions // PAGE)
+        decoder, pages, block = self.decoder, -(-positions // PAGE), self.decoder.config.block
         tables = tuple((window, pages) for window in decoder.windows)
         shards = decoder.placement.size(Role.TOKENS)
-        batch, _ = pack([[[]]] * shards, Shape((Grid(lines, 1),), lines, tables), decoder.placement)
-        turn = Turn(batch, np.zeros(shards * lines, np.int32), np.ones(shards * lines, bool), None)  # type: ignore[arg-type]
-        parcel = self._parcel(turn)
+        batch, _ = pack([[[]]] * shards, Shape((Grid(lines, block),), lines * block, tables), decoder.placement)
+        nowhere, all_draw = np.zeros(shards * lines, np.int32), np.ones(shards * lines, bool)
+        if (diffusion := decoder.config.diffusion) is None:
+            step = partial(advance, route=route, asked=Asked())
+            parcel = self._parcel(Turn(batch, nowhere, all_draw, None))  # type: ignore[arg-type]
+        else:
+            step = partial(denoise, most=1, route=route, asked=Asked(), diffusion=diffusion)
+            parcel = self._parcel(BlockTurn(batch, nowhere, all_draw, None), nowhere)  # type: ignore[arg-type]
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), parcel, self._shardings(parcel)
         )
         caches = decoder.abstract_caches(dict.fromkeys(decoder.windows, lines * pages), PAGE, lines)
-        step = partial(advance, route=route, asked=Asked())
         return self._compile(step, decoder.parameters, caches, self.abstract_slots(lines, positions), abstract)
 
     def abstract_slots(self, slots: int, positions: int) -> Slots:
