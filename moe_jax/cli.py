@@ -128,6 +128,12 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a continuation; may be repeated.")] = None,
+    denoising_steps: Annotated[
+        int | None, typer.Option(help="For a block, at most.", show_default="one for each of its tokens")
+    ] = None,
+    confidence_threshold: Annotated[
+        float | None, typer.Option(help="Likelier tokens of a block are chosen at once.", show_default="0.95")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Positions of a sequence.", show_default="the model's")] = None,
     max_batch_size: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 256,
     prefill_tokens: Annotated[int, typer.Option(help="Of prompts, in a step of a token shard, at most.")] = 512,
@@ -144,7 +150,14 @@ def generate(
 ) -> None:
     """Continue prompts, and show how the mesh was used."""
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or ()
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+        denoising_steps=denoising_steps,
+        confidence_threshold=confidence_threshold,
     )
     if (input is None) != (output is None) or (input and prompts):
         raise RequestError("--input and --output go together, in place of prompts")

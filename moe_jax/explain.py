@@ -23,6 +23,8 @@ class Explanation:
     placement: str
     counts: tuple[int, ...]
     """Sequences on each token shard."""
+    rows: int
+    """Of all of them: each has one, or those of a block."""
     decision: Decision
     layers: int
     collectives: list[Collective]
@@ -74,7 +76,7 @@ class Explanation:
             f"placement    {self.placement}\n"
             f"route        {self.decision}\n"
             + "".join(f"             {cost}\n" for cost in self.decision.candidates)
-            + f"decode step  {sum(self.counts)} rows, {self.layers} layers, "
+            + f"decode step  {self.rows} rows, {self.layers} layers, "
             f"{self.sent_bytes_per_step / 1024:.1f} KiB sent by each device in them\n"
             f"collectives  {kinds}; {sent_bytes(self.collectives) / 1024:.1f} KiB sent in all, at most\n"
             f"memory       {self._written_memory()}\n"
@@ -106,8 +108,8 @@ class Explanation:
 
 def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions: int) -> Explanation:
     """Compile a decode step of so many sequences on each token shard, over caches of `positions`, and read it."""
-    decoder, capacity = programs.decoder, bucket(max(counts), FINE)
-    decision = policy.decide(counts, capacity)
+    decoder, capacity, block = programs.decoder, bucket(max(counts), FINE), programs.decoder.config.block
+    decision = policy.decide([count * block for count in counts], capacity * block)
     compiled = programs.decode_step(capacity, positions, decision.route)
     memory = compiled.memory_analysis()
     return Explanation(
@@ -115,6 +117,7 @@ def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions
         hardware=policy.hardware,
         placement=str(decoder.placement),
         counts=tuple(counts),
+        rows=sum(counts) * block,
         decision=decision,
         layers=len(decoder.config.layers),
         collectives=collectives(compiled.as_text() or ""),
@@ -122,7 +125,7 @@ def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions
         roofline=roofline(
             decoder,
             policy.hardware,
-            rows=sum(counts),
+            rows=sum(counts) * block,
             slots=capacity,
             positions=positions,
             collective_seconds=decision.chosen.seconds,

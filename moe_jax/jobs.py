@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
@@ -37,6 +38,8 @@ class Job:
     has_text: bool
     """Whether there is a tokenizer."""
     wants_logits: bool = False
+    new_request: Callable[..., Request] = Request
+    """Makes what is scheduled."""
     generations: list[Generation] = field(default_factory=list)
     """The samples, once it has begun."""
 
@@ -52,7 +55,7 @@ class Job:
         shares_prefix = not (self._tells_prompt or self.params.penalises)
         for sample in range(self.samples):
             name, most = secrets.token_hex(8), max(self.most_tokens, 1)
-            request = Request(name, self.prompt, most, self.params.priority, shares_prefix)
+            request = self.new_request(name, self.prompt, most, self.params.priority, shares_prefix)
             self.generations.append(
                 Generation(
                     request,

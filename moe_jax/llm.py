@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from operator import index
 from pathlib import Path
@@ -28,6 +29,7 @@ from moe_jax.jobs import Ends, Job
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Asked, Programs
 from moe_jax.requests import RequestOutput, SamplingParams, StreamEvent
+from moe_jax.scheduler import BlockRequest, Request
 from moe_jax.sharding import Hardware, Placement, Residual, Role, Strategy, as_hardware, as_placement
 
 Prompt = str | Sequence[int]
@@ -208,18 +210,27 @@ class LLM:
         encoded = self._encode(prompts)
         each = _each(params, len(encoded))
         for one in {id(one): one for one in each}.values():
-            one.check(self.config.vocab_size, self.ends.of(one))
+            one.check(self.config.vocab_size, self.ends.of(one), self.config.diffusion)
+        new_request, longest = self._kind_of_request()
         return [
             Job(
                 number,
                 prompt,
                 one,
-                most_tokens=min(one.max_tokens, self.max_length - len(prompt) + 1),
+                most_tokens=min(one.max_tokens, longest - len(prompt)),
                 has_text=self.tokenizer is not None,
                 wants_logits=wants_logits,
+                new_request=new_request,
             )
             for number, (prompt, one) in enumerate(zip(encoded, each, strict=True))
         ]
+
+    def _kind_of_request(self) -> tuple[Callable[..., Request], int]:
+        """How requests are made, and the most tokens, prompt included: the last of them has no position in the cache,
+        but where a block is decoded at once."""
+        if self.config.diffusion is None:
+            return Request, self.max_length + 1
+        return partial(BlockRequest, block=self.config.diffusion.block), self.max_length
 
     def finished(self, jobs: Iterable[Job]) -> Iterator[Job]:
         """Run jobs that `jobs` made: each when all its samples have ended."""

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from reprlib import repr as shortened
 from typing import Any, Literal
 
+from moe_jax.config import BlockDiffusion
 from moe_jax.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -19,6 +20,8 @@ MOST_BIASES = 300
 """Entries of a `logit_bias`, as the OpenAI API has it."""
 MOST_END_IDS = 16
 """End tokens that `min_tokens` can hold back."""
+CONFIDENCE = 0.95
+"""The `confidence_threshold` of requests that say none."""
 ENDLESS = 2**63 - 1
 
 # Each field's bounds, both included, with what to say of them.
@@ -31,8 +34,9 @@ _WHOLE: dict[str, tuple[int, int, str]] = {
     "logprobs": (0, MOST_CANDIDATES, f"from 0 to {MOST_CANDIDATES}"),
     "prompt_logprobs": (0, MOST_CANDIDATES, f"from 0 to {MOST_CANDIDATES}"),
     "priority": (-ENDLESS, ENDLESS, "of 64 bits at most"),
+    "denoising_steps": (1, ENDLESS, "1 or more"),
 }
-_OPTIONAL = ("seed", "logprobs", "prompt_logprobs")
+_OPTIONAL = ("seed", "logprobs", "prompt_logprobs", "denoising_steps", "confidence_threshold")
 _ABOVE_ZERO = math.ulp(0.0)
 _LARGEST = float.fromhex("0x1.fffffep+127")  # of float32, in which the devices compute
 _NUMBERS: dict[str, tuple[float, float, str]] = {
@@ -42,6 +46,7 @@ _NUMBERS: dict[str, tuple[float, float, str]] = {
     "repetition_penalty": (_ABOVE_ZERO, _LARGEST, "above 0, where 1 is none"),
     "presence_penalty": (-2, 2, "from -2 to 2"),
     "frequency_penalty": (-2, 2, "from -2 to 2"),
+    "confidence_threshold": (0, 1, "from 0 to 1"),
 }
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
@@ -101,6 +106,12 @@ class SamplingParams:
     """Requests of higher priority overtake those that wait."""
     skip_special_tokens: bool = True
     """Whether the text leaves special tokens out."""
+    denoising_steps: int | None = None
+    """Of models that decode blocks: the most steps that choose the tokens of a block, of which each chooses as many as
+    let the last be the last; `None` for as many as a block has tokens, so that each chooses one at least."""
+    confidence_threshold: float | None = None
+    """Of models that decode blocks: a token that is more probable than this, under the model, is chosen at once; 1
+    keeps to `denoising_steps` alone; `None` for 0.95."""
 
     def __post_init__(self) -> None:
         for name, (least, most, words) in _WHOLE.items():
@@ -108,7 +119,9 @@ class SamplingParams:
             if value is not None or name not in _OPTIONAL:
                 self._set(name, _whole(name, value, least, most, words))
         for name, (low, high, words) in _NUMBERS.items():
-            self._set(name, _number(name, getattr(self, name), low, high, words))
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                self._set(name, _number(name, value, low, high, words))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -121,16 +134,21 @@ class SamplingParams:
         if self.n > 1 and self.temperature == 0:
             raise RequestError(f"n must be 1 with temperature=0, as all samples are then the same, got {self.n}")
 
-    def check(self, vocab_size: int, end_ids: Collection[int]) -> None:
+    def check(self, vocab_size: int, end_ids: Collection[int], diffusion: BlockDiffusion | None = None) -> None:
         """Against what only the model tells.
 
         Args:
           end_ids: all tokens that end the request, the model's and its own.
+          diffusion: how it decodes blocks, if it does.
 
         Raises:
-          RequestError: `logit_bias` or `stop_token_ids` has a token that is not in the vocabulary, or `min_tokens` has
-            more end tokens to hold back than it can.
+          RequestError: `logit_bias` or `stop_token_ids` has a token that is not in the vocabulary, `min_tokens` has
+            more end tokens to hold back than it can, or the model decodes otherwise.
         """
+        if diffusion is None:
+            self._check_for_tokens()
+        else:
+            self._check_for_blocks(diffusion)
         for name, tokens in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids)):
             if outside := [token for token in tokens if token >= vocab_size]:
                 raise RequestError(f"{name} names token id {outside[0]}, the ids go from 0 to {vocab_size - 1}")
@@ -138,6 +156,29 @@ class SamplingParams:
             raise RequestError(
                 f"min_tokens can hold back {MOST_END_IDS} end tokens, with stop_token_ids there are {len(end_ids)}"
             )
+
+    def _check_for_tokens(self) -> None:
+        for name in ("denoising_steps", "confidence_threshold"):
+            if getattr(self, name) is not None:
+                raise RequestError(f"{name} is for models that decode blocks: this one chooses token after token")
+
+    def _check_for_blocks(self, diffusion: BlockDiffusion) -> None:
+        if (self.denoising_steps or 1) > diffusion.block:
+            raise RequestError(
+                f"denoising_steps must be at most {diffusion.block}, the tokens of a block of this model, got "
+                f"{self.denoising_steps}"
+            )
+        refused = {
+            "repetition_penalty": (self.repetition_penalty != 1, "tokens of a block are chosen in any order"),
+            "presence_penalty": (self.presence_penalty != 0, "tokens of a block are chosen in any order"),
+            "frequency_penalty": (self.frequency_penalty != 0, "tokens of a block are chosen in any order"),
+            "min_tokens": (self.min_tokens, "tokens of a block are chosen in any order"),
+            "logprobs": (self.logprobs, "only the tokens chosen are told, with logprobs=0"),
+            "prompt_logprobs": (self.prompt_logprobs is not None, "a token has a probability where it is masked"),
+        }
+        for name, (is_asked, reason) in refused.items():
+            if is_asked:
+                raise RequestError(f"{name} cannot be had of a model that decodes blocks: {reason}")
 
     @property
     def penalises(self) -> bool:

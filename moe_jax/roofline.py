@@ -41,7 +41,7 @@ class Roofline:
 def roofline(
     decoder: ShardedDecoder, hardware: Hardware, *, rows: int, slots: int, positions: int, collective_seconds: float
 ) -> Roofline:
-    """For `rows` sequences in all, with caches of `slots` sequences of `positions` on each token shard.
+    """For `rows` rows in all, with caches of `slots` sequences of `positions` on each token shard.
 
     Args:
       collective_seconds: predicted for those of all layers.

@@ -114,6 +114,7 @@ def sample(
     generated: Int32[Array, "Q"] | None,
     history: Int32[Array, "Q P"] | None,
     *,
+    never: int | None = None,
     top: int = 0,
 ) -> Sampled:
     """The next token of each request: drawn where its temperature is above 0, else the likeliest, the lowest id first.
@@ -124,10 +125,13 @@ def sample(
       generated: how many tokens each request has generated; not read without knobs.
       history: the tokens of each request by position, first its prompt, then those generated; what follows may be
         anything. `None` where no request has a penalty.
+      never: a token that counts as none: it is as improbable as can be.
       top: C.
     """
     columns = _Columns(placement, vocab_size, logits.shape[1])
     logits = columns.without_padding(logits)
+    if never is not None:
+        logits = columns.without(never, logits)
     if knobs is None:
         _, tokens = _likeliest(logits, columns)
     else:
@@ -169,6 +173,9 @@ class _Columns:
         if self.held * self.placement.size(Role.HEADS) == self.vocab_size:
             return logits
         return jnp.where(self.first + jnp.arange(self.held) < self.vocab_size, logits, -jnp.inf)
+
+    def without(self, token: int, logits: Float[Array, "Q V"]) -> Float[Array, "Q V"]:
+        return jnp.where(self.first + jnp.arange(self.held) == token, -jnp.inf, logits)
 
     def here(self, tokens: Int32[Array, "..."]) -> Bool[Array, "..."]:
         return (tokens >= self.first) & (tokens < self.first + self.held)

@@ -15,10 +15,10 @@ HEAD = """# Model families
 
 Each is one page of data in `moe_jax/checkpoints/families/`, compared with Hugging Face transformers on tiny random
 checkpoints (`tests/goldens/`): the logits of prompts and of every decoded token within 2e-5 of the largest, and the
-same greedy tokens. Those that transformers does not have (bailing_moe, bailing_moe_linear, bailing_moe_v2, sarvam_mla
-and sarvam_moe) are compared with plain NumPy instead. Of models that take pictures too (llama4, qwen3_5_moe, step3p7)
-the part for text is read, and written. The table is written by `python -m tests.families_table`, from the cases that
-the tests run; a test holds that it is up to date.
+same greedy tokens. Those that transformers does not have (bailing_moe, bailing_moe_linear, bailing_moe_v2, llada2_moe,
+sarvam_mla, sarvam_moe and sdar_moe) are compared with plain NumPy instead; llada2_moe and sdar_moe decode blocks. Of
+models that take pictures too (llama4, qwen3_5_moe, step3p7) the part for text is read, and written. The table is
+written by `python -m tests.families_table`, from the cases that the tests run; a test holds that it is up to date.
 
 """
 COLUMNS = (

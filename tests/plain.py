@@ -19,12 +19,13 @@ Weights = Mapping[str, np.ndarray]
 def logits(config: Config, weights: Weights, tokens: Sequence[int]) -> np.ndarray:
     """`[tokens, vocab]`."""
     model = {name: tensor.astype(np.float64) for name, tensor in weights.items()}
-    latent = config["model_type"] == "sarvam_mla"
-    x = model["model.embed_tokens.weight" if latent else "model.word_embeddings.weight"][list(tokens)]
+    latent, apart = config["model_type"] == "sarvam_mla", config["model_type"] == "sdar_moe"
+    x = model["model.embed_tokens.weight" if latent or apart else "model.word_embeddings.weight"][list(tokens)]
     eps = config["rms_norm_eps"]
     for number in range(config["num_hidden_layers"]):
         start = f"model.layers.{number}."
         layer = {name.removeprefix(start): tensor for name, tensor in model.items() if name.startswith(start)}
+        layer = fused(layer) if apart else layer
         attend = latent_attention if latent else attention
         x = x + attend(config, layer, unit(x, eps) * layer["input_layernorm.weight"])
         y = unit(x, eps) * layer["post_attention_layernorm.weight"]
@@ -36,11 +37,23 @@ def logits(config: Config, weights: Weights, tokens: Sequence[int]) -> np.ndarra
     return unit(x, eps) * model["model.norm.weight"] @ head.T
 
 
+def fused(layer: Weights) -> Weights:
+    """Attention whose tensors are apart, by the names of Ling."""
+    parts = [layer[f"self_attn.{part}_proj.weight"] for part in "qkv"]
+    return {
+        **layer,
+        "attention.query_key_value.weight": np.concatenate(parts),
+        "attention.query_layernorm.weight": layer["self_attn.q_norm.weight"],
+        "attention.key_layernorm.weight": layer["self_attn.k_norm.weight"],
+        "attention.dense.weight": layer["self_attn.o_proj.weight"],
+    }
+
+
 def attention(config: Config, layer: Weights, x: np.ndarray) -> np.ndarray:
     heads, shared, width = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     fused = (x @ layer["attention.query_key_value.weight"].T).reshape(len(x), heads + 2 * shared, width)
     query, key, value = fused[:, :heads], fused[:, heads : heads + shared], fused[:, heads + shared :]
-    if config.get("use_qk_norm", config["model_type"] == "sarvam_moe"):
+    if config.get("use_qk_norm", config["model_type"] in ("sarvam_moe", "sdar_moe")):
         query = unit(query, config["rms_norm_eps"]) * layer["attention.query_layernorm.weight"]
         key = unit(key, config["rms_norm_eps"]) * layer["attention.key_layernorm.weight"]
     turned = int(width * config.get("partial_rotary_factor", 1.0))
@@ -49,8 +62,10 @@ def attention(config: Config, layer: Weights, x: np.ndarray) -> np.ndarray:
         np.concatenate([rotated_halves(part[..., :turned], frequencies), part[..., turned:]], axis=-1)
         for part in (query, key)
     )
+    block = config.get("block_size", 1)
     out = [
-        causal(query[:, head] @ key[:, head * shared // heads].T / math.sqrt(width)) @ value[:, head * shared // heads]
+        causal(query[:, head] @ key[:, head * shared // heads].T / math.sqrt(width), block)
+        @ value[:, head * shared // heads]
         for head in range(heads)
     ]
     return np.concatenate(out, axis=1) @ layer["attention.dense.weight"].T
@@ -111,7 +126,7 @@ def mixture(config: Config, layer: Weights, x: np.ndarray) -> np.ndarray:
     chosen = sorted(allowed, key=lambda expert: -judged[expert])[: config["num_experts_per_tok"]]
     total = sum(scores[expert] for expert in chosen) if config.get("norm_topk_prob", True) else 1.0
     scale = config.get("routed_scaling_factor", 2.5 if "sarvam" in kind else 1.0)
-    out = mlp(layer, "mlp.shared_experts.", x)
+    out = mlp(layer, "mlp.shared_experts.", x) if config.get("num_shared_experts") else np.zeros_like(x)
     for expert in chosen:
         out = out + mlp(layer, f"mlp.experts.{expert}.", x) * scores[expert] / total * scale
     return out
@@ -127,9 +142,10 @@ def unit(x: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
 
 
-def causal(scores: np.ndarray) -> np.ndarray:
-    """Softmax of each row's scores up to its own."""
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True)) * np.tri(len(scores))
+def causal(scores: np.ndarray, block: int = 1) -> np.ndarray:
+    """Softmax of each row's scores up to its own, or the end of its block."""
+    number = np.arange(len(scores)) // block
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True)) * (number[:, None] >= number)
     return weights / weights.sum(axis=1, keepdims=True)
 
 

@@ -4,10 +4,12 @@ transformers does not have are compared with plain NumPy (see plain.py)."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import plain
+import plain_blocks
 import pytest
 from placements import PLACEMENTS
 from safetensors.numpy import load_file
@@ -70,10 +72,14 @@ FAMILIES: dict[str, dict[str, str]] = {
     "bailing_hybrid_e8_top2": {"bailing_hybrid_e4_top2_softplus": "data=2,expert=2,tensor=2"},
     "bailing_moe_linear_e8_top2": {"bailing_moe_linear_e4_top1_six_heads": "data=2,expert=2,tensor=2"},
     "jamba_e8_top2": {"jamba_e4_top3_bias": "data=2,expert=2,tensor=2"},
+    "llada2_moe_gqa4_e8_top2_groups": {},
+    "sdar_moe_gqa2_e8_top3": {},
 }
 """With another case of the family, and where it runs."""
 SECOND = {case: mesh for others in FAMILIES.values() for case, mesh in others.items()}
 PLAIN = [case for case in (*FAMILIES, *SECOND) if case.startswith(("bailing_moe_gqa", "bailing_moe_v2", "sarvam"))]
+BLOCKS = ["llada2_moe_gqa4_e8_top2_groups", "sdar_moe_gqa2_e8_top3"]
+"""Decoded in blocks."""
 MAIN_CASES = list({model_type(case): case for case in reversed([*EVERYWHERE, *FAMILIES, *SECOND])}.values())
 """One of each family."""
 CASES = [
@@ -115,6 +121,24 @@ def test_plain_numpy_says_the_same_still(case: str) -> None:
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", BLOCKS)
+def test_plain_blocks_are_the_same_still(case: str) -> None:
+    config = json.loads((GOLDENS / case / "config.json").read_text())
+    weights, reference = load_file(GOLDENS / case / "model.safetensors"), np.load(GOLDENS / case / "reference.npz")
+    pace = {"threshold": float(reference["threshold"]), "steps": int(reference["steps"])}
+    for prompt, told, tokens, expected in zip(
+        *(reference[name] for name in ("prompts", "prompt_logits", "tokens", "token_logits")), strict=True
+    ):
+        prompt = prompt[prompt >= 0].tolist()
+        np.testing.assert_allclose(plain.logits(config, weights, prompt), told[: len(prompt)], rtol=0, atol=1e-5)
+        decoded = plain_blocks.decode(
+            partial(plain.logits, config, weights), prompt, len(tokens), block=config["block_size"],
+            mask=config["mask_token_id"], **pace,
+        )  # fmt: skip
+        assert decoded.tokens == tokens.tolist()
+        np.testing.assert_allclose(np.maximum(decoded.logits, -100), expected, rtol=0, atol=1e-5)
+
+
 def test_every_golden_is_tested() -> None:
     assert {case for case, *_ in CASES} == {path.parent.name for path in GOLDENS.glob("*/reference.npz")}
 
@@ -125,17 +149,17 @@ def test_parity_with_transformers(case: str, mesh: str, combine: str, residual: 
     prompts = [prompt[prompt >= 0].tolist() for prompt in reference["prompts"]]
     steps = reference["tokens"].shape[1]
     llm = LLM(
-        GOLDENS / case,
-        mesh=mesh,
-        dtype="float32",
-        combine=combine,
-        residual=residual,
+        GOLDENS / case, mesh=mesh, combine=combine, residual=residual, dtype="float32", prefill_tokens=2,
         max_batch_size=8,
-        prefill_tokens=2,
+    )  # fmt: skip
+    pace = (
+        {"confidence_threshold": float(reference["threshold"]), "denoising_steps": int(reference["steps"])}
+        if case in BLOCKS
+        else {}
     )
     beside = [] if (case, mesh) in DECODED_APART else [[0] * llm.max_length] * 3
     lengths = [steps] * len(prompts) + [1] * len(beside)
-    greedy = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
+    greedy = [SamplingParams(temperature=0, max_tokens=length, **pace) for length in lengths]
     everyone = llm.jobs([*prompts, *beside], greedy, wants_logits=True)
     list(llm._run(everyone))
     jobs = everyone[: len(prompts)]

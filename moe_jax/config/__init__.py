@@ -12,6 +12,7 @@ from moe_jax.config.attention import (
     TemperatureConfig,
     Window,
 )
+from moe_jax.config.decoding import BlockDiffusion
 from moe_jax.config.feed_forward import (
     Activation,
     ClampedSwiGLUConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "VOCAB_MULTIPLE",
     "Activation",
     "AttentionConfig",
+    "BlockDiffusion",
     "ClampedSwiGLUConfig",
     "DecayConfig",
     "DeltaConfig",

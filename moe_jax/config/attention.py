@@ -80,6 +80,9 @@ class AttentionConfig:
     window: int | None = None
     """A position sees no further back than the `window - 1` before it. `None` sees all before it."""
     window_kind: Window = Window.SLIDING
+    block: int = 1
+    """A position sees to the end of its block: blocks of so many positions follow each other from position 0 on. 1 for
+    nothing after itself."""
     output_gate: OutputGate | None = None
 
     @property
@@ -89,6 +92,9 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "heads", "kv_heads", "head_dim", "value_dim", "value_scale", "clip", "scale", "window")
+        check_positive(self, "block")
+        if self.block > 1 and self.window is not None:
+            raise ConfigError(f"attention to the end of blocks of {self.block} has no window, got {self.window}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} attention heads cannot share {self.kv_heads} KV heads evenly")
         if self.rope is not None:

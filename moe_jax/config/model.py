@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from moe_jax.config.attention import AttentionConfig, LatentAttentionConfig
+from moe_jax.config.decoding import BlockDiffusion
 from moe_jax.config.feed_forward import DenseConfig, MoEConfig
 from moe_jax.config.numbers import check_positive
 from moe_jax.config.recurrent import RecurrentConfig
@@ -52,6 +53,8 @@ class ModelConfig:
     residual_scale: float = 1.0
     """By which the output of each block is multiplied before it is added."""
     logit_scale: float = 1.0
+    diffusion: BlockDiffusion | None = None
+    """How tokens are chosen; `None` for one after the other."""
 
     def __post_init__(self) -> None:
         check_positive(self, "vocab_size", "hidden", "norm_eps", "max_positions")
@@ -60,6 +63,22 @@ class ModelConfig:
             raise ConfigError("a head that is the embedding has no bias")
         if not self.layers:
             raise ConfigError("a model needs at least one layer, got none")
+        for layer in self.layers:
+            self._check_seen(layer.attention)
+
+    def _check_seen(self, attention: AttentionConfig | LatentAttentionConfig | RecurrentConfig) -> None:
+        seen = attention.block if isinstance(attention, AttentionConfig) else 1
+        if self.diffusion is None and seen > 1:
+            raise ConfigError(f"who sees blocks of {seen} positions cannot choose one token after the other")
+        if self.diffusion is not None and not (isinstance(attention, AttentionConfig) and seen == self.diffusion.block):
+            raise ConfigError(f"every layer must see the blocks of {self.diffusion.block} positions that are decoded")
+        if self.diffusion is not None and self.diffusion.mask_token >= self.vocab_size:
+            raise ConfigError(f"the mask, {self.diffusion.mask_token}, is none of {self.vocab_size} tokens")
+
+    @property
+    def block(self) -> int:
+        """Positions that are decoded together."""
+        return 1 if self.diffusion is None else self.diffusion.block
 
     @property
     def recurrent(self) -> bool:

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.generation import Candidates, Generation, Landing, Need
-from moe_jax.engine.orders import Claims, Draw, Order, Piece, idle_order, order
-from moe_jax.engine.sizes import Sizes
+from moe_jax.engine.orders import Claims, Draw, Order, Piece, Writer, idle_order, order
+from moe_jax.engine.sizes import Sizes, StepSize
 from moe_jax.engine.stats import Latency, Meter, Stats
 from moe_jax.errors import RequestError
 from moe_jax.programs import Asked, Drawn, Scored
@@ -41,8 +41,16 @@ class Flight(NamedTuple):
 class Engine:
     """Not for several threads at once."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, sizes: Sizes, placement: Placement) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        sizes: Sizes,
+        placement: Placement,
+        writer: type[Writer] = Writer,
+    ) -> None:
         self._scheduler, self._executor, self._sizes, self._placement = scheduler, executor, sizes, placement
+        self._writer = writer
         self._generations: dict[Request, Generation] = {}
         self._needs: Counter[Need] = Counter()
         self._flight: Flight | None = None
@@ -93,7 +101,7 @@ class Engine:
         self._flight = None
         for generation in list(self._generations.values()):
             self._end(generation, "error", "the step that it was in failed, or was interrupted")
-        self._scheduler = Scheduler(self._scheduler.limits)
+        self._scheduler = type(self._scheduler)(self._scheduler.limits)
         self._executor.start_over()
 
     def obey(self, order: Order) -> None:
@@ -134,7 +142,10 @@ class Engine:
             self._land(flight)
         steps = list(product(self._sizes.steps(), variants))
         for size, asked in tqdm(steps, desc="compiling", unit=" steps", disable=not progress, leave=False):
-            jax.block_until_ready(self._executor.run(idle_order(size, self._sizes, self._placement, asked)))
+            jax.block_until_ready(self._executor.run(self._idle(size, asked)))
+
+    def _idle(self, size: StepSize, asked: Asked) -> Order:
+        return idle_order(size, self._sizes, self._placement, asked, self._writer)
 
     def _dispatch(self, plan: Plan) -> Flight:
         asked = Asked(
@@ -142,7 +153,8 @@ class Engine:
             top=MOST_CANDIDATES if self._needs[Need.CANDIDATES] else 0,
             logits=self._needs[Need.LOGITS] > 0,
         )
-        orders, claims = order(plan, self._sizes, self._placement, asked, self._generations.__getitem__)
+        wanted = self._generations.__getitem__
+        orders, claims = order(plan, self._sizes, self._placement, asked, wanted, self._writer)
         self._meter.step(plan.rows, orders.turn.batch.rows.capacity, plan.steps)
         self._meter.prompt_tokens += sum(chunk.end - chunk.start for chunks in plan.chunks for chunk in chunks)
         drawn, scored = self._executor.run(orders)
@@ -158,7 +170,7 @@ class Engine:
         self._scheduler.landed(flight.plan, {request: landing.tokens for request, landing in landings.items()})
         now, heard, counts, first = self._now(), [], [], []
         for request, landing in landings.items():
-            if generation := self._generations.get(request):
+            if (generation := self._generations.get(request)) and landing.tokens:
                 heard.append(generation.last_heard)
                 counts.append(len(landing.tokens))
                 first.append(not generation.tokens)

@@ -8,6 +8,7 @@ from functools import cache
 from jaxtyping import Array, Int32
 
 from moe_jax.distributed import Crew
+from moe_jax.engine.block_orders import BlockOrder
 from moe_jax.engine.orders import Order
 from moe_jax.engine.sizes import Sizes
 from moe_jax.models import Caches, Parameters
@@ -52,7 +53,10 @@ class Executor:
     def obey(self, order: Order) -> tuple[Int32[Array, "shards*L W"], Scored | None]:
         """This process's part of it."""
         route, state = self._route(order.turn.batch.rows.capacity), (self._parameters, self._caches, self._slots)
-        if order.budgets is None:
+        if isinstance(order, BlockOrder):
+            steps = {"most": order.most, "route": route, "asked": order.asked}
+            run = self.programs.denoise(*state, order.turn, order.budgets, **steps)
+        elif order.budgets is None:
             run = self.programs.advance(*state, order.turn, route=route, asked=order.asked)
         else:
             most = self._sizes.decode_steps

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from moe_jax.requests import FinishReason, SamplingParams
+from moe_jax.programs import Pace
+from moe_jax.requests import CONFIDENCE, FinishReason, SamplingParams
 from moe_jax.sampling import Knobs
-from moe_jax.scheduler import Request
+from moe_jax.scheduler import BlockRequest, Request
 from moe_jax.text import Detokenizer, StopStrings
 
 Candidates = dict[int, float]
@@ -118,6 +119,15 @@ class Generation:
         """Of this request alone."""
         return Knobs.of([self])
 
+    @cached_property
+    def pace(self) -> Pace:
+        """Where it is decoded in blocks; one of which nothing is wanted takes one step."""
+        assert isinstance(self.request, BlockRequest)
+        params, block = self.params, self.request.block
+        threshold = CONFIDENCE if params.confidence_threshold is None else params.confidence_threshold
+        steps = (params.denoising_steps or block) if params.max_tokens else 1
+        return Pace.of(threshold, steps, len(self.prompt) + self.request.most_tokens)
+
     @property
     def needs(self) -> list[Need]:
         wanted = {
@@ -160,6 +170,7 @@ class Generation:
             self.text += emitted + self._stops.finish()
         self.finish_reason, self.error = reason, error
         self.__dict__.pop("knobs", None)
+        self.__dict__.pop("pace", None)
 
     def write(self) -> str:
         """Bring the text up to the last token, but for characters that are not complete, and what may yet become part

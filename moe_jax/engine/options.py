@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_jax.distributed import Crew
+from moe_jax.engine.block_orders import BlockWriter
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.sizes import Sizes
@@ -13,7 +14,7 @@ from moe_jax.errors import RequestError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.programs import PAGE, Programs
 from moe_jax.roofline import held_bytes
-from moe_jax.scheduler import CacheGroup, Limits, Scheduler
+from moe_jax.scheduler import BlockScheduler, CacheGroup, Limits, Scheduler
 from moe_jax.sharding import Policy, Role
 
 
@@ -48,14 +49,16 @@ class Options:
 
     def sizes(self, decoder: ShardedDecoder) -> Sizes:
         slots = -(-self.max_batch_size // decoder.placement.size(Role.TOKENS))
-        prompts = min(PROMPTS, slots)
+        prompts, block = min(PROMPTS, slots), decoder.config.block
+        prompt_rows = min(max(self.prefill_tokens, 2 * slots), prompts * self.max_length)
         return Sizes(
             windows=decoder.windows,
             slots=slots,
-            positions=self.max_length,
-            prompt_rows=min(max(self.prefill_tokens, 2 * slots), prompts * self.max_length),
+            positions=-(-self.max_length // block) * block,
+            prompt_rows=-(-prompt_rows // block) * block,
             prompts=prompts,
             decode_steps=self.decode_steps,
+            block=block,
         )
 
     def pages(self, decoder: ShardedDecoder, policy: Policy, sizes: Sizes) -> dict[int | None, int]:
@@ -97,6 +100,7 @@ class Options:
             rows=sizes.prompt_rows,
             decode_steps=sizes.decode_steps,
             prefix_cache=self.prefix_cache and not decoder.config.recurrent,  # pages carry no states
+            block=sizes.block,
         )
 
     def engine(self, programs: Programs, parameters: Parameters, policy: Policy, crew: Crew) -> Engine:
@@ -104,7 +108,10 @@ class Options:
         sizes = self.sizes(decoder)
         pages = self.pages(decoder, policy, sizes)
         executor = Executor(programs, parameters, policy, sizes, pages, crew)
-        return Engine(Scheduler(self.limits(decoder, sizes, pages)), executor, sizes, decoder.placement)
+        limits = self.limits(decoder, sizes, pages)
+        if decoder.config.diffusion is None:
+            return Engine(Scheduler(limits), executor, sizes, decoder.placement)
+        return Engine(BlockScheduler(limits), executor, sizes, decoder.placement, BlockWriter)
 
 
 PROMPTS = 8

@@ -61,19 +61,24 @@ class Claims:
 
 
 def order(
-    plan: Plan, sizes: Sizes, placement: Placement, asked: Asked, generation: Callable[[Request], Generation]
+    plan: Plan,
+    sizes: Sizes,
+    placement: Placement,
+    asked: Asked,
+    generation: Callable[[Request], Generation],
+    write: type[Writer],
 ) -> tuple[Order, Claims]:
     """Write down a plan; the claims say whose the results are."""
-    writer = _Writer(_size(plan, sizes), sizes, len(plan.decodes), generation)
+    writer = write(_size(plan, sizes), sizes, len(plan.decodes), generation)
     for decodes, chunks in zip(plan.decodes, plan.chunks, strict=True):
         writer.shard(decodes, chunks)
     return writer.order(placement, asked), writer.claims
 
 
-def idle_order(size: StepSize, sizes: Sizes, placement: Placement, asked: Asked) -> Order:
+def idle_order(size: StepSize, sizes: Sizes, placement: Placement, asked: Asked, write: type[Writer]) -> Order:
     """A step in which nobody takes part."""
     shards = placement.size(Role.TOKENS)
-    writer = _Writer(size, sizes, shards, lambda request: {}[request])
+    writer = write(size, sizes, shards, lambda request: {}[request])
     for _ in range(shards):
         writer.shard(Decodes(), [])
     return writer.order(placement, asked)
@@ -86,7 +91,7 @@ def _size(plan: Plan, sizes: Sizes) -> StepSize:
     return sizes.step(max(map(len, plan.decodes)), prompt_rows, max(chain(decoded, computed)))
 
 
-class _Writer:
+class Writer:
     """Writes an order line by line, shard after shard."""
 
     def __init__(self, size: StepSize, sizes: Sizes, shards: int, generation: Callable[[Request], Generation]) -> None:
@@ -103,7 +108,7 @@ class _Writer:
         """The lines of the next token shard."""
         shard = len(self._lines)
         decoding, prompts = self._decoding(shard, decodes), Lines(len(self._size.windows))
-        row = len(decodes)
+        row = len(decodes) * decodes.width
         for chunk in chunks:
             for start in range(chunk.start, chunk.end, self._size.chunk):
                 end = min(start + self._size.chunk, chunk.end)
@@ -129,13 +134,17 @@ class _Writer:
         )
 
     def _decoding(self, shard: int, decodes: Decodes) -> Lines:
-        taken, lines = slice(len(decodes)), Lines(len(self._size.windows))
+        taken = slice(len(decodes))
         self._slots[shard, taken] = [request.slot for request in decodes.requests]
         self._draws[shard, taken], self._budgets[shard, taken] = True, decodes.steps
         self.claims.draws.extend(map(Draw, decodes.requests, count(shard * self._size.lines)))
+        return self._on_tape(decodes)
+
+    def _on_tape(self, decodes: Decodes) -> Lines:
+        lines = Lines(len(self._size.windows))
         lines.starts.extend(decodes.positions)
-        lines.lengths.extend(repeat(1, len(decodes)))
-        lines.tokens.extend(repeat(ON_TAPE, len(decodes)))
+        lines.lengths.extend(repeat(decodes.width, len(decodes)))
+        lines.tokens.extend(repeat(ON_TAPE, len(decodes) * decodes.width))
         for number, ranges in enumerate(lines.tables):
             ranges += [_seen(request.pages[number], start, start + steps) for request, start, steps in decodes]
         return lines
@@ -146,14 +155,18 @@ class _Writer:
         self._slots[shard, line] = request.slot
         self._knobs[shard][number] = generation.knobs
         if chunk.samples and end == chunk.end:
-            self._draws[shard, line] = True
-            self.claims.draws.append(Draw(request, shard * self._size.lines + line))
+            self._end_prompt(shard, line, request)
         if generation.tells_prompt:
             first = shard * self._size.shape.capacity + row
             self.claims.pieces.append(Piece(request, start, slice(first, first + end - start)))
             following = request.sequence(start + 1, end + 1)
             self._targets[shard, row : row + len(following)] = following
         return Segment(start, request.sequence(start, end), [_seen(table, start, end) for table in request.pages])
+
+    def _end_prompt(self, shard: int, line: int, request: Request) -> None:
+        """After the last row of the line, tokens are chosen."""
+        self._draws[shard, line] = True
+        self.claims.draws.append(Draw(request, shard * self._size.lines + line))
 
 
 def _seen(table: Table, start: int, end: int) -> PageRange:

@@ -33,11 +33,14 @@ class StepSize:
     prompt_rows: int
     pages: int
     """Of the longest sequence."""
+    block: int = 1
+    """Rows of a line of a request that decodes."""
 
     @property
     def chunk(self) -> int:
-        """Rows of a line of a prompt: as few as let broken lines be no more than whole ones."""
-        return min(max(self.prompt_rows // self.prompts, SMALLEST_LINE), LARGEST_LINE, self.prompt_rows)
+        """Rows of a line of a prompt: as few as let broken lines be no more than whole ones, in whole blocks."""
+        rows = min(max(self.prompt_rows // self.prompts, SMALLEST_LINE), LARGEST_LINE, self.prompt_rows)
+        return -(-rows // self.block) * self.block
 
     @property
     def prompt_lines(self) -> int:
@@ -50,9 +53,9 @@ class StepSize:
 
     @cached_property
     def shape(self) -> Shape:
-        grids = (Grid(self.decoding, 1), Grid(self.prompt_lines, self.chunk))
+        grids = (Grid(self.decoding, self.block), Grid(self.prompt_lines, self.chunk))
         tables = tuple((window, min(self.pages, most_pages(window))) for window in self.windows)
-        return Shape(tuple(grid for grid in grids if grid.lines), self.decoding + self.prompt_rows, tables)
+        return Shape(tuple(grid for grid in grids if grid.lines), self.decoding * self.block + self.prompt_rows, tables)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Sizes:
     """The most prompts in one step."""
     decode_steps: int
     """The most decode steps of one dispatch."""
+    block: int = 1
+    """Positions that are decoded together; `positions` and `prompt_rows` are whole blocks."""
 
     def step(self, decoding: int, prompt_rows: int, positions: int) -> StepSize:
         """The smallest for so many decoding requests, so many rows of prompts, and sequences of so many positions."""
@@ -99,7 +104,7 @@ class Sizes:
         return _ladder(-(-self.positions // PAGE), SMALLEST_TABLE)
 
     def _sized(self, lines: int, rows: int, pages: int) -> StepSize:
-        return StepSize(self.windows, lines, self.prompts, rows, pages)
+        return StepSize(self.windows, lines, self.prompts, rows, pages, self.block)
 
 
 def most_pages(window: int | None) -> int:

@@ -110,11 +110,12 @@ class Attention(nnx.Module):
     def _attend(
         self, query: Float[Array, "T H d"], cached: Cached, grid: Grid, packing: Packing
     ) -> Float[Array, "S C H v"]:
-        """Each row sees the positions up to its own, within the window."""
+        """Each row sees the positions up to the last of its block, which may be its own, within the window."""
         own, config = packing.to_grid(packing.positions, grid)[..., None], self.config
+        last = last_seen(own, config.block)
 
         def seen(positions: Int32[Array, "S n"]) -> Bool[Array, "S C n"]:
-            before = positions[:, None] <= own
+            before = positions[:, None] <= last
             if config.window is None:
                 return before
             return before & (positions[:, None] >= first_seen(own, config.window, config.window_kind))
@@ -155,6 +156,11 @@ def _qk_norms(
             return HeadNorm(config.head_dim, eps, **like), HeadNorm(config.head_dim, eps, **like)
         case QKNorm.ROTATED_UNIT:
             return UnitHeadNorm(eps), UnitHeadNorm(eps)
+
+
+def last_seen(own: Int32[Array, "..."], block: int) -> Int32[Array, "..."]:
+    """The last position that a row sees from its own."""
+    return own if block == 1 else own // block * block + block - 1
 
 
 def first_seen(own: Int32[Array, "..."], window: int, kind: Window) -> Int32[Array, "..."]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxtyping import Array, Int32
 from moe_jax.layers import Grid
 from moe_jax.models import Batch, Caches, Lines, Parameters, Shape, ShardedDecoder, pack
 from moe_jax.models.decoder import Decoder
+from moe_jax.programs.denoising import BlockSlots, BlockTurn, denoise
 from moe_jax.programs.parcel import Parcel
 from moe_jax.programs.steps import Asked, Scored, Slots, Turn, advance, decode
 from moe_jax.sampling import Knobs
@@ -28,8 +29,6 @@ from moe_jax.sharding import Role, Route
 
 PAGE = 16
 """Positions of a page."""
-SPLIT: Any = (Turn(Batch(True, True, False), True, True, True, True), True)  # type: ignore[arg-type]
-"""Of a turn and budgets: what is split by token shard. All but the counts of rows."""
 
 
 class Programs:
@@ -69,19 +68,46 @@ class Programs:
         run = partial(decode, most=most, route=route, asked=asked)
         return self._run(run, parameters, caches, slots, self.on_devices(turn, budgets))
 
+    def denoise(
+        self,
+        parameters: Parameters,
+        caches: Caches,
+        slots: BlockSlots,
+        turn: BlockTurn,
+        limits: Int32[Array, "shards*D"],
+        *,
+        most: int,
+        route: Route,
+        asked: Asked,
+    ) -> tuple[Int32[Array, "shards*D W"], Scored | None, BlockSlots, Caches]:
+        """Steps of a model that decodes blocks: `denoising.denoise`. The caches and slots given are overwritten: use
+        those returned."""
+        diffusion = self.decoder.config.diffusion
+        assert diffusion is not None, "it decodes blocks"
+        run = partial(denoise, most=most, route=route, asked=asked, diffusion=diffusion)
+        return self._run(run, parameters, caches, slots, self.on_devices(turn, limits))
+
     def decode_step(self, lines: int, positions: int, route: Route) -> Compiled:
-        """The program that gives the likeliest next token of as many sequences on each token shard, over full caches.
+        """The program that gives the likeliest next token of as many sequences on each token shard, over full caches;
+        or chooses some of the tokens of a block.
 
         It needs neither weights nor the devices to be there.
         """
-        decoder, pages = self.decoder, -(-positions // PAGE)
+        decoder, pages, block = self.decoder, -(-positions // PAGE), self.decoder.config.block
         tables = tuple((window, pages) for window in decoder.windows)
         shards = decoder.placement.size(Role.TOKENS)
-        batch, _ = pack([[Lines(len(tables))]] * shards, Shape((Grid(lines, 1),), lines, tables), decoder.placement)
-        turn = Turn(batch, np.zeros(shards * lines, np.int32), np.ones(shards * lines, bool), None)  # type: ignore[arg-type]
-        abstract = self._parcel(turn).each(_abstract, *self._shardings)
+        batch, _ = pack(
+            [[Lines(len(tables))]] * shards, Shape((Grid(lines, block),), lines * block, tables), decoder.placement
+        )
+        nowhere, all_draw = np.zeros(shards * lines, np.int32), np.ones(shards * lines, bool)
+        if (diffusion := decoder.config.diffusion) is None:
+            step = partial(advance, route=route, asked=Asked())
+            parcel = self._parcel(Turn(batch, nowhere, all_draw, None))  # type: ignore[arg-type]
+        else:
+            step = partial(denoise, most=1, route=route, asked=Asked(), diffusion=diffusion)
+            parcel = self._parcel(BlockTurn(batch, nowhere, all_draw, None), nowhere)  # type: ignore[arg-type]
+        abstract = parcel.each(_abstract, *self._shardings)
         caches = decoder.abstract_caches(dict.fromkeys(decoder.windows, lines * pages), PAGE, lines)
-        step = partial(advance, route=route, asked=Asked())
         return self._compile(step, decoder.parameters, caches, self.abstract_slots(lines, positions), abstract)
 
     def abstract_slots(self, slots: int, positions: int) -> Slots:
@@ -93,7 +119,9 @@ class Programs:
             return jax.ShapeDtypeStruct((shards * slots, *row.shape[1:]), row.dtype, sharding=sharding)
 
         tape = jax.ShapeDtypeStruct((1, positions), jnp.int32)
-        return jax.tree.map(rows, Slots(tape, Knobs.of([None])))  # type: ignore[arg-type]
+        slot = Slots(tape, Knobs.of([None]))  # type: ignore[arg-type]
+        diffusion = self.decoder.config.diffusion
+        return jax.tree.map(rows, slot if diffusion is None else BlockSlots.of(slot, diffusion.block))
 
     def empty_slots(self, slots: int, positions: int) -> Slots:
         abstract = self.abstract_slots(slots, positions)
@@ -104,7 +132,10 @@ class Programs:
         return self._parcel(turn, *budgets).each(_placed, *self._shardings)
 
     def _parcel(self, *contents: Any) -> Parcel:
-        return Parcel.wrap(contents, SPLIT[: len(contents)], self.decoder.placement.size(Role.TOKENS))
+        """Split by token shard, all but the counts of rows."""
+        turn, *rest = contents
+        split = type(turn)(**{part.name: True for part in fields(turn)} | {"batch": Batch(True, True, False)})  # type: ignore[arg-type]
+        return Parcel.wrap(contents, (split, *(True for _ in rest)), self.decoder.placement.size(Role.TOKENS))
 
     def _run(self, step: partial[Any], parameters: Parameters, *args: Any) -> Any:
         return self._compile(step, parameters, *args)(parameters, *args)

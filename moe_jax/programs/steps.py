@@ -7,7 +7,7 @@ L  lines of a token shard in this step     T  its rows              K  steps of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from moe_jax.sampling import Knobs, Sampled, logprobs_of, sample
 from moe_jax.sharding import Role, Route
 from moe_jax.sharding.collectives import sum_devices, vary_alike
 from moe_jax.sharding.rows import on_host
+
+Columns = TypeVar("Columns", bound=tuple[Any, ...])
+"""Named arrays with a row for each request."""
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +106,7 @@ def advance(
 ) -> tuple[Int32[Array, "L W"], Scored | None, Slots, Caches]:
     """One step, and what it gives, joined; every line that draws gives one token."""
     if turn.knobs is not None:
-        slots = replace(slots, knobs=_remembered(slots.knobs, turn))
+        slots = replace(slots, knobs=remembered(slots.knobs, turn.knobs, turn))
     sampled, scored, slots, caches = _step(decoder, caches, slots, turn, route, asked)
     tokens, logprobs, top_tokens, top_logprobs = (part[:, None] for part in sampled)
     given = turn.draws.astype(jnp.int32)
@@ -183,10 +186,11 @@ def _step(
         )
     into = jnp.where(turn.draws, turn.slots, tape.shape[0])
     tape = tape.at[into, after].set(sampled.tokens, mode="drop")
-    return sampled, _scored(decoder, x, turn, route, asked), replace(slots, tape=tape), caches
+    return sampled, told_of_rows(decoder, x, turn, route, asked), replace(slots, tape=tape), caches
 
 
-def _scored(decoder: Decoder, x: Float[Array, "T D"], turn: Turn, route: Route, asked: Asked) -> Scored | None:
+def told_of_rows(decoder: Decoder, x: Float[Array, "T D"], turn: Turn, route: Route, asked: Asked) -> Scored | None:
+    """What is asked of each row, where anything is."""
     if turn.targets is None:
         return None
     with jax.named_scope("score"):
@@ -195,10 +199,10 @@ def _scored(decoder: Decoder, x: Float[Array, "T D"], turn: Turn, route: Route, 
         return Scored(*told, logits=vocabulary.all_logits(x, residual) if asked.logits else None)
 
 
-def _remembered(knobs: Knobs, turn: Turn) -> Knobs:
-    assert turn.knobs is not None
-    slots = turn.slots[-turn.knobs.seed.shape[0] :]
-    return Knobs(*(all.at[slots].set(new, mode="drop") for all, new in zip(knobs, turn.knobs, strict=True)))
+def remembered(kept: Columns, told: Columns, turn: Turn) -> Columns:
+    """What is kept of each slot, with what a turn tells of those of its last lines."""
+    slots = turn.slots[-told[0].shape[0] :]
+    return type(kept)(*(all.at[slots].set(new, mode="drop") for all, new in zip(kept, told, strict=True)))
 
 
 def _later(turn: Turn, steps: Int32[Array, ""], alive: Bool[Array, "L"]) -> Turn:

@@ -54,11 +54,16 @@ class Limits:
     decode_steps: int
     """Decode steps of one dispatch."""
     prefix_cache: bool
+    block: int = 1
+    """Positions that are decoded, and written, together; chunks and rows of prompts are whole blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("shards", "slots", "page", "chunk", "chunks", "rows", "decode_steps"):
+        for name in ("shards", "slots", "page", "chunk", "chunks", "rows", "decode_steps", "block"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("chunk", "rows"):
+            if getattr(self, name) % self.block:
+                raise ConfigError(f"{name} must be whole blocks of {self.block}, got {getattr(self, name)}")
         if not self.groups:
             raise ConfigError("there must be a group of layers to cache for")
         for group in self.groups:

@@ -26,21 +26,21 @@ class Pages:
         """The longest beginning of the known tokens, in full pages, that the cache can continue from.
 
         The last known token is never part of it, for its row gives the next token. What each group of layers sees from
-        the position after the beginning must be there; what its window has passed need not.
+        the position after the beginning must be there; what its window has passed need not. It ends with a block.
         """
         if not (self._limits.prefix_cache and request.shares_prefix):
             return []
         node, walked, best = self._root, [], 0
         runs = [0] * len(self.pools)
         for end in range(self._page, request.known, self._page):
-            child = node.children.get(request.sequence(end - self._page, end))
+            child = node.children.get(self._key(request, end))
             if child is None:
                 break
             node = child
             walked.append(node)
             runs = [0 if page is None else run + 1 for run, page in zip(runs, node.pages, strict=True)]
             needs = (len(walked) - pool.group.first_page(end, self._page) for pool in self.pools)
-            if all(run >= need for run, need in zip(runs, needs, strict=True)):
+            if end % self._limits.block == 0 and all(run >= need for run, need in zip(runs, needs, strict=True)):
                 best = len(walked)
         return walked[:best]
 
@@ -94,7 +94,8 @@ class Pages:
         return [max(pages - first - len(table.ids), 0) for first, table in zip(firsts, request.pages, strict=True)]
 
     def share(self, request: Request, positions: int) -> None:
-        """Let others find the full pages of the first `positions`, which must be known, and written by planned steps.
+        """Let others find the full pages of the first `positions`, which must be known, whole blocks, and written by
+        planned steps.
 
         Those others may be of the same step, for in each layer it writes before it reads.
         """
@@ -102,7 +103,7 @@ class Pages:
         if at is None:
             return
         for number in range(request.shared, positions // page):
-            node = at.child(request.sequence(number * page, (number + 1) * page))
+            node = at.child(self._key(request, (number + 1) * page))
             for table in request.pages:
                 if number >= table.first:
                     table.pool.offer(table.ids[number - table.first], node)
@@ -121,6 +122,11 @@ class Pages:
         if request.node is not None:
             request.node.leave()
             request.node = None
+
+    def _key(self, request: Request, end: int) -> tuple[int, ...]:
+        """The tokens, after those of its parents, that decide what the page before `end` holds: to the end of the last
+        block in it."""
+        return request.sequence(end - self._page, _whole(end, self._limits.block))
 
     def _slide(self, table: Table, position: int) -> None:
         """Let go of the pages that the row at a position no longer sees, nor any later one."""
@@ -141,8 +147,13 @@ class Pages:
 
     def _new(self, request: Request, hit: Sequence[Node], pool: Pool) -> int:
         """Pages that a request takes when it is admitted: for one position more than is known, so that its next token
-        can be fed; where there is a window, for one chunk."""
-        end = min(request.known + 1, request.most_positions)
+        can be fed, to the end of the block; where there is a window, for one chunk."""
+        end = min(_whole(request.known + 1, self._limits.block), request.most_positions)
         if pool.group.window is not None:
             end = min(end, len(hit) * self._page + self._limits.chunk)
         return -(-end // self._page) - len(hit)
+
+
+def _whole(positions: int, block: int) -> int:
+    """So many, and what the last block lacks."""
+    return -(-positions // block) * block

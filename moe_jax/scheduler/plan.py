@@ -12,9 +12,11 @@ from moe_jax.scheduler.request import Request
 class Decodes:
     """The requests of a token shard that take decode steps in a dispatch, as lists of one entry each, in order."""
 
-    __slots__ = ("positions", "requests", "steps")
+    __slots__ = ("positions", "requests", "steps", "width")
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 1) -> None:
+        self.width = width
+        """Rows of each in a step."""
         self.requests: list[Request] = []
         self.positions: list[int] = []
         """Of the first step, which feeds the token that the request got last, known to the host or not."""
@@ -68,6 +70,6 @@ class Plan:
     def rows(self) -> list[int]:
         """Of each token shard, in the first step."""
         return [
-            len(decodes) + sum(chunk.end - chunk.start for chunk in chunks)
+            len(decodes) * decodes.width + sum(chunk.end - chunk.start for chunk in chunks)
             for decodes, chunks in zip(self.decodes, self.chunks, strict=True)
         ]

@@ -223,7 +223,7 @@ class Scheduler:
         """Chunks of prompts that are computed in part already, then of the first in line, as long as there is room."""
         chunks: list[list[Chunk]] = [[] for _ in self._shards]
         if any(shard.prefilling or (self._waiting and shard.free_slots) for shard in self._shards):
-            rows = [max(self.limits.rows - self._reserve(shard), 1) for shard in self._shards]
+            rows = [max(self.limits.rows - self._reserve(shard), self.limits.block) for shard in self._shards]
             for shard, taken in zip(self._shards, chunks, strict=True):
                 rows[shard.number] -= self._continue(shard, rows[shard.number], taken)
             while (request := self._first()) and self._admit(request, rows, chunks):
@@ -231,7 +231,8 @@ class Scheduler:
         return chunks
 
     def _reserve(self, shard: Shard) -> int:
-        """Have pages for one decode step of each request, before prompts take them. How many rows these are."""
+        """Have pages for one decode step of each request, before prompts take them. How many rows of prompts' these
+        are."""
         count = 0
         for request in shard.running:
             if request.computed < request.decode_end:
@@ -249,9 +250,9 @@ class Scheduler:
             end = self._chunk_end(request, rows - taken)
             if end > request.reach and not self._extend(shard, request, end):
                 break
-            taken += end - request.computed
+            taken += self._taken(request, end)
             chunks.append(self._chunk(shard, request, end))
-        shard.prefilling = [request for request in shard.prefilling if not request.pending]
+        shard.prefilling = [request for request in shard.prefilling if request.computed < request.known]
         return taken
 
     def _first(self) -> Request | None:
@@ -279,9 +280,9 @@ class Scheduler:
         shard.pages.admit(request, hit)
         self.prefix_hits += request.cached
         end = self._chunk_end(request, rows[shard.number])
-        rows[shard.number] -= end - request.computed
+        rows[shard.number] -= self._taken(request, end)
         chunks[shard.number].append(self._chunk(shard, request, end))
-        if not request.pending:
+        if request.computed < request.known:
             insort(shard.prefilling, request, key=_order)
         return True
 
@@ -292,18 +293,25 @@ class Scheduler:
             if not request.decode_end and request.computed < request.known:
                 end = self._chunk_end(request, self.limits.chunk)
             else:
-                end = min(request.computed + 1 + self.limits.decode_steps, request.most_positions)
+                end = min(self._next_end(request), request.most_positions)
             if end > request.reach:
                 wanted = [sum(pair) for pair in zip(wanted, shard.pages.missing(request, end), strict=True)]
         return wanted
 
+    def _next_end(self, request: Request) -> int:
+        return request.computed + 1 + self.limits.decode_steps
+
     def _chunk_end(self, request: Request, rows: int) -> int:
         return min(request.computed + min(self.limits.chunk, rows), request.known)
+
+    def _taken(self, request: Request, end: int) -> int:
+        """Rows that a chunk up to `end` takes from others: so that each begins with a block, whole ones."""
+        return -(-(end - request.computed) // self.limits.block) * self.limits.block
 
     def _chunk(self, shard: Shard, request: Request, end: int) -> Chunk:
         """The request's positions up to `end`, for which it has pages."""
         chunk = Chunk(request, request.computed, end, samples=end == request.known)
         request.computed = end
         request.awaited = request.known + chunk.samples
-        shard.pages.share(request, end)
+        shard.pages.share(request, end // self.limits.block * self.limits.block)
         return chunk

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tests.plain import logits
+from tests.plain_blocks import decode
 
 HERE = Path(__file__).parent
 PROMPT_LENGTHS = (5, 1, 12, 3, 9, 2)
@@ -33,6 +34,7 @@ SMALL = {
     "intermediate_size": 16, "moe_intermediate_size": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False, "dtype": "float32",
 }  # fmt: skip
+TINY = {"vocab_size": 32, "hidden_size": 16, "head_dim": 4, "moe_intermediate_size": 4}
 CASES: dict[str, dict[str, Any]] = {
     "bailing_moe_gqa4_e8_top3": {  # sparse, sparse
         **SMALL, "model_type": "bailing_moe", "num_key_value_heads": 2, "head_dim": 8, "norm_head": True,
@@ -59,20 +61,37 @@ CASES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0, "original_max_position_embeddings": 16,
         },
     },
+    "llada2_moe_gqa4_e8_top2_groups": {  # dense, sparse
+        **SMALL, **TINY, "model_type": "llada2_moe", "num_key_value_heads": 2, "partial_rotary_factor": 0.5,
+        "num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 2, "norm_topk_prob": True, "n_group": 4,
+        "topk_group": 2, "routed_scaling_factor": 2.5, "moe_router_enable_expert_bias": True, "use_qk_norm": True,
+        "score_function": "sigmoid", "first_k_dense_replace": 1, "rope_theta": 100.0, "block_size": 8,
+        "mask_token_id": 31,
+    },
+    "sdar_moe_gqa2_e8_top3": {  # sparse, sparse
+        **SMALL, **TINY, "model_type": "sdar_moe", "num_key_value_heads": 4, "num_experts": 8,
+        "num_experts_per_tok": 3, "norm_topk_prob": True, "rope_theta": 100.0, "block_size": 4, "mask_token_id": 7,
+    },
 }  # fmt: skip
+PACES = {"llada2_moe_gqa4_e8_top2_groups": (0.6, 8), "sdar_moe_gqa2_e8_top3": (0.6, 4)}
+"""Threshold and steps at which blocks are decoded, by case."""
 
 
 def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Of all tensors."""
-    hidden, latent = config["hidden_size"], config["model_type"] == "sarvam_mla"
-    yield f"model.{'embed_tokens' if latent else 'word_embeddings'}.weight", (config["vocab_size"], hidden)
+    hidden, latent, apart = (
+        config["hidden_size"],
+        *(config["model_type"] == kind for kind in ("sarvam_mla", "sdar_moe")),
+    )
+    yield f"model.{'embed_tokens' if latent or apart else 'word_embeddings'}.weight", (config["vocab_size"], hidden)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (config["vocab_size"], hidden)
     for number in range(config["num_hidden_layers"]):
         layer = f"model.layers.{number}."
         yield layer + "input_layernorm.weight", (hidden,)
         yield layer + "post_attention_layernorm.weight", (hidden,)
-        for name, shape in latent_shapes(config) if latent else attention_shapes(config):
+        attend = latent_shapes if latent else apart_shapes if apart else attention_shapes
+        for name, shape in attend(config):
             yield layer + name, shape
         dense = number < config.get("first_k_dense_replace", 1 if "sarvam" in config["model_type"] else 0)
         for name, shape in mlp_shapes("mlp.", config["intermediate_size"], hidden) if dense else moe_shapes(config):
@@ -86,6 +105,16 @@ def attention_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, .
     if config.get("use_qk_norm", config["model_type"] == "sarvam_moe"):
         yield "attention.query_layernorm.weight", (width,)
         yield "attention.key_layernorm.weight", (width,)
+
+
+def apart_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, width, heads = config["hidden_size"], config["head_dim"], config["num_attention_heads"]
+    shared = config["num_key_value_heads"]
+    for part, number in (("q", heads), ("k", shared), ("v", shared)):
+        yield f"self_attn.{part}_proj.weight", (number * width, hidden)
+    yield "self_attn.o_proj.weight", (hidden, heads * width)
+    yield "self_attn.q_norm.weight", (width,)
+    yield "self_attn.k_norm.weight", (width,)
 
 
 def latent_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -106,8 +135,9 @@ def moe_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"mlp.gate.{name}", (experts,)
     for expert in range(experts):
         yield from mlp_shapes(f"mlp.experts.{expert}.", width, hidden)
-    shared = config.get("moe_shared_expert_intermediate_size", width) * config["num_shared_experts"]
-    yield from mlp_shapes("mlp.shared_experts.", shared, hidden)
+    shared = config.get("moe_shared_expert_intermediate_size", width) * config.get("num_shared_experts", 0)
+    if shared:
+        yield from mlp_shapes("mlp.shared_experts.", shared, hidden)
 
 
 def mlp_shapes(start: str, width: int, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -151,6 +181,41 @@ def reference(vocab: int, logits: Callable[[list[int]], np.ndarray], prompts: li
     return made
 
 
+def block_reference(
+    config: dict[str, Any], pace: tuple[float, int], logits: Callable[[list[int]], np.ndarray], prompts: list[list[int]]
+) -> tuple[dict[str, np.ndarray], str | None]:
+    """The same of a model that decodes blocks, and what makes it a poor golden: logits of tokens are those of the step
+    that chose them."""
+    rows, vocab, (threshold, steps) = len(prompts), config["vocab_size"], pace
+    made = {
+        "prompts": np.full((rows, max(PROMPT_LENGTHS)), -1, np.int32),
+        "prompt_logits": np.zeros((rows, max(PROMPT_LENGTHS), vocab), np.float32),
+        "tokens": np.zeros((rows, STEPS), np.int32),
+        "token_logits": np.zeros((rows, STEPS, vocab), np.float32),
+        "threshold": np.array(threshold),
+        "steps": np.array(steps),
+    }
+    margins: list[float] = []
+    sizes: list[int] = []
+    for row, prompt in enumerate(prompts):
+        decoded = decode(
+            logits, prompt, STEPS, block=config["block_size"], mask=config["mask_token_id"], threshold=threshold,
+            steps=steps,
+        )  # fmt: skip
+        made["prompts"][row, : len(prompt)] = prompt
+        made["prompt_logits"][row, : len(prompt)] = logits(prompt)
+        made["tokens"][row] = decoded.tokens
+        made["token_logits"][row] = np.maximum(decoded.logits, -100)  # the mask's is minus infinity
+        margins += decoded.margins
+        sizes += decoded.steps
+    if min(margins) <= 1e-3:
+        return made, "a decision nearly is another"
+    few = config["block_size"] // steps
+    if not (max(sizes) > few and sizes.count(few) > len(sizes) // 4):
+        return made, "steps choose too many tokens, or too few"
+    return made, None
+
+
 def write(
     name: str, config: dict[str, Any], weights: dict[str, np.ndarray], made: dict[str, np.ndarray], seed: int
 ) -> None:
@@ -173,14 +238,25 @@ def faults(
     second, first = np.sort(made["token_logits"])[..., -2:].transpose(2, 0, 1)
     if ((first - second) / np.abs(made["token_logits"]).max(-1)).min() <= 1e-3:
         yield "two next tokens nearly tie"
-    if made["token_logits"].std() < 1:
-        yield "the logits hardly spread"
-    if min(len(set(row)) for row in made["tokens"].tolist()) < STEPS // 2:
-        yield "a continuation hardly varies"
     for prompt, with_context in zip(prompts, made["token_logits"][:, 0], strict=True):
         change = np.abs(with_context - logits(config, weights, prompt[-1:])[0]).mean()
         if len(prompt) > 1 and change < 0.5 * made["token_logits"].std():
             yield "dropping the context hardly changes the logits"
+    yield from jumps(config, weights, prompts, made, rng)
+
+
+def jumps(
+    config: dict[str, Any],
+    weights: dict[str, np.ndarray],
+    prompts: list[list[int]],
+    made: dict[str, np.ndarray],
+    rng: np.random.Generator,
+) -> Iterator[str]:
+    """What makes this a poor golden of any model."""
+    if made["token_logits"].std() < 1:
+        yield "the logits hardly spread"
+    if min(len(set(row)) for row in made["tokens"].tolist()) < STEPS // 2:
+        yield "a continuation hardly varies"
     name = next(iter(weights))
     for _ in range(4):
         nudged = weights | {name: weights[name] * (1 + NUDGE * rng.standard_normal(weights[name].shape))}
@@ -197,8 +273,13 @@ def make_case(name: str) -> int:
         rng = np.random.default_rng(seed)
         weights = drawn(config, rng)
         prompts = [rng.integers(config["vocab_size"], size=length).tolist() for length in PROMPT_LENGTHS]
-        made = reference(config["vocab_size"], partial(logits, config, weights), prompts)
-        fault = next(faults(config, weights, prompts, made, rng), None)
+        of_model = partial(logits, config, weights)
+        if name in PACES:
+            made, fault = block_reference(config, PACES[name], of_model, prompts)
+            fault = fault or next(jumps(config, weights, prompts, made, rng), None)
+        else:
+            made = reference(config["vocab_size"], of_model, prompts)
+            fault = next(faults(config, weights, prompts, made, rng), None)
         if fault is None:
             break
         print(f"{name}: not seed {seed}, {fault}")

@@ -22,6 +22,7 @@ from moe_jax.checkpoints.families import (
     hunyuan_v1_moe,
     hy_v3,
     jamba,
+    llada2_moe,
     llama4,
     llama4_text,
     mimo_v2_flash,
@@ -36,6 +37,7 @@ from moe_jax.checkpoints.families import (
     qwen3_next,
     sarvam_mla,
     sarvam_moe,
+    sdar_moe,
     step3p5,
     step3p7,
 )
@@ -79,6 +81,7 @@ _MODULES = (
     hunyuan_v1_moe,
     hy_v3,
     jamba,
+    llada2_moe,
     llama4,
     llama4_text,
     mimo_v2_flash,
@@ -93,6 +96,7 @@ _MODULES = (
     qwen3_next,
     sarvam_mla,
     sarvam_moe,
+    sdar_moe,
     step3p5,
     step3p7,
 )

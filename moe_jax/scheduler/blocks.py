@@ -1,0 +1,108 @@
+"""Requests whose tokens come in blocks, each after a number of steps that only the device knows.
+
+What is planned is therefore no position but an end: a dispatch takes a request on from wherever it has come to, as far
+as there are pages. It is planned again until its tokens are known to be all there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import chain
+
+from moe_jax.scheduler.plan import Decodes, Plan
+from moe_jax.scheduler.request import Request
+from moe_jax.scheduler.scheduler import Scheduler, Shard
+
+
+class BlockRequest(Request):
+    """A request that is decoded in blocks. Its last tokens, too, have positions in the cache."""
+
+    __slots__ = ("block", "flights")
+
+    def __init__(
+        self,
+        id: Hashable,
+        prompt: Sequence[int],
+        most_tokens: int,
+        priority: int = 0,
+        shares_prefix: bool = True,
+        *,
+        block: int,
+    ) -> None:
+        super().__init__(id, prompt, most_tokens, priority, shares_prefix)
+        self.block = block
+        self.flights = 0
+        """Dispatches that may give it tokens, not known yet."""
+
+    @property
+    def pending(self) -> int:
+        return self.flights
+
+    @property
+    def most_positions(self) -> int:
+        return -(-(len(self.prompt) + self.most_tokens) // self.block) * self.block
+
+
+class BlockScheduler(Scheduler):
+    """The same, for requests that are `BlockRequest`s: prompts are computed to their end, so that their last tokens are
+    known to the device; of these, the block that is decoded first is computed anew.
+
+    A chunk gives no token. In a plan's `Decodes`, `positions` are those from which on tokens are not known, or may not
+    be, and `steps` the positions from there for which there are pages.
+    """
+
+    def landed(self, plan: Plan, tokens: Mapping[Request, Sequence[int]]) -> None:
+        """What the device gave for a plan, of each request any number of blocks, or none.
+
+        Requests with as many as they may have end here; the caller ends (`finish`) those that stop otherwise.
+        """
+        block = self.limits.block
+        for request in chain.from_iterable(decodes.requests for decodes in plan.decodes):
+            assert isinstance(request, BlockRequest)
+            request.flights -= 1
+            if request.ended or not tokens[request]:
+                continue
+            request.tokens += tokens[request]
+            if request.slot >= 0:
+                request.computed = request.known
+                # The last block is known to be chosen; that it was written, only the next one shows.
+                self._shards[request.shard].pages.share(request, (request.known // block - 1) * block)
+            if len(request.tokens) >= request.most_tokens:
+                self._end(request)
+
+    def _steps(self) -> int:
+        return self.limits.decode_steps
+
+    def _decode(self, shard: Shard, steps: int) -> Decodes:
+        block = self.limits.block
+        decodes, most = Decodes(block), block * (steps // 2 + 1)
+        for request in shard.running:  # those that are preempted on the way stand at its end
+            assert isinstance(request, BlockRequest)
+            if not request.decode_end:
+                continue
+            if not self._has_block(shard, request):
+                break
+            start = request.computed // block * block
+            end = min(start + most * (request.flights + 1), request.decode_end)
+            if end > request.reach:
+                shard.pages.extend(request, end)
+            decodes.requests.append(request)
+            decodes.positions.append(start)
+            decodes.steps.append(min(end, request.reach // block * block) - start)
+            request.flights += 1
+        return decodes
+
+    def _reserve(self, shard: Shard) -> int:
+        """Have pages for a block of each request; their rows are none of the prompts'."""
+        for request in shard.running:
+            if request.decode_end and not self._has_block(shard, request):
+                break
+        return 0
+
+    def _has_block(self, shard: Shard, request: Request) -> bool:
+        end = min(self._next_end(request), request.decode_end)
+        return end <= request.reach or self._extend(shard, request, end)
+
+    def _next_end(self, request: Request) -> int:
+        """The end of the first block that is not known."""
+        return (request.computed // self.limits.block + 1) * self.limits.block
