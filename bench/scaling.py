@@ -8,9 +8,10 @@ Nothing is compiled or run: the figures follow from sizes and from the hardware 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import fill
@@ -156,7 +157,7 @@ def page() -> str:
 
 
 def comparisons() -> Iterator[str]:
-    rows = min(range(16, 2**13, 16), key=lambda rows: abs(combine_us("gb200", "expert=4", "reduce", rows) - 257))
+    rows = bisect_left(range(2**13), 257, key=partial(combine_us, "gb200", "expert=4", "reduce"))
     scatter, reduce = (combine_us("gb200", "expert=4", strategy, rows) for strategy in ("scatter", "reduce"))
     yield _item(COMBINE_KERNEL.format(rows=rows, scatter=scatter, reduce=reduce, times=reduce / scatter))
     times = [

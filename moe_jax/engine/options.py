@@ -50,11 +50,13 @@ class Options:
     def sizes(self, decoder: ShardedDecoder) -> Sizes:
         slots = -(-self.max_batch_size // decoder.placement.size(Role.TOKENS))
         prompts, block = min(PROMPTS, slots), decoder.config.block
+        # A full prompt of which only its own tokens are told is given one more, which has a position where blocks have.
+        longest = self.max_length + (decoder.config.diffusion is not None)
         prompt_rows = min(max(self.prefill_tokens, 2 * slots), prompts * self.max_length)
         return Sizes(
             windows=decoder.windows,
             slots=slots,
-            positions=-(-self.max_length // block) * block,
+            positions=-(-longest // block) * block,
             prompt_rows=-(-prompt_rows // block) * block,
             prompts=prompts,
             decode_steps=self.decode_steps,

@@ -56,7 +56,7 @@ def crowded(checkpoint: Path) -> LLM:
     """Two token shards with two slots each, and pages for less than two of the longest sequences."""
     return LLM(
         checkpoint, mesh="data=2,tensor=2", dtype="float32", max_batch_size=4, prefill_tokens=32, decode_steps=3,
-        cache_pages=8,
+        cache_pages=10,
     )  # fmt: skip
 
 
