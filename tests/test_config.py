@@ -4,12 +4,24 @@ from typing import Any
 
 import pytest
 
-from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
+from moe_jax.config import (
+    AttentionConfig,
+    BlockDiffusion,
+    DenseConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    RouterConfig,
+)
 from moe_jax.errors import ConfigError
 
 ATTENTION: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "rope": RopeConfig(1e4)}
 MODEL: dict[str, Any] = {"vocab_size": 100, "hidden": 16, "norm_eps": 1e-6, "max_positions": 32}
 MOE: dict[str, Any] = {"experts": 4, "top_k": 2, "width": 8, "router": RouterConfig()}
+
+SEEING = LayerConfig(AttentionConfig(**ATTENTION, block=4), DenseConfig(8))
+BLOCKS = MODEL | {"layers": (SEEING,)}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +34,13 @@ MOE: dict[str, Any] = {"experts": 4, "top_k": 2, "width": 8, "router": RouterCon
         (MoEConfig, MOE | {"width": -8}, "width must be positive and finite, got -8"),
         (DenseConfig, {"width": 0}, "width must be positive and finite, got 0"),
         (ModelConfig, MODEL | {"layers": ()}, "at least one layer"),
+        (AttentionConfig, ATTENTION | {"block": 0}, "block must be positive and finite, got 0"),
+        (AttentionConfig, ATTENTION | {"block": 4, "window": 8}, "blocks of 4 has no window, got 8"),
+        (BlockDiffusion, {"block": 0, "mask_token": 1}, "block must be positive and finite, got 0"),
+        (BlockDiffusion, {"block": 4, "mask_token": -1}, "a token id, got -1"),
+        (ModelConfig, MODEL | {"layers": (SEEING,)}, "blocks of 4 positions cannot choose one token after the other"),
+        (ModelConfig, BLOCKS | {"diffusion": BlockDiffusion(8, 1)}, "must see the blocks of 8 positions"),
+        (ModelConfig, BLOCKS | {"diffusion": BlockDiffusion(4, 100)}, "the mask, 100, is none of 100 tokens"),
     ],
 )
 def test_nonsense_is_refused_with_its_numbers(kind: type, fields: dict[str, Any], message: str) -> None:

@@ -78,7 +78,7 @@ FAMILIES: dict[str, dict[str, str]] = {
 """With another case of the family, and where it runs."""
 SECOND = {case: mesh for others in FAMILIES.values() for case, mesh in others.items()}
 PLAIN = [case for case in (*FAMILIES, *SECOND) if case.startswith(("bailing_moe_gqa", "bailing_moe_v2", "sarvam"))]
-BLOCKS = ["llada2_moe_gqa4_e8_top2_groups", "sdar_moe_gqa2_e8_top3"]
+BLOCKS = [case for case in FAMILIES if case.startswith(("llada2", "sdar"))]
 """Decoded in blocks."""
 MAIN_CASES = list({model_type(case): case for case in reversed([*EVERYWHERE, *FAMILIES, *SECOND])}.values())
 """One of each family."""

@@ -17,6 +17,9 @@ NAN, INFINITE = float("nan"), float("inf")
     ("fields", "message"),
     [
         ({"n": 0}, "n must be 1 or more, got 0"),
+        ({"denoising_steps": 0}, "denoising_steps must be 1 or more, got 0"),
+        ({"confidence_threshold": 1.1}, "confidence_threshold must be from 0 to 1, got 1.1"),
+        ({"confidence_threshold": NAN}, "confidence_threshold must be from 0 to 1, got nan"),
         ({"n": 2, "temperature": 0}, "n must be 1 with temperature=0"),
         ({"max_tokens": -1}, "max_tokens must be 0 or more, got -1"),
         ({"max_tokens": 4.0}, "max_tokens must be a whole number, got 4.0"),

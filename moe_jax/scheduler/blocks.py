@@ -13,6 +13,10 @@ from moe_jax.scheduler.plan import Decodes, Plan
 from moe_jax.scheduler.request import Request
 from moe_jax.scheduler.scheduler import Scheduler, Shard
 
+AHEAD = 64
+"""Positions that a request gets pages for in each dispatch, at most, though for a block at least: pages that it may not
+need are others' to have."""
+
 
 class BlockRequest(Request):
     """A request that is decoded in blocks. Its last tokens, too, have positions in the cache."""
@@ -75,7 +79,7 @@ class BlockScheduler(Scheduler):
 
     def _decode(self, shard: Shard, steps: int) -> Decodes:
         block = self.limits.block
-        decodes, most = Decodes(block), block * (steps // 2 + 1)
+        decodes, most = Decodes(block), block * max(min(steps // 2 + 1, AHEAD // block), 1)
         for request in shard.running:  # those that are preempted on the way stand at its end
             assert isinstance(request, BlockRequest)
             if not request.decode_end:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.config import (
     AttentionConfig,
+    BlockDiffusion,
     DenseConfig,
     GroupLimit,
     GroupScore,
@@ -151,6 +153,19 @@ HUB = {
         "routed_scaling_factor": 2.5, "router_dtype": "fp32", "score_function": "sigmoid",
         "tie_word_embeddings": False, "topk_group": 4, "torch_dtype": "bfloat16", "use_bias": False,
         "use_cache": True, "use_qk_norm": True, "use_qkv_bias": False, "use_rmsnorm": True, "vocab_size": 157184,
+    },
+    "llada2_moe": {
+        "architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0, "dtype": "bfloat16", "embedding_dropout": 0.0,
+        "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5120, "max_position_embeddings": 32768, "max_window_layers": 28,
+        "model_type": "llada2_moe", "moe_intermediate_size": 512, "moe_router_enable_expert_bias": True, "n_group": 8,
+        "norm_head": False, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 256,
+        "num_experts_per_tok": 8, "num_hidden_layers": 20, "num_key_value_heads": 4, "num_shared_experts": 1,
+        "output_dropout": 0.0, "output_router_logits": False, "pad_token_id": 156892, "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 600000, "rotary_dim": 64,
+        "routed_scaling_factor": 2.5, "router_dtype": "fp32", "score_function": "sigmoid", "sliding_window": 4096,
+        "tie_word_embeddings": False, "topk_group": 4, "use_bias": False, "use_cache": False, "use_qk_norm": True,
+        "use_qkv_bias": False, "use_rmsnorm": True, "use_sliding_window": False, "vocab_size": 157184,
     },
     "sarvam_moe": {
         "architectures": ["SarvamMoEForCausalLM"], "attention_dropout": 0.0, "embedding_dropout": 0.0,
@@ -385,6 +400,23 @@ def test_files_of_the_hub_whose_layers_differ() -> None:
     assert [moe.router for moe in moes if isinstance(moe, MoEConfig)] == routers
     few = read(HUB["llama4_text"] | {"interleave_moe_layer_step": 2})
     assert [isinstance(layer.ffn, MoEConfig) for layer in few.layers[:4]] == [False, True, False, True]
+
+
+def test_models_that_decode_blocks() -> None:
+    """They are those that they were made of, but for what rows see."""
+    for family, base, block, mask, named in (
+        ("llada2_moe", "bailing_moe", 32, 156895, {}),
+        ("sdar_moe", "qwen3_moe", 4, 151669, {"fuse_cross_entropy": True, "debug": False}),
+    ):
+        fields = HUB.get(family) or HUB[base] | named | {"model_type": family}
+        config = read(fields)
+        assert config.diffusion == BlockDiffusion(block, mask)
+        other = read(fields | {"block_size": 8, "mask_token_id": 7})
+        assert other.diffusion == BlockDiffusion(8, 7)
+        assert attended(other) == replace(attended(config), block=8)
+        plain = {name: value for name, value in fields.items() if name not in named} | {"model_type": base}
+        assert [replace(layer, attention=attended(read(plain))) for layer in config.layers] == list(read(plain).layers)
+        assert replace(attended(config), block=1) == attended(read(plain))
 
 
 def test_dense_layers_and_windows() -> None:

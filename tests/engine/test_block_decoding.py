@@ -157,6 +157,10 @@ def test_a_cancelled_request_frees_its_pages(crowded: LLM) -> None:
     assert not crowded.engine.has_work
 
 
+def test_a_step_is_explained_with_all_rows_of_blocks(crowded: LLM) -> None:
+    assert crowded.explain(6).rows == 6 * BLOCK
+
+
 @pytest.mark.parametrize(
     ("params", "words"),
     [

@@ -6,7 +6,7 @@ from moe_jax.checkpoints.fields import Fields
 from moe_jax.config import ModelConfig
 
 SOURCES = qwen3_moe.SOURCES
-NOTHING = ("debug", "fuse_cross_entropy", "micro_forward", "skip_checkpoint")
+NOTHING = ("attn_implementation", "debug", "fuse_cross_entropy", "micro_forward", "skip_checkpoint")
 """Of training."""
 
 
