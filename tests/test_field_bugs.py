@@ -60,6 +60,7 @@ from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_jax.engine import Generation, News
 from moe_jax.layers import DenseMLP, MoE, experts
+from moe_jax.layers.grouped_matmul import Products
 from moe_jax.requests import SamplingParams
 from moe_jax.scheduler import Request
 from moe_jax.sharding import (
@@ -185,9 +186,9 @@ def test_experts_compute_each_choice_of_a_real_row_once_and_nothing_for_pad_rows
     computed: list[int] = []
     plain = experts.grouped_matmul
 
-    def spy(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    def spy(rows: jax.Array, weights: jax.Array, sizes: jax.Array, by: Products) -> jax.Array:
         jax.debug.callback(lambda sizes: computed.append(int(sizes.sum())), sizes)
-        return plain(rows, weights, sizes)
+        return plain(rows, weights, sizes, by)
 
     monkeypatch.setattr(experts, "grouped_matmul", spy)
     made, counts = block(where), [CAPACITY, 1, 0, 3, 0, 0, 2, 1]

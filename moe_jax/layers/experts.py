@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from moe_jax.config import MoEConfig, Weighted
 from moe_jax.layers import parameter
 from moe_jax.layers.activation import gated
-from moe_jax.layers.grouped_matmul import grouped_matmul
+from moe_jax.layers.grouped_matmul import grouped_matmul, products_on
 from moe_jax.layers.parameter import once
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.collectives import argsort
@@ -66,7 +66,8 @@ class Experts(nnx.Module):
                 weights = jnp.ones_like(weights)
             out = self._outputs(rows, assigned[order], sizes, placement)
 
-        place = argsort(order).reshape(experts.shape)
+        places = jnp.arange(order.size, dtype=jnp.int32)
+        place = jnp.zeros_like(order).at[order].set(places, unique_indices=True).reshape(experts.shape)
         y = jnp.zeros(x.shape, jnp.float32)
         for choice in range(experts.shape[1]):
             weighted = out[place[:, choice]] * weights[:, choice, None]
@@ -78,11 +79,12 @@ class Experts(nnx.Module):
     ) -> Float[Array, "M D"]:
         """Of rows sorted by expert, each row's; those of other devices' experts may come out as anything."""
         gate_up, down, held = self.gate_up[...], self.down[...], self.held
-        gates_ups = grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
+        by = products_on(placement.device)
+        gates_ups = grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes, by)
         if self.gate_up_bias is not None:
             gates_ups += self.gate_up_bias[...].reshape(held, -1).at[experts].get(mode="clip")
         gate, up = jnp.split(gates_ups, 2, axis=1)
-        out = grouped_matmul(gated(self.activation, gate, up), down, sizes)
+        out = grouped_matmul(gated(self.activation, gate, up), down, sizes, by)
         if self.down_bias is not None:
             out += once(self.down_bias[...], placement, Role.FFN).at[experts].get(mode="clip")
         return out
