@@ -84,7 +84,7 @@ def _walk(walker: Walker, inputs: Inputs, assigned: Assigned, gate_up: InPlace, 
         block = x[row]
         if walker.weighted is Weighted.INPUT:
             block, weight = block * weight.astype(x.dtype), jnp.ones_like(weight)
-        gates_ups = block @ gate_up.part(expert).reshape(x.shape[1], -1)
+        gates_ups = block @ gate_up.part(expert)
         if held.gate_up_bias is not None:
             gates_ups += held.gate_up_bias[expert]
         out = gated(walker.activation, *jnp.split(gates_ups, 2, axis=1)) @ down.part(expert)

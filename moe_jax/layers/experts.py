@@ -20,7 +20,7 @@ from moe_jax.layers.activation import gated
 from moe_jax.layers.expert_walk import Assigned, Held, Inputs, Walker, walk_experts
 from moe_jax.layers.grouped_matmul import Products, grouped_matmul, products_on
 from moe_jax.layers.grouped_walk import Walk
-from moe_jax.layers.parameter import once
+from moe_jax.layers.parameter import InPlace, once
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.collectives import argsort
 
@@ -61,13 +61,15 @@ class Experts(nnx.Module):
         sizes = jnp.bincount(assigned, length=self.held + 1)[:-1]
         inputs = Inputs(x, weights, self._parameters(placement))
         by = products_on(placement.device)
-        sorted_form = partial(_sorted_form, by, self.activation, self.weighted)
+        over_sorted = partial(sorted_form, by, self.activation, self.weighted)
+        gate_up, down = parameter.in_place(self.gate_up), parameter.in_place(self.down)
+        in_place = gate_up.reshape(*inputs.held.gate_up.shape), down
         with jax.named_scope("grouped_gated_mlp"):
+            which = Assigned(argsort(assigned), sizes, here)
             if not isinstance(by, Walk):
-                return sorted_form(inputs, Assigned(argsort(assigned), sizes, here))
-            walker = Walker(self.activation, self.weighted, placement.size(Role.EXPERTS), sorted_form)
-            in_place = parameter.in_place(self.gate_up), parameter.in_place(self.down)
-            return walk_experts(walker, inputs, Assigned(argsort(assigned), sizes, here), *in_place)
+                return over_sorted(inputs, which, in_place)
+            walker = Walker(self.activation, self.weighted, placement.size(Role.EXPERTS), over_sorted)
+            return walk_experts(walker, inputs, which, *in_place)
 
     def _parameters(self, placement: Placement) -> Held:
         gate_up, down_bias = self.gate_up[...], self.down_bias
@@ -79,20 +81,25 @@ class Experts(nnx.Module):
         )
 
 
-def _sorted_form(
-    by: Products, activation: Activation, weighted: Weighted, inputs: Inputs, assigned: Assigned
+def sorted_form(
+    by: Products,
+    activation: Activation,
+    weighted: Weighted,
+    inputs: Inputs,
+    assigned: Assigned,
+    in_place: tuple[InPlace, InPlace] | tuple[None, None] = (None, None),
 ) -> Float[Array, "N D"]:
-    """All rows of an expert at once, by grouped matmuls."""
-    (x, weights, held), (order, sizes, here) = inputs, assigned
+    """All rows of an expert at once, by grouped matmuls of gates and ups, and of outputs."""
+    (x, weights, held), (order, sizes, here), (gate_up, down) = inputs, assigned, in_place
     rows = x[order // here.shape[1]]
     if weighted is Weighted.INPUT:
         rows *= weights.reshape(-1)[order, None].astype(x.dtype)
         weights = jnp.ones_like(weights)
     expert = jnp.sum(jnp.cumsum(sizes) <= jnp.arange(order.size)[:, None], axis=1)
-    gates_ups = grouped_matmul(rows, held.gate_up, sizes, by)
+    gates_ups = grouped_matmul(rows, held.gate_up, sizes, by, gate_up)
     if held.gate_up_bias is not None:
         gates_ups += held.gate_up_bias.at[expert].get(mode="clip")
-    out = grouped_matmul(gated(activation, *jnp.split(gates_ups, 2, axis=1)), held.down, sizes, by)
+    out = grouped_matmul(gated(activation, *jnp.split(gates_ups, 2, axis=1)), held.down, sizes, by, down)
     if held.down_bias is not None:
         out += held.down_bias.at[expert].get(mode="clip")
 

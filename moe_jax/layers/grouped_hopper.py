@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.layers.grouped_tiles import Tiles
+from moe_jax.layers.parameter import InPlace
 
 ROWS, OUTPUTS, INPUTS, STEPS = 64, 128, 64, 4
 """Of a tile; and how many steps over the inputs are loaded ahead."""
@@ -23,16 +23,14 @@ class Hopper:
     """With the asynchronous copies and warpgroup matmuls of these GPUs, which take tiles of at least 64 rows, two bytes
     a number, and sizes that divide; all else is computed by `Tiles`."""
 
-    def product(
-        self, rows: Float[Array, "M D"], weights: Float[Array, "G D F"], sizes: Int32[Array, "G"]
-    ) -> Float[Array, "M F"]:
+    def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
         if not fits(rows, weights):
             return OTHERWISE.product(rows, weights, sizes)
         from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot  # imports what only it needs
 
         return ragged_dot(
             rows,
-            weights,
+            weights.whole(),
             group_sizes=sizes,
             block_m=ROWS,
             block_n=OUTPUTS,
@@ -47,8 +45,8 @@ class Hopper:
         return OTHERWISE.outer(rows, grad, sizes)
 
 
-def fits(rows: jax.Array, weights: jax.Array) -> bool:
+def fits(rows: Array, weights: InPlace) -> bool:
     """Whether the kernel takes these, and an even share of the rows fills its tiles."""
-    (count, inputs), (groups, _, outputs) = rows.shape, weights.shape
+    (count, inputs), (_, groups, _, outputs) = rows.shape, weights.stack.shape
     whole = inputs % INPUTS == outputs % OUTPUTS == 0
-    return whole and rows.dtype == weights.dtype and rows.dtype.itemsize == 2 and count >= groups * ROWS
+    return whole and rows.dtype == weights.stack.dtype and rows.dtype.itemsize == 2 and count >= groups * ROWS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 from moe_jax.layers.grouped_hopper import Hopper
 from moe_jax.layers.grouped_tiles import Tiles
 from moe_jax.layers.grouped_walk import Walk
+from moe_jax.layers.parameter import InPlace
 from moe_jax.sharding.collectives import vary_alike
 from moe_jax.sharding.mesh import Device
 
@@ -26,10 +27,8 @@ HOPPER = "9.0"
 class Products(Protocol):
     """How a kind of device does it. Rows beyond the groups may hold anything, and come out as anything."""
 
-    def product(
-        self, rows: Float[Array, "M D"], weights: Float[Array, "G D F"], sizes: Int32[Array, "G"]
-    ) -> Float[Array, "M F"]:
-        """`rows @ weights[g]` for the rows of each group g."""
+    def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
+        """`rows @ weights.part(g)` for the rows of each group g."""
         ...
 
     def outer(
@@ -43,8 +42,8 @@ class Products(Protocol):
 class Ragged:
     """By XLA, whose TPU backend has kernels for it; its others multiply every row with every group's weights."""
 
-    def product(self, rows: Array, weights: Array, sizes: Array) -> Array:
-        return jax.lax.ragged_dot(rows, weights, sizes)
+    def product(self, rows: Array, weights: InPlace, sizes: Array) -> Array:
+        return jax.lax.ragged_dot(rows, weights.whole(), sizes)
 
     def outer(self, rows: Array, grad: Array, sizes: Array) -> Array:
         contracting = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
@@ -69,6 +68,7 @@ def grouped_matmul(
     weights: Float[Array, "G D F"],
     group_sizes: Int32[Array, "G"],
     by: Products,
+    in_place: InPlace | None = None,
 ) -> Float[Array, "M F"]:
     """`rows @ weights[g]` for the rows of each group g, which follow each other in order.
 
@@ -76,24 +76,27 @@ def grouped_matmul(
 
     Args:
       by: how to, as `products_on` the device says that the program is compiled for.
+      in_place: the same weights in their stack, from which they need not be cut then.
     """
-    return _grouped_matmul(by, *vary_alike(rows, weights, group_sizes))
+    rows, weights, group_sizes = vary_alike(rows, weights, group_sizes)
+    return _grouped_matmul(by, rows, weights, group_sizes, in_place or InPlace.alone(weights))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(by: Products, rows: Array, weights: Array, group_sizes: Array) -> Array:
-    out = vary_alike(by.product(rows, weights, group_sizes), rows)[0]
+def _grouped_matmul(by: Products, rows: Array, weights: Array, group_sizes: Array, in_place: InPlace) -> Array:
+    del weights
+    out = vary_alike(by.product(rows, in_place, group_sizes), rows)[0]
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None], out, 0)
 
 
-def _forward(by: Products, rows: Array, weights: Array, group_sizes: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _grouped_matmul(by, rows, weights, group_sizes), (rows, weights, group_sizes)
+def _forward(by: Products, *args: Any) -> tuple[Array, tuple[Array, ...]]:
+    return _grouped_matmul(by, *args), args[:3]
 
 
-def _backward(by: Products, saved: tuple[Array, ...], grad: Array) -> tuple[Array, Array, None]:
+def _backward(by: Products, saved: tuple[Array, ...], grad: Array) -> tuple[Array, Array, None, None]:
     rows, weights, group_sizes = saved
     grad_rows = grouped_matmul(grad, weights.swapaxes(1, 2), group_sizes, by)
-    return grad_rows, vary_alike(by.outer(rows, grad, group_sizes), rows)[0], None
+    return grad_rows, vary_alike(by.outer(rows, grad, group_sizes), rows)[0], None, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

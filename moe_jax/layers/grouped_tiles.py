@@ -20,6 +20,8 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.layers.grouped_walk import Blocks
+from moe_jax.layers.parameter import InPlace
+from moe_jax.sharding.collectives import vary_alike
 
 SMALLEST_TILE, LARGEST_TILE = 16, 64
 """Of rows; the tensor cores multiply no fewer than 16."""
@@ -35,15 +37,14 @@ class Tiles:
     interpret: bool = False
     """Run the kernels step by step on any device: slow, for tests."""
 
-    def product(
-        self, rows: Float[Array, "M D"], weights: Float[Array, "G D F"], sizes: Int32[Array, "G"]
-    ) -> Float[Array, "M F"]:
-        (count, inputs), (groups, _, outputs) = rows.shape, weights.shape
+    def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
+        (count, inputs), (_, groups, _, outputs) = rows.shape, weights.stack.shape
         size, most = tile_rows(count, groups), tiles(count, groups)
         blocks = Blocks.of(jnp.cumsum(sizes) - sizes, sizes, size, count)
         spans = jax.vmap(blocks.span)(jnp.arange(most))
         kernel = partial(_product, size=size, inputs=inputs, outputs=outputs)
-        return self._call(kernel, (most, pl.cdiv(outputs, OUTPUTS)), (count, outputs), *spans, rows, weights)
+        grid, layer = (most, pl.cdiv(outputs, OUTPUTS)), vary_alike(weights.layer[None], rows)[0]
+        return self._call(kernel, grid, (count, outputs), *spans, layer, rows, weights.stack)
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
@@ -72,7 +73,7 @@ def tiles(rows: int, groups: int) -> int:
     return rows // tile_rows(rows, groups) + min(groups, rows)
 
 
-def _product(groups: Any, firsts: Any, ends: Any, rows: Any, weights: Any, out: Any, **sizes: int) -> None:
+def _product(groups: Any, firsts: Any, ends: Any, layer: Any, rows: Any, weights: Any, out: Any, **sizes: int) -> None:
     """One tile of the products: `size` rows of one group, and OUTPUTS columns."""
     size, inputs, outputs = sizes["size"], sizes["inputs"], sizes["outputs"]
     tile, column = pl.program_id(0), pl.program_id(1) * OUTPUTS
@@ -86,7 +87,7 @@ def _product(groups: Any, firsts: Any, ends: Any, rows: Any, weights: Any, out: 
             at = step * INPUTS
             within = at + jnp.arange(INPUTS) < inputs
             x = _load(rows.at[pl.ds(first, size), pl.ds(at, INPUTS)], own, within)
-            w = _load(weights.at[group, pl.ds(at, INPUTS), pl.ds(column, OUTPUTS)], within, columns)
+            w = _load(weights.at[layer[0], group, pl.ds(at, INPUTS), pl.ds(column, OUTPUTS)], within, columns)
             return total + jnp.dot(x, w, preferred_element_type=jnp.float32)
 
         total = lax.fori_loop(0, pl.cdiv(inputs, INPUTS), add, jnp.zeros((size, OUTPUTS), jnp.float32))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from moe_jax.layers.parameter import InPlace
 from moe_jax.sharding.collectives import vary_alike
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 128
@@ -25,18 +26,17 @@ class Walk:
     A loop of which the device does not know the end waits for the host in each round on a GPU: see `grouped_tiles`.
     """
 
-    def product(
-        self, rows: Float[Array, "M D"], weights: Float[Array, "G D F"], sizes: Int32[Array, "G"]
-    ) -> Float[Array, "M F"]:
-        count, groups = rows.shape[0], weights.shape[0]
+    def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
+        count, groups = rows.shape[0], sizes.shape[0]
         starts, at_once = jnp.cumsum(sizes) - sizes, _rows_at_once(count, groups)
-        out = _first_rows(rows, weights, starts, at_once) if at_once else _zeros((count, weights.shape[2]), rows)
+        shape = count, weights.stack.shape[-1]
+        out = _first_rows(rows, weights.whole(), starts, at_once) if at_once else _zeros(shape, rows)
         left = jnp.maximum(sizes - at_once, 0)
         blocks = Blocks.of(starts + at_once, left, block_size(count, groups), count)
 
         def visit(i: Array, out: Array) -> Array:
             group, first, own = blocks.block(i)
-            product = lax.dynamic_slice_in_dim(rows, first, blocks.size) @ weights[group]
+            product = lax.dynamic_slice_in_dim(rows, first, blocks.size) @ weights.part(group)
             before = lax.dynamic_slice_in_dim(out, first, blocks.size)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], product, before), first, 0)
 

@@ -55,8 +55,20 @@ class InPlace:
     stack: Shaped[Array, "L E ..."]
     layer: Int32[Array, ""]
 
+    @classmethod
+    def alone(cls, parameter: Shaped[Array, "E ..."]) -> InPlace:
+        """A stack of one."""
+        return cls(parameter[None], jnp.zeros((), jnp.int32))
+
     def part(self, index: Int32[Array, ""]) -> Shaped[Array, "..."]:
         return self.stack[self.layer, index]
+
+    def whole(self) -> Shaped[Array, "E ..."]:
+        return self.stack[self.layer]
+
+    def reshape(self, *shape: int) -> InPlace:
+        """The parameter in another shape."""
+        return InPlace(self.stack.reshape(self.stack.shape[0], *shape), self.layer)
 
 
 class Cut:
@@ -71,9 +83,9 @@ class Cut:
 
 
 def in_place(parameter: nnx.Param) -> InPlace:
-    """Where a parameter lies; one that is no part of a stack is a stack of one."""
+    """Where a parameter lies."""
     value = parameter.get_value()
-    return value.in_place if isinstance(value, Cut) else InPlace(value[None], jnp.zeros((), jnp.int32))
+    return value.in_place if isinstance(value, Cut) else InPlace.alone(value)
 
 
 def placed(parameters: nnx.State, placement: Placement) -> nnx.State:

@@ -1,6 +1,6 @@
 """Compiles grouped matmuls for GPUs that are not there, and prints as JSON what came of it.
 
-M  rows     G  groups     D  inputs     F  outputs
+M  rows     G  groups     D  inputs     F  outputs     L  layers
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
 from moe_jax.layers.grouped_matmul import grouped_matmul, products_on
+from moe_jax.layers.parameter import InPlace
 from moe_jax.sharding import make_mesh
 from moe_jax.sharding.targets import COMPILER_OPTIONS, target_devices
 
-G, D, F = 16, 2048, 768
+G, D, F, L = 16, 2048, 768, 4
 
 
 def compiled(function: Callable[..., jax.Array], *shapes: jax.ShapeDtypeStruct, target: str) -> Compiled:
@@ -43,15 +45,24 @@ def found(compiled: Compiled) -> dict[str, Any]:
 def main() -> None:
     for line in sys.stdin:
         case = json.loads(line)
-        rows = jax.ShapeDtypeStruct((case["rows"], D), case["dtype"])
-        sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
-        weights = jax.ShapeDtypeStruct((G, D, F), case["dtype"])
         by = products_on(target_devices(case["target"], 1)[0])
+        rows = jax.ShapeDtypeStruct((case["rows"], D), case["dtype"])
+        stack = jax.ShapeDtypeStruct((L, G, D, D), case["dtype"])
+        sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
 
-        def product(rows: jax.Array, weights: jax.Array, sizes: jax.Array, by: Any = by) -> jax.Array:
-            return grouped_matmul(rows, weights, sizes, by)
+        def one(rows: jax.Array, stack: jax.Array, sizes: jax.Array, by: Any = by) -> jax.Array:
+            return grouped_matmul(rows, stack[0, :, :, :F], sizes, by)
 
-        print(json.dumps(found(compiled(product, rows, weights, sizes, target=case["target"]))), flush=True)
+        def layers(rows: jax.Array, stack: jax.Array, sizes: jax.Array, by: Any = by) -> jax.Array:
+            def layer(rows: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+                index, weights = at
+                return grouped_matmul(rows, weights, sizes, by, InPlace(stack, index)), None
+
+            return lax.scan(layer, rows, (jnp.arange(L), stack))[0]
+
+        function = {"one": one, "layers": layers}[case["of"]]
+        weights = stack if case["of"] == "layers" else jax.ShapeDtypeStruct((1, G, D, F), case["dtype"])
+        print(json.dumps(found(compiled(function, rows, weights, sizes, target=case["target"]))), flush=True)
 
 
 main()

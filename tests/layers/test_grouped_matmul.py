@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moe_jax.layers.grouped_matmul import Products, Ragged, grouped_matmul
 from moe_jax.layers.grouped_tiles import SMALLEST_TILE, Tiles, tile_rows, tiles
 from moe_jax.layers.grouped_walk import LARGEST_BLOCK, Blocks, Walk, block_size
+from moe_jax.layers.parameter import InPlace
 
 ROWS, GROUPS, INPUTS, OUTPUTS = 40, 5, 8, 6
 WAYS = (Walk(), Ragged(), Tiles(interpret=True))
@@ -69,6 +70,17 @@ def test_more_than_a_tile_of_rows_inputs_and_outputs(by: Products) -> None:
     for sizes in ([300, 0, 0], [129, 1, 170], [5, 200, 0]):
         got = grouped_matmul_jit(rows.astype(np.float32), weights.astype(np.float32), jnp.array(sizes), by)
         np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-4)
+
+
+@ways
+def test_weights_are_found_in_the_stack_of_layers(by: Products) -> None:
+    rows, weights = inputs()
+    stack = jnp.stack([jnp.full_like(weights, jnp.nan), weights, jnp.full_like(weights, jnp.nan)])
+    sizes = [3, 0, 20, 1, 2]
+    got = jax.jit(grouped_matmul, static_argnames="by")(
+        rows, weights, jnp.array(sizes), by, InPlace(stack, jnp.array(1))
+    )
+    np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-5)
 
 
 @ways
