@@ -7,6 +7,7 @@
     step        the compiled program, its inputs on the devices already; tokens/s follow from it
 
 python -m bench.decode [--mesh expert=8] [--model DIR] [--sequences 8] [--trace DIR] [--quick]; --help lists the rest.
+With --against transformers another comparison, of whole generations on one device: see `bench.against`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench import model, script
+from bench import against, model, script
 from bench.step import SCOPES, Decode, prepared
 from bench.timing import interleaved, written
 from moe_jax.models import ShardedDecoder
@@ -81,7 +82,14 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    options, placement = script.begin(arguments(), QUICK)
+    parser = arguments()
+    if parser.parse_args().against:
+        parser.set_defaults(cpu_devices=1, repeats=5)
+    options, placement = script.begin(parser, QUICK)
+    if options.against:
+        if (result := against.main(options, placement)) is not None:
+            script.finish("decode", options, placement, result, lambda axes: against.draw(axes, result["results"]))
+        return
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)
     decoder = model.decoder(options, placement)
@@ -101,6 +109,11 @@ def arguments() -> ArgumentParser:
     parser = script.parser("decode", "Profiles the decode step: reduce-and-slice beside scatter.", repeats=30)
     parser.add_argument("--sequences", type=script.positive, default=8, help="on each token shard")
     parser.add_argument("--positions", type=script.positive, default=128, help="of the caches, at least")
+    parser.add_argument(
+        "--against", choices=["transformers"], help="compare with it on one device: see bench/against.py"
+    )
+    batches = {"type": script.several(script.positive), "default": [1, 32]}
+    parser.add_argument("--batches", **batches, help="sequences, where compared with another program")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="write a jax.profiler trace of some more steps")
     return model.options(parser, layers=4, hidden=256, experts=32, width=128)
 

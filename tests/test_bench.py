@@ -57,6 +57,20 @@ def test_combine_without_matplotlib(tmp_path: Path) -> None:
         check_time(reduce)
 
 
+def test_grouped_matmul(tmp_path: Path) -> None:
+    printed, shown, messages = bench("grouped_matmul", tmp_path, "--cpu-devices", "8")
+    check_plot(tmp_path, "grouped_matmul", messages)
+    assert "times plain" in shown
+    assert [result["assignments"] for result in printed["results"]] == [32, 4]
+    for result in printed["results"]:
+        ours, plain, ragged = (result["variants"][name] for name in ("ours", "plain", "ragged"))
+        for time in (ours, plain, ragged):
+            check_time(time)
+        assert result["times_plain"] == pytest.approx(ours["ms"] / plain["ms"])
+        assert result["times_ragged"] == pytest.approx(ours["ms"] / ragged["ms"])
+        assert result["largest_difference"] < 1e-5
+
+
 def test_moe(tmp_path: Path) -> None:
     printed, shown, messages = bench("moe", tmp_path)
     check_plot(tmp_path, "moe", messages)

@@ -60,6 +60,8 @@ from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_jax.engine import Generation, News
 from moe_jax.layers import DenseMLP, MoE, experts
+from moe_jax.layers.expert_walk import Assigned, Inputs, Walker
+from moe_jax.layers.parameter import InPlace
 from moe_jax.requests import SamplingParams
 from moe_jax.scheduler import Request
 from moe_jax.sharding import (
@@ -183,20 +185,19 @@ def test_experts_compute_each_choice_of_a_real_row_once_and_nothing_for_pad_rows
 ) -> None:
     """Pad rows were routed and filled the experts; and copies of an expert each computed, and added, the same row."""
     computed: list[int] = []
-    plain = experts.grouped_matmul
+    plain = experts.walk_experts
 
-    def spy(rows: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
-        jax.debug.callback(lambda sizes: computed.append(int(sizes.sum())), sizes)
-        return plain(rows, weights, sizes)
+    def spy(walker: Walker, inputs: Inputs, assigned: Assigned, *weights: InPlace) -> jax.Array:
+        jax.debug.callback(lambda sizes: computed.append(int(sizes.sum())), assigned.sizes)
+        return plain(walker, inputs, assigned, *weights)
 
-    monkeypatch.setattr(experts, "grouped_matmul", spy)
+    monkeypatch.setattr(experts, "walk_experts", spy)
     made, counts = block(where), [CAPACITY, 1, 0, 3, 0, 0, 2, 1]
     x = spread(drawn(sum(counts)), counts, CAPACITY, fill=np.nan)
     run = jax.jit(made.program(for_any_counts(where, strategy)))
     run(made.parameters, x, Rows.of(counts, made.placement, CAPACITY)).block_until_ready()
     jax.effects_barrier()
-    matmuls = 2  # gate and up, then down
-    assert sum(computed) == matmuls * CONFIG.top_k * sum(counts)
+    assert sum(computed) == CONFIG.top_k * sum(counts)
 
 
 @pytest.mark.parametrize(

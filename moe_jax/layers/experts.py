@@ -6,17 +6,21 @@ E  experts held here     F  this device's part of their width
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.config import MoEConfig, Weighted
+from moe_jax.config import Activation, MoEConfig, Weighted
 from moe_jax.layers import parameter
 from moe_jax.layers.activation import gated
-from moe_jax.layers.grouped_matmul import grouped_matmul
-from moe_jax.layers.parameter import once
+from moe_jax.layers.expert_walk import Assigned, Held, Inputs, Walker, walk_experts
+from moe_jax.layers.grouped_matmul import Products, grouped_matmul, products_on
+from moe_jax.layers.grouped_walk import Walk
+from moe_jax.layers.parameter import InPlace, once
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.collectives import argsort
 
@@ -51,38 +55,58 @@ class Experts(nnx.Module):
         placement: Placement,
     ) -> Float[Array, "N D"]:
         """The outputs of the experts held here, weighted, summed per row: this device's part of the output."""
-        held = self.held
-        local = experts - placement.index(Role.EXPERTS) * held
-        here = (local >= 0) & (local < held)
-        # Assignments sorted by expert, those of other devices last.
-        assigned = jnp.where(here, local, held).reshape(-1)
-        order = argsort(assigned)
-        sizes = jnp.bincount(assigned, length=held + 1)[:-1]
-
+        local = experts - placement.index(Role.EXPERTS) * self.held
+        here = (local >= 0) & (local < self.held)
+        assigned = jnp.where(here, local, self.held).reshape(-1)
+        sizes = jnp.bincount(assigned, length=self.held + 1)[:-1]
+        inputs = Inputs(x, weights, self._parameters(placement))
+        by = products_on(placement.device)
+        over_sorted = partial(sorted_form, by, self.activation, self.weighted)
+        gate_up, down = parameter.in_place(self.gate_up), parameter.in_place(self.down)
+        in_place = gate_up.reshape(*inputs.held.gate_up.shape), down
         with jax.named_scope("grouped_gated_mlp"):
-            rows = x[order // experts.shape[1]]
-            if self.weighted is Weighted.INPUT:
-                rows *= weights.reshape(-1)[order, None].astype(x.dtype)
-                weights = jnp.ones_like(weights)
-            out = self._outputs(rows, assigned[order], sizes, placement)
+            which = Assigned(argsort(assigned), sizes, here)
+            if not isinstance(by, Walk):
+                return over_sorted(inputs, which, in_place)
+            walker = Walker(self.activation, self.weighted, placement.size(Role.EXPERTS), over_sorted)
+            return walk_experts(walker, inputs, which, *in_place)
 
-        place = argsort(order).reshape(experts.shape)
-        y = jnp.zeros(x.shape, jnp.float32)
-        for choice in range(experts.shape[1]):
-            weighted = out[place[:, choice]] * weights[:, choice, None]
-            y += jnp.where(here[:, choice, None], weighted, 0)
-        return y.astype(x.dtype)
+    def _parameters(self, placement: Placement) -> Held:
+        gate_up, down_bias = self.gate_up[...], self.down_bias
+        return Held(
+            gate_up.reshape(*gate_up.shape[:2], -1),
+            self.down[...],
+            None if self.gate_up_bias is None else self.gate_up_bias[...].reshape(self.held, -1),
+            None if down_bias is None else once(down_bias[...], placement, Role.FFN),
+        )
 
-    def _outputs(
-        self, rows: Float[Array, "M D"], experts: Int32[Array, "M"], sizes: Int32[Array, "E"], placement: Placement
-    ) -> Float[Array, "M D"]:
-        """Of rows sorted by expert, each row's; those of other devices' experts may come out as anything."""
-        gate_up, down, held = self.gate_up[...], self.down[...], self.held
-        gates_ups = grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
-        if self.gate_up_bias is not None:
-            gates_ups += self.gate_up_bias[...].reshape(held, -1).at[experts].get(mode="clip")
-        gate, up = jnp.split(gates_ups, 2, axis=1)
-        out = grouped_matmul(gated(self.activation, gate, up), down, sizes)
-        if self.down_bias is not None:
-            out += once(self.down_bias[...], placement, Role.FFN).at[experts].get(mode="clip")
-        return out
+
+def sorted_form(
+    by: Products,
+    activation: Activation,
+    weighted: Weighted,
+    inputs: Inputs,
+    assigned: Assigned,
+    in_place: tuple[InPlace, InPlace] | tuple[None, None] = (None, None),
+) -> Float[Array, "N D"]:
+    """All rows of an expert at once, by grouped matmuls of gates and ups, and of outputs."""
+    (x, weights, held), (order, sizes, here), (gate_up, down) = inputs, assigned, in_place
+    rows = x[order // here.shape[1]]
+    if weighted is Weighted.INPUT:
+        rows *= weights.reshape(-1)[order, None].astype(x.dtype)
+        weights = jnp.ones_like(weights)
+    expert = jnp.sum(jnp.cumsum(sizes) <= jnp.arange(order.size)[:, None], axis=1)
+    gates_ups = grouped_matmul(rows, held.gate_up, sizes, by, gate_up)
+    if held.gate_up_bias is not None:
+        gates_ups += held.gate_up_bias.at[expert].get(mode="clip")
+    out = grouped_matmul(gated(activation, *jnp.split(gates_ups, 2, axis=1)), held.down, sizes, by, down)
+    if held.down_bias is not None:
+        out += held.down_bias.at[expert].get(mode="clip")
+
+    places = jnp.arange(order.size, dtype=jnp.int32)
+    place = jnp.zeros_like(order).at[order].set(places, unique_indices=True).reshape(here.shape)
+    y = jnp.zeros(x.shape, jnp.float32)
+    for choice in range(here.shape[1]):
+        weighted_out = out[place[:, choice]] * weights[:, choice, None]
+        y += jnp.where(here[:, choice, None], weighted_out, 0)
+    return y.astype(x.dtype)

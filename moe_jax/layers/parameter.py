@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, Shaped
 
 from moe_jax.sharding import Placement, Role
 
@@ -42,6 +45,47 @@ def only_head(heads: int, placement: Placement) -> HeadNumber | None:
 def once(bias: Array, placement: Placement, role: Role) -> Array:
     """A bias for a partial sum: on the first of the devices that the role splits over, zero on the others."""
     return jnp.where(placement.index(role) == 0, bias, 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InPlace:
+    """A layer's parameter in the stack of those of many layers, of which parts can be read without the whole."""
+
+    stack: Shaped[Array, "L E ..."]
+    layer: Int32[Array, ""]
+
+    @classmethod
+    def alone(cls, parameter: Shaped[Array, "E ..."]) -> InPlace:
+        """A stack of one."""
+        return cls(parameter[None], jnp.zeros((), jnp.int32))
+
+    def part(self, index: Int32[Array, ""]) -> Shaped[Array, "..."]:
+        return self.stack[self.layer, index]
+
+    def whole(self) -> Shaped[Array, "E ..."]:
+        return self.stack[self.layer]
+
+    def reshape(self, *shape: int) -> InPlace:
+        """The parameter in another shape."""
+        return InPlace(self.stack.reshape(self.stack.shape[0], *shape), self.layer)
+
+
+class Cut:
+    """A parameter as a layer of a scanned stack sees it: `parameter[...]` is the layer's own, as of any parameter."""
+
+    def __init__(self, own: Array, stack: Array, layer: Int32[Array, ""]) -> None:
+        self._own, self.shape, self.dtype = own, own.shape, own.dtype
+        self.in_place = InPlace(stack, layer)
+
+    def __getitem__(self, index: Any) -> Array:
+        return self._own if index is ... else self._own[index]
+
+
+def in_place(parameter: nnx.Param) -> InPlace:
+    """Where a parameter lies."""
+    value = parameter.get_value()
+    return value.in_place if isinstance(value, Cut) else InPlace.alone(value)
 
 
 def placed(parameters: nnx.State, placement: Placement) -> nnx.State:

@@ -37,6 +37,7 @@ from moe_jax.layers import (
     States,
     Step,
     Vocabulary,
+    parameter,
     row_norm,
 )
 from moe_jax.models.grouping import Group, group_layers
@@ -117,9 +118,10 @@ class Stack(nnx.Module):
         blocks, parameters = nnx.split(self.unit)
 
         def body(carry: tuple[Array, list[Cache | States]], repeat: tuple[Array, Any]) -> tuple[Any, list[Load]]:
-            (x, caches), (index, parameters) = carry, repeat
+            (x, caches), (index, own) = carry, repeat
+            cut = jax.tree.map(lambda own, stack: parameter.Cut(own, stack, index), own, parameters)
             written, loads = [], []
-            for block, cache in zip(nnx.merge(blocks, parameters), caches, strict=True):
+            for block, cache in zip(nnx.merge(blocks, cut), caches, strict=True):
                 x, cache, load = block(x, step, cache, index)
                 written.append(cache)
                 loads += [] if load is None else [load]

@@ -163,9 +163,14 @@ class Placement:
         return shard
 
     @property
+    def device(self) -> Device:
+        """One of the devices, which are of a kind: what programs are compiled for."""
+        return self.mesh.devices.flat[0]
+
+    @property
     def sends_ragged(self) -> bool:
         """Whether the devices can exchange rows whose number is known at run time only: XLA's CPU backend cannot."""
-        return self.mesh.devices.flat[0].platform != "cpu"
+        return self.device.platform != "cpu"
 
     @property
     def scatter_axes(self) -> tuple[str, ...]:

@@ -7,10 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.layers.grouped_matmul import LARGEST_BLOCK, _Blocks, grouped_matmul
+from moe_jax.layers.grouped_matmul import Products, Ragged, grouped_matmul
+from moe_jax.layers.grouped_tiles import SMALLEST_TILE, Tiles, tile_rows, tiles
+from moe_jax.layers.grouped_walk import LARGEST_BLOCK, Blocks, Walk, block_size
+from moe_jax.layers.parameter import InPlace
 
 ROWS, GROUPS, INPUTS, OUTPUTS = 40, 5, 8, 6
-grouped_matmul_jit = jax.jit(grouped_matmul)
+WAYS = (Walk(), Ragged(), Tiles(interpret=True))
+grouped_matmul_jit = jax.jit(grouped_matmul, static_argnames="by")
+ways = pytest.mark.parametrize("by", WAYS, ids=lambda by: type(by).__name__.lower())
 
 
 def inputs(rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
@@ -28,32 +33,59 @@ def loop(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
     return out
 
 
+@ways
 @settings(deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, ROWS // GROUPS), min_size=GROUPS, max_size=GROUPS))
-def test_equals_a_loop_over_groups(sizes: list[int]) -> None:
+@given(cuts=st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS))
+def test_equals_a_loop_over_groups(by: Products, cuts: list[int]) -> None:
+    """Whatever lies beyond the groups."""
     rows, weights = inputs()
-    got = grouped_matmul_jit(rows, weights, jnp.array(sizes))
+    sizes = np.diff(sorted(cuts), prepend=0).tolist()
+    rows[sum(sizes) :] = np.nan
+    got = grouped_matmul_jit(rows, weights, jnp.array(sizes), by)
     np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-5)
 
 
+@ways
 @pytest.mark.parametrize("sizes", [[0] * 5, [40, 0, 0, 0, 0], [0, 0, 0, 0, 40], [0, 17, 0, 23, 0], [1] * 5])
-def test_extreme_sizes_and_what_lies_beyond_them(sizes: list[int]) -> None:
+def test_extreme_sizes_and_what_lies_beyond_them(by: Products, sizes: list[int]) -> None:
     rows, weights = inputs()
     rows[sum(sizes) :] = np.nan
-    np.testing.assert_allclose(
-        grouped_matmul_jit(rows, weights, jnp.array(sizes)), loop(rows, weights, sizes), atol=1e-5
-    )
+    got = grouped_matmul_jit(rows, weights, jnp.array(sizes), by)
+    np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-5)
 
 
+@ways
 @pytest.mark.parametrize("rows", [1, 3, 7])
-def test_fewer_rows_than_a_block(rows: int) -> None:
+def test_fewer_rows_than_a_block(by: Products, rows: int) -> None:
     x, weights = inputs(rows)
     sizes = [0, rows, 0, 0, 0]
-    np.testing.assert_allclose(grouped_matmul_jit(x, weights, jnp.array(sizes)), loop(x, weights, sizes), atol=1e-5)
+    got = grouped_matmul_jit(x, weights, jnp.array(sizes), by)
+    np.testing.assert_allclose(got, loop(x, weights, sizes), atol=1e-5)
 
 
+@pytest.mark.parametrize("by", WAYS[::2], ids=["walk", "tiles"])
+def test_more_than_a_tile_of_rows_inputs_and_outputs(by: Products) -> None:
+    random = np.random.default_rng(1)
+    rows, weights = random.normal(size=(300, 70)), random.normal(size=(3, 70, 130))
+    for sizes in ([300, 0, 0], [129, 1, 170], [5, 200, 0]):
+        got = grouped_matmul_jit(rows.astype(np.float32), weights.astype(np.float32), jnp.array(sizes), by)
+        np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-4)
+
+
+@ways
+def test_weights_are_found_in_the_stack_of_layers(by: Products) -> None:
+    rows, weights = inputs()
+    stack = jnp.stack([jnp.full_like(weights, jnp.nan), weights, jnp.full_like(weights, jnp.nan)])
+    sizes = [3, 0, 20, 1, 2]
+    got = jax.jit(grouped_matmul, static_argnames="by")(
+        rows, weights, jnp.array(sizes), by, InPlace(stack, jnp.array(1))
+    )
+    np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-5)
+
+
+@ways
 @pytest.mark.parametrize("sizes", [[8] * 5, [0] * 5, [40, 0, 0, 0, 0], [3, 0, 20, 1, 2]])
-def test_gradients_equal_those_of_a_dense_expansion(sizes: list[int]) -> None:
+def test_gradients_equal_those_of_a_dense_expansion(by: Products, sizes: list[int]) -> None:
     rows, weights = inputs()
     group_of_row = np.repeat(np.arange(GROUPS), sizes)
     chosen = np.zeros((ROWS, GROUPS), np.float32)
@@ -63,7 +95,7 @@ def test_gradients_equal_those_of_a_dense_expansion(sizes: list[int]) -> None:
         return jnp.sum(jnp.einsum("md,gdf,mg->mf", rows, weights, chosen) ** 2)
 
     def grouped(rows: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.sum(grouped_matmul(rows, weights, jnp.array(sizes)) ** 2)
+        return jnp.sum(grouped_matmul(rows, weights, jnp.array(sizes), by) ** 2)
 
     expected = jax.grad(dense, argnums=(0, 1))(jnp.asarray(rows), jnp.asarray(weights))
     got = jax.jit(jax.grad(grouped, argnums=(0, 1)))(rows, weights)
@@ -73,8 +105,8 @@ def test_gradients_equal_those_of_a_dense_expansion(sizes: list[int]) -> None:
 
 def test_work_grows_with_the_rows_and_not_with_the_groups() -> None:
     def visited_rows(rows: int, sizes: list[int]) -> int:
-        blocks = _Blocks.of(rows, jnp.array(sizes))
-        return int(blocks.count) * blocks.size
+        ends, size = jnp.cumsum(jnp.array(sizes)), block_size(rows, len(sizes))
+        return int(Blocks.of(ends - jnp.array(sizes), jnp.array(sizes), size, rows).count) * size
 
     # Every group partly fills its last block: at most one block each is wasted, and idle groups cost nothing.
     assert visited_rows(4096, [512] * 8) == 4096
@@ -84,10 +116,25 @@ def test_work_grows_with_the_rows_and_not_with_the_groups() -> None:
     assert visited_rows(10**6, [5] * 8) == 8 * LARGEST_BLOCK
 
 
-def test_no_operation_is_as_large_as_an_expansion_over_groups() -> None:
-    rows, groups, width = 64, 32, 16
+def test_tiles_compute_hardly_more_rows_than_there_are() -> None:
+    def computed(sizes: list[int]) -> int:
+        size = tile_rows(sum(sizes), len(sizes))
+        spans = sum(-(-group // size) for group in sizes)
+        assert spans <= tiles(sum(sizes), len(sizes)), "no row without a tile"
+        return spans * size
+
+    random = np.random.default_rng(0)
+    shares = random.multinomial(2048, [1 / 16] * 16).tolist()
+    assert computed(shares) <= 1.3 * 2048
+    assert computed([2048] + [0] * 15) == 2048
+    assert computed([4] * 16) == 16 * SMALLEST_TILE, "the fewest that tensor cores multiply, of each group once"
+
+
+@pytest.mark.parametrize("by", [Walk(), Tiles()], ids=["walk", "tiles"])
+def test_no_operation_is_as_large_as_an_expansion_over_groups(by: Products) -> None:
+    rows, groups, width = 64, 33, 16
     shapes = (jnp.zeros((rows, width)), jnp.zeros((groups, width, width)), jnp.zeros(groups, jnp.int32))
-    jaxpr = str(jax.make_jaxpr(grouped_matmul)(*shapes))
+    jaxpr = str(jax.make_jaxpr(grouped_matmul, static_argnums=3)(*shapes, by))
     assert "dot_general" in jaxpr
     assert f"[{groups},{rows},{width}]" not in jaxpr
     assert f"[{rows},{groups},{width}]" not in jaxpr

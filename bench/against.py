@@ -1,0 +1,225 @@
+"""The same checkpoint, prompts and lengths in moe_jax and in transformers, in turn: whose tokens come faster, and how
+far both are from what the machine can do.
+
+    decode     tokens/s of the tokens after each first one: of a whole generation, less one that ends with the first
+    prefill    prompt tokens/s of a generation that ends with the first token
+    memory     share of the measured bandwidth that a decode step uses, were each weight that its rows visit read once
+    compute    share of the measured float32 FLOP/s that a prefill uses, of multiplications with weights alone
+
+The checkpoint is made here, with random weights. Called by `python -m bench.decode --against transformers`.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bench import script
+from bench.timing import Program, interleaved
+from moe_jax import LLM, SamplingParams
+from moe_jax.sharding import Placement
+
+Prompts = list[list[int]]
+Generate = Callable[[int], np.ndarray]
+"""`[sequences, tokens]`, so many of each."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the checkpoint and what is asked of it."""
+
+    vocabulary: int = 8192
+    hidden: int = 512
+    layers: int = 8
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    experts: int = 32
+    top_k: int = 4
+    width: int = 256
+    prompt: int = 64
+    tokens: int = 65
+
+    @property
+    def rest(self) -> int:
+        """Weights that every row visits."""
+        heads = 2 * self.heads + 2 * self.kv_heads
+        return self.layers * self.hidden * (heads * self.head_dim + self.experts) + self.hidden * self.vocabulary
+
+    @property
+    def expert(self) -> int:
+        """Weights of one expert in all layers."""
+        return self.layers * 3 * self.hidden * self.width
+
+    def step_bytes(self, sequences: int) -> float:
+        """Of the weights that a decode step visits, each once; experts are visited by chance."""
+        visited = self.experts * (1 - (1 - self.top_k / self.experts) ** sequences)
+        return 4 * (self.rest + visited * self.expert)
+
+    def prompt_flops(self, sequences: int) -> float:
+        """Of prompts, whose last rows alone visit the head."""
+        head = self.hidden * self.vocabulary
+        each = self.rest - head + self.top_k * self.expert
+        return 2 * sequences * (self.prompt * each + head)
+
+
+QUICK = Sizes(256, 64, 2, 4, 2, 16, 8, 2, 32, 8, 5)
+
+
+def main(options: Namespace, placement: Placement) -> dict[str, Any] | None:
+    """The results, after a table of them; nothing, but a word why, where transformers is not installed."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        print(f"not compared: {error}; pip install '.[compare]' brings it", file=sys.stderr)
+        return None
+    sizes, prompts_of = QUICK if options.quick else Sizes(), np.random.default_rng(0)
+    limits = measured_limits(options)
+    with TemporaryDirectory() as directory:
+        theirs = random_model(sizes, Path(directory), transformers, torch)
+        results = []
+        for sequences in options.batches:
+            prompts = prompts_of.integers(sizes.vocabulary, size=(sequences, sizes.prompt)).tolist()
+            ours = moe_jax(directory, sizes, prompts, placement)
+            results.append(compare(sizes, sequences, ours, transformers_of(theirs, prompts, torch), options, limits))
+    show(results, limits)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"against": versions, "limits": limits, "results": results}
+
+
+def random_model(sizes: Sizes, directory: Path, transformers: Any, torch: Any) -> Any:
+    """A Qwen3-MoE, also written to the directory."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        num_experts=sizes.experts,
+        num_experts_per_tok=sizes.top_k,
+        moe_intermediate_size=sizes.width,
+        norm_topk_prob=True,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    made = transformers.Qwen3MoeForCausalLM(config).eval()
+    made.save_pretrained(directory)
+    return made
+
+
+def moe_jax(directory: str, sizes: Sizes, prompts: Prompts, placement: Placement) -> Generate:
+    sequences, length = len(prompts), sizes.prompt + sizes.tokens
+    llm = LLM(
+        directory,
+        mesh=placement,
+        max_length=length,
+        max_batch_size=sequences,
+        prefill_tokens=sequences * sizes.prompt,
+        decode_steps=16,
+        prefix_cache=False,
+    )
+
+    def generate(tokens: int) -> np.ndarray:
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        return np.array([output.token_ids for output in llm.generate(prompts, params)])
+
+    return generate
+
+
+def transformers_of(model: Any, prompts: Prompts, torch: Any) -> Generate:
+    ids = torch.tensor(prompts)
+    mask = torch.ones_like(ids)
+
+    def generate(tokens: int) -> np.ndarray:
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+            )
+        return out[:, ids.shape[1] :].numpy()
+
+    return generate
+
+
+def compare(
+    sizes: Sizes, sequences: int, ours: Generate, theirs: Generate, options: Namespace, limits: Mapping[str, float]
+) -> dict[str, Any]:
+    both = {"moe_jax": ours, "transformers": theirs}
+    first, second = (generate(sizes.tokens) for generate in both.values())
+    calls = {
+        f"{name}, {tokens} tokens": partial(generate, tokens)
+        for tokens in (1, sizes.tokens)
+        for name, generate in both.items()
+    }
+    times = interleaved(calls, options.repeats)
+    speeds = {}
+    for name in both:
+        prefill, whole = (times[f"{name}, {tokens} tokens"].median for tokens in (1, sizes.tokens))
+        step = (whole - prefill) / (sizes.tokens - 1)
+        speeds[name] = {
+            "decode": sequences / step,
+            "prefill": sequences * sizes.prompt / prefill,
+            "memory": sizes.step_bytes(sequences) / step / limits["bytes_per_second"],
+            "compute": sizes.prompt_flops(sequences) / prefill / limits["flops_per_second"],
+        }
+    return {
+        "sequences": sequences,
+        "speeds": speeds,
+        "times": {what: speeds["moe_jax"][what] / speeds["transformers"][what] for what in ("decode", "prefill")},
+        "different_tokens": int(np.sum(first != second)),
+        "tokens": int(first.size),
+    }
+
+
+def measured_limits(options: Namespace) -> dict[str, float]:
+    """What this machine reaches in large arrays: the best of reading, copying and adding, and a square matmul."""
+    count, side = (2**16, 64) if options.quick else (2**26, 2048)
+    x, square = jnp.ones(count, jnp.float32), jnp.ones((side, side), jnp.float32)
+    programs = {
+        "read": Program.of(jnp.sum, x),
+        "copy": Program.of(lambda x: -x, x),
+        "triad": Program.of(lambda x, y: x + 2 * y, x, -x),
+        "matmul": Program.of(jnp.matmul, square, square),
+    }
+    times = {name: time.median for name, time in interleaved(programs, options.repeats).items()}
+    moved = {"read": 1, "copy": 2, "triad": 3}
+    best = max(arrays * x.nbytes / times[name] for name, arrays in moved.items())
+    return {"bytes_per_second": best, "flops_per_second": 2 * side**3 / times["matmul"]}
+
+
+def show(results: list[dict[str, Any]], limits: Mapping[str, float]) -> None:
+    gigabytes, gigaflops = (limits[name] / 1e9 for name in ("bytes_per_second", "flops_per_second"))
+    print(f"limits measured here: {gigabytes:.1f} GB/s, {gigaflops:.0f} GFLOP/s in float32")
+    columns = {"sequences": ">9", "": "<12", "decode tokens/s": ">15", "memory": ">7", "prefill tokens/s": ">16"}
+    table = script.Table(columns | {"compute": ">7"})
+    for result in results:
+        for name, speed in result["speeds"].items():
+            figures = f"{speed['decode']:.0f}", f"{speed['memory']:.0%}", f"{speed['prefill']:.0f}"
+            table.row(result["sequences"], name, *figures, f"{speed['compute']:.0%}")
+        decode, prefill = result["times"]["decode"], result["times"]["prefill"]
+        same = result["tokens"] - result["different_tokens"]
+        print(f"          moe_jax decodes at {decode:.2f} and prefills at {prefill:.2f} times the rate of transformers")
+        print(f"          the same greedy tokens: {same} of {result['tokens']}")
+
+
+def draw(axes: script.Axes, results: list[dict[str, Any]]) -> None:
+    """Tokens/s of decode."""
+    at, width = np.arange(len(results)), 0.4
+    for place, name in enumerate(("moe_jax", "transformers")):
+        axes.bar(
+            at + (place - 0.5) * width, [result["speeds"][name]["decode"] for result in results], width, label=name
+        )
+    axes.set_xticks(at, [f"batch {result['sequences']}" for result in results])
+    axes.set_ylabel("decode tokens/s")

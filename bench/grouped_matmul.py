@@ -1,0 +1,80 @@
+"""The matmul of each expert with its own rows: as moe_jax does it, beside what bounds it.
+
+    ours      `moe_jax.layers.grouped_matmul`
+    plain     one matmul of all the rows with one expert's weights: as many operations, fewer bytes
+    ragged    `jax.lax.ragged_dot`
+
+Rows choose their experts by chance. python -m bench.grouped_matmul [--rows 256,32,1] [--quick]; --help lists the rest.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bench import script
+from bench.timing import Program, interleaved, written
+from moe_jax.layers.grouped_matmul import grouped_matmul, products_on
+from moe_jax.sharding import Placement
+
+QUICK = {"repeats": 3, "rows": [8, 1], "experts": 8, "inputs": 32, "outputs": 16}
+
+
+def variants(rows: int, options: Namespace, placement: Placement) -> dict[str, Program]:
+    random, by = np.random.default_rng(0), products_on(placement.device)
+    chosen = [random.permutation(options.experts)[: options.top_k] for _ in range(rows)]
+    sizes = jnp.asarray(np.bincount(np.concatenate(chosen), minlength=options.experts), jnp.int32)
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (rows * options.top_k, options.inputs), options.dtype)
+    weights = jax.random.normal(keys[1], (options.experts, options.inputs, options.outputs), options.dtype)
+    return {
+        "ours": Program.of(lambda x, weights, sizes: grouped_matmul(x, weights, sizes, by), x, weights, sizes),
+        "plain": Program.of(jnp.matmul, x, weights[0]),
+        "ragged": Program.of(lax.ragged_dot, x, weights, sizes),
+    }
+
+
+def measure(rows: int, options: Namespace, placement: Placement) -> dict[str, Any]:
+    programs = variants(rows, options, placement)
+    ours, ragged = np.asarray(programs["ours"]()), np.asarray(programs["ragged"]())
+    times = interleaved(programs, options.repeats)
+    return {
+        "rows": rows,
+        "assignments": rows * options.top_k,
+        "variants": {name: time.as_dict() for name, time in times.items()},
+        "times_plain": times["ours"].median / times["plain"].median,
+        "times_ragged": times["ours"].median / times["ragged"].median,
+        "largest_difference": float(np.max(np.abs(ours - ragged)) / np.max(np.abs(ragged))),
+    }
+
+
+def main() -> None:
+    parser = script.parser("grouped_matmul", "Each expert's own rows: ours, a plain matmul, ragged_dot.", repeats=30)
+    parser.set_defaults(cpu_devices=1)
+    parser.add_argument("--rows", type=script.several(script.positive), default=[256, 32, 1])
+    for name, default in {"experts": 32, "top-k": 4, "inputs": 512, "outputs": 256}.items():
+        parser.add_argument(f"--{name}", type=script.positive, default=default)
+    parser.add_argument("--dtype", default="float32")
+    options, placement = script.begin(parser, QUICK)
+    table = script.Table({"rows": ">6", "assignments": ">11"} | dict.fromkeys(("ours, ms", "plain", "ragged"), ">16"))
+    results = []
+    for rows in options.rows:
+        results.append(found := measure(rows, options, placement))
+        table.row(rows, found["assignments"], *map(written, found["variants"].values()))
+        print(f"       ours takes {found['times_plain']:.2f} times plain, {found['times_ragged']:.2f} times ragged")
+
+    def draw(axes: script.Axes) -> None:
+        labels = [f"{found['rows']} rows" for found in results]
+        names = results[0]["variants"]
+        script.bars(axes, labels, {name: [found["variants"][name] for found in results] for name in names})
+
+    script.finish("grouped_matmul", options, placement, {"results": results}, draw)
+
+
+if __name__ == "__main__":
+    script.run(main)

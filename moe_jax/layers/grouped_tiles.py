@@ -1,0 +1,122 @@
+"""Grouped matmuls on GPUs, by kernels whose programs each compute a tile of one group's rows.
+
+    M  rows, group after group     G  groups     D  inputs     F  outputs     B  rows of a tile     T  tiles, at most
+
+Written for Pallas' Triton backend, which serves every NVIDIA GPU since Ampere, every dtype and size, and needs no GPU
+to be compiled for one. Later versions of JAX mean to move it to a package of its own (`jax_triton`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int32
+
+from moe_jax.layers.grouped_walk import Blocks
+from moe_jax.layers.parameter import InPlace
+from moe_jax.sharding.collectives import vary_alike
+
+SMALLEST_TILE, LARGEST_TILE = 16, 64
+"""Of rows; the tensor cores multiply no fewer than 16."""
+OUTPUTS, INPUTS = 128, 64
+"""Of a tile; the inputs are those of one step of its loop."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Each tile of rows reads its group's weights once, straight from where they lie; nothing is expanded or sorted.
+    Rows beyond the groups cost nothing and are not written."""
+
+    interpret: bool = False
+    """Run the kernels step by step on any device: slow, for tests."""
+
+    def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
+        (count, inputs), (_, groups, _, outputs) = rows.shape, weights.stack.shape
+        size, most = tile_rows(count, groups), tiles(count, groups)
+        blocks = Blocks.of(jnp.cumsum(sizes) - sizes, sizes, size, count)
+        spans = jax.vmap(blocks.span)(jnp.arange(most))
+        kernel = partial(_product, size=size, inputs=inputs, outputs=outputs)
+        grid, layer = (most, pl.cdiv(outputs, OUTPUTS)), vary_alike(weights.layer[None], rows)[0]
+        return self._call(kernel, grid, (count, outputs), *spans, layer, rows, weights.stack)
+
+    def outer(
+        self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
+    ) -> Float[Array, "G D F"]:
+        inputs, outputs = rows.shape[1], grad.shape[1]
+        ends = jnp.cumsum(sizes)
+        kernel = partial(_outer, inputs=inputs, outputs=outputs)
+        grid = (len(sizes), pl.cdiv(inputs, INPUTS), pl.cdiv(outputs, OUTPUTS))
+        return self._call(kernel, grid, (len(sizes), inputs, outputs), ends - sizes, ends, rows, grad)
+
+    def _call(self, kernel: Any, grid: tuple[int, ...], shape: tuple[int, ...], *args: Array) -> Array:
+        like = args[-1]
+        out = jax.ShapeDtypeStruct(shape, like.dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+        params = triton.CompilerParams(num_warps=4, num_stages=3)
+        return pl.pallas_call(kernel, out, grid=grid, interpret=self.interpret, compiler_params=params)(*args)
+
+
+def tile_rows(rows: int, groups: int) -> int:
+    """A power of two near half of an even share: of the last tile of each group, half is idle."""
+    half = max(rows // groups // 2, 1)
+    return min(max(1 << (half - 1).bit_length(), SMALLEST_TILE), LARGEST_TILE)
+
+
+def tiles(rows: int, groups: int) -> int:
+    """As many tiles as any sizes of the groups need."""
+    return rows // tile_rows(rows, groups) + min(groups, rows)
+
+
+def _product(groups: Any, firsts: Any, ends: Any, layer: Any, rows: Any, weights: Any, out: Any, **sizes: int) -> None:
+    """One tile of the products: `size` rows of one group, and OUTPUTS columns."""
+    size, inputs, outputs = sizes["size"], sizes["inputs"], sizes["outputs"]
+    tile, column = pl.program_id(0), pl.program_id(1) * OUTPUTS
+    group, first, end = groups[tile], firsts[tile], ends[tile]
+    own = first + jnp.arange(size) < end
+    columns = column + jnp.arange(OUTPUTS) < outputs
+
+    @pl.when(first < end)
+    def compute() -> None:
+        def add(step: Array, total: Array) -> Array:
+            at = step * INPUTS
+            within = at + jnp.arange(INPUTS) < inputs
+            x = _load(rows.at[pl.ds(first, size), pl.ds(at, INPUTS)], own, within)
+            w = _load(weights.at[layer[0], group, pl.ds(at, INPUTS), pl.ds(column, OUTPUTS)], within, columns)
+            return total + jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+        total = lax.fori_loop(0, pl.cdiv(inputs, INPUTS), add, jnp.zeros((size, OUTPUTS), jnp.float32))
+        _store(out.at[pl.ds(first, size), pl.ds(column, OUTPUTS)], total, own, columns)
+
+
+def _outer(starts: Any, ends: Any, rows: Any, grad: Any, out: Any, **sizes: int) -> None:
+    """One tile of the sums: of one group, INPUTS by OUTPUTS."""
+    group, at, column = pl.program_id(0), pl.program_id(1) * INPUTS, pl.program_id(2) * OUTPUTS
+    start, end = starts[group], ends[group]
+    within = at + jnp.arange(INPUTS) < sizes["inputs"]
+    columns = column + jnp.arange(OUTPUTS) < sizes["outputs"]
+
+    def add(step: Array, total: Array) -> Array:
+        first = start + step * LARGEST_TILE
+        own = first + jnp.arange(LARGEST_TILE) < end
+        x = _load(rows.at[pl.ds(first, LARGEST_TILE), pl.ds(at, INPUTS)], own, within)
+        y = _load(grad.at[pl.ds(first, LARGEST_TILE), pl.ds(column, OUTPUTS)], own, columns)
+        return total + jnp.dot(x.T, y, preferred_element_type=jnp.float32)
+
+    steps = pl.cdiv(end - start, LARGEST_TILE)
+    total = lax.fori_loop(0, steps, add, jnp.zeros((INPUTS, OUTPUTS), jnp.float32))
+    _store(out.at[group, pl.ds(at, INPUTS), pl.ds(column, OUTPUTS)], total, within, columns)
+
+
+def _load(part: Any, first: Array, second: Array) -> Array:
+    """A rectangle of an array, zero where either dimension's mask is off."""
+    return triton.load(part, mask=first[:, None] & second[None, :], other=0.0)
+
+
+def _store(part: Any, value: Array, first: Array, second: Array) -> None:
+    triton.store(part, value.astype(part.dtype), mask=first[:, None] & second[None, :])

@@ -1,0 +1,68 @@
+"""Compiles grouped matmuls for GPUs that are not there, and prints as JSON what came of it.
+
+M  rows     G  groups     D  inputs     F  outputs     L  layers
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.stages import Compiled
+
+from moe_jax.layers.grouped_matmul import grouped_matmul, products_on
+from moe_jax.layers.parameter import InPlace
+from moe_jax.sharding import make_mesh
+from moe_jax.sharding.targets import COMPILER_OPTIONS, target_devices
+
+G, D, F, L = 16, 2048, 768, 4
+
+
+def compiled(function: Callable[..., jax.Array], *shapes: jax.ShapeDtypeStruct, target: str) -> Compiled:
+    mesh = make_mesh("expert=1", target_devices(target, 1))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    return jax.jit(mapped).trace(*shapes).lower().compile(dict(COMPILER_OPTIONS))
+
+
+def found(compiled: Compiled) -> dict[str, Any]:
+    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    assert memory is not None
+    return {
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "kernels": sorted(set(re.findall('custom_call_target="([^"]*)"', text))),
+        "loops": text.count(" while("),
+    }
+
+
+def main() -> None:
+    for line in sys.stdin:
+        case = json.loads(line)
+        by = products_on(target_devices(case["target"], 1)[0])
+        rows = jax.ShapeDtypeStruct((case["rows"], D), case["dtype"])
+        stack = jax.ShapeDtypeStruct((L, G, D, D), case["dtype"])
+        sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
+
+        def one(rows: jax.Array, stack: jax.Array, sizes: jax.Array, by: Any = by) -> jax.Array:
+            return grouped_matmul(rows, stack[0, :, :, :F], sizes, by)
+
+        def layers(rows: jax.Array, stack: jax.Array, sizes: jax.Array, by: Any = by) -> jax.Array:
+            def layer(rows: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+                index, weights = at
+                return grouped_matmul(rows, weights, sizes, by, InPlace(stack, index)), None
+
+            return lax.scan(layer, rows, (jnp.arange(L), stack))[0]
+
+        function = {"one": one, "layers": layers}[case["of"]]
+        weights = stack if case["of"] == "layers" else jax.ShapeDtypeStruct((1, G, D, F), case["dtype"])
+        print(json.dumps(found(compiled(function, rows, weights, sizes, target=case["target"]))), flush=True)
+
+
+main()

@@ -1,0 +1,47 @@
+"""What XLA's GPU compiler makes of grouped matmuls; no GPU is needed. Their numbers are tested in `tests/layers`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMPILER = Path(sys.prefix) / "gpu-compiler"
+HALF, SINGLE = "bfloat16", "float32"
+CASES = [
+    (of, target, dtype, rows)
+    for target in ("h100", "a100", "b200")
+    for dtype in (HALF, SINGLE)
+    for of, rows in (("one", 2048), ("one", 64), ("one", 8), ("layers", 64))
+]
+Case = tuple[str, str, str, int]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[Case, dict[str, Any]]:
+    """Of each case what the compiled program is, all found by one process that has the compiler on its path."""
+    assert COMPILER.is_dir(), "the GPU compiler is not installed: run `make test`, or see its rule in the Makefile"
+    paths = [str(COMPILER), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    asked = "\n".join(json.dumps(dict(zip(("of", "target", "dtype", "rows"), case, strict=True))) for case in CASES)
+    command = [sys.executable, str(Path(__file__).with_name("compile_grouped_matmul.py"))]
+    done = subprocess.run(command, env=environment, check=True, input=asked, stdout=subprocess.PIPE, text=True)
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_kernels_read_weights_where_they_lie_and_nothing_is_expanded(
+    case: Case, compiled: dict[Case, dict[str, Any]]
+) -> None:
+    found = compiled[case]
+    # Besides rows before and after those beyond the groups are zero, only tables: no copy of weights, no expansion.
+    assert found["temporary_bytes"] <= 2 * found["output_bytes"] + 2**16
+    of, target, dtype, rows = case
+    assert found["loops"] == (of == "layers"), "a loop over blocks would wait for the host"
+    on_hopper, filled = target == "h100", dtype == HALF and rows == 2048
+    assert found["kernels"] == ["mosaic_gpu_v2" if on_hopper and filled else "__gpu$xla.gpu.triton"]

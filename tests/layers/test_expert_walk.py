@@ -1,0 +1,105 @@
+"""The loop over blocks of rows of one expert, beside a plain loop over experts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import Activation, ClampedSwiGLUConfig, SwiGLUConfig, Weighted
+from moe_jax.layers.activation import gated
+from moe_jax.layers.expert_walk import Assigned, Held, Inputs, Walker, walk_experts
+from moe_jax.layers.experts import sorted_form
+from moe_jax.layers.grouped_walk import Walk
+from moe_jax.layers.parameter import InPlace
+
+ROWS, EXPERTS, CHOICES, HIDDEN, WIDTH, LAYERS, LAYER = 24, 4, 3, 8, 6, 3, 1
+HELD_ELSEWHERE = EXPERTS
+KINDS = [
+    (SwiGLUConfig(), Weighted.OUTPUT, False),
+    (ClampedSwiGLUConfig(7.0, 1.7), Weighted.OUTPUT, True),
+    (SwiGLUConfig(), Weighted.INPUT, True),
+]
+
+
+def chosen(how: str) -> np.ndarray:
+    """The experts of each row, all different."""
+    random = np.random.default_rng(0)
+    drawn = np.array([random.permutation(EXPERTS + 2)[:CHOICES] for _ in range(ROWS)])
+    elsewhere = np.full_like(drawn, HELD_ELSEWHERE)
+    first = elsewhere.copy()
+    first[:, 1] = 0
+    return {
+        "by chance": np.minimum(drawn, HELD_ELSEWHERE),
+        "none here": elsewhere,
+        "all to the first": first,
+        "one to the last": np.where(np.arange(ROWS * CHOICES).reshape(ROWS, CHOICES) == 5, EXPERTS - 1, elsewhere),
+    }[how]
+
+
+def drawn(bias: bool) -> tuple[Inputs, InPlace, InPlace]:
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape)
+
+    gate_up, down = normal(LAYERS, EXPERTS, HIDDEN, 2 * WIDTH), normal(LAYERS, EXPERTS, WIDTH, HIDDEN)
+    biases = (normal(EXPERTS, 2 * WIDTH), normal(EXPERTS, HIDDEN)) if bias else (None, None)
+    held = Held(gate_up[LAYER], down[LAYER], *biases)
+    inputs = Inputs(normal(ROWS, HIDDEN), jnp.abs(normal(ROWS, CHOICES)), held)
+    return inputs, InPlace(gate_up, jnp.array(LAYER)), InPlace(down, jnp.array(LAYER))
+
+
+def assigned(experts: np.ndarray) -> Assigned:
+    order = np.argsort(experts.reshape(-1), kind="stable").astype(np.int32)
+    sizes = np.bincount(experts.reshape(-1), minlength=EXPERTS + 1)[:-1]
+    return Assigned(jnp.array(order), jnp.array(sizes, jnp.int32), jnp.array(experts < EXPERTS))
+
+
+def plain(inputs: Inputs, experts: np.ndarray, activation: Activation, weighted: Weighted) -> jax.Array:
+    """Every expert over all rows, of which those count that chose it."""
+    x, weights, held = inputs
+    total = jnp.zeros_like(x)
+    for expert in range(EXPERTS):
+        chose = (experts == expert).any(axis=1, keepdims=True)
+        weight = jnp.sum(jnp.where(experts == expert, weights, 0), axis=1, keepdims=True)
+        before, after = (weight, chose) if weighted is Weighted.INPUT else (1, weight)
+        gates_ups = jnp.where(chose, x, 0) * before @ held.gate_up[expert]
+        gates_ups += 0 if held.gate_up_bias is None else held.gate_up_bias[expert]
+        out = gated(activation, *jnp.split(gates_ups, 2, axis=1)) @ held.down[expert]
+        total += (out + (0 if held.down_bias is None else held.down_bias[expert])) * after
+    return total
+
+
+@pytest.mark.parametrize("how", ["by chance", "none here", "all to the first", "one to the last"])
+@pytest.mark.parametrize(("activation", "weighted", "bias"), KINDS, ids=["plain", "biased", "inputs-weighted"])
+def test_outputs_and_gradients_are_those_of_a_plain_loop(
+    activation: Activation, weighted: Weighted, bias: bool, how: str
+) -> None:
+    experts, (inputs, *in_place) = chosen(how), drawn(bias)
+    walker = Walker(activation, weighted, 1, partial(sorted_form, Walk(), activation, weighted))
+    which = assigned(experts)
+
+    def loss(outputs: Any) -> Any:
+        return jnp.sum(jnp.sin(outputs)), outputs
+
+    walked = jax.jit(jax.value_and_grad(lambda i: loss(walk_experts(walker, i, which, *in_place)), has_aux=True))
+    expected = jax.jit(jax.value_and_grad(lambda i: loss(plain(i, experts, activation, weighted)), has_aux=True))
+    (_, got), got_gradients = walked(inputs)
+    (_, wanted), wanted_gradients = expected(inputs)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), got_gradients, wanted_gradients)
+
+
+def test_rows_that_no_expert_here_has_are_not_looked_at() -> None:
+    experts, (inputs, *in_place) = chosen("one to the last"), drawn(bias=False)
+    walker = Walker(SwiGLUConfig(), Weighted.OUTPUT, 1, partial(sorted_form, Walk(), SwiGLUConfig(), Weighted.OUTPUT))
+    there = np.flatnonzero((experts < EXPERTS).any(axis=1))
+    x = jnp.full_like(inputs.x, jnp.nan).at[there].set(inputs.x[there])
+    got = walk_experts(walker, inputs._replace(x=x), assigned(experts), *in_place)
+    wanted = plain(inputs, experts, SwiGLUConfig(), Weighted.OUTPUT)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
