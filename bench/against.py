@@ -72,6 +72,14 @@ class Sizes:
         return 2 * sequences * (self.prompt * each + head)
 
 
+COLUMNS = {
+    "sequences": ">9",
+    "": "<12",
+    "decode tokens/s": ">15",
+    "memory": ">7",
+    "prefill tokens/s": ">16",
+    "compute": ">7",
+}
 QUICK = Sizes(256, 64, 2, 4, 2, 16, 8, 2, 32, 8, 5)
 
 
@@ -85,6 +93,9 @@ def main(options: Namespace, placement: Placement) -> dict[str, Any] | None:
         return None
     sizes, prompts_of = QUICK if options.quick else Sizes(), np.random.default_rng(0)
     limits = measured_limits(options)
+    gigabytes, gigaflops = (limits[name] / 1e9 for name in ("bytes_per_second", "flops_per_second"))
+    print(f"limits measured here: {gigabytes:.1f} GB/s, {gigaflops:.0f} GFLOP/s in float32")
+    table = script.Table(COLUMNS)
     with TemporaryDirectory() as directory:
         theirs = random_model(sizes, Path(directory), transformers, torch)
         results = []
@@ -92,7 +103,7 @@ def main(options: Namespace, placement: Placement) -> dict[str, Any] | None:
             prompts = prompts_of.integers(sizes.vocabulary, size=(sequences, sizes.prompt)).tolist()
             ours = moe_jax(directory, sizes, prompts, placement)
             results.append(compare(sizes, sequences, ours, transformers_of(theirs, prompts, torch), options, limits))
-    show(results, limits)
+            show(table, results[-1])
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"against": versions, "limits": limits, "results": results}
 
@@ -199,19 +210,15 @@ def measured_limits(options: Namespace) -> dict[str, float]:
     return {"bytes_per_second": best, "flops_per_second": 2 * side**3 / times["matmul"]}
 
 
-def show(results: list[dict[str, Any]], limits: Mapping[str, float]) -> None:
-    gigabytes, gigaflops = (limits[name] / 1e9 for name in ("bytes_per_second", "flops_per_second"))
-    print(f"limits measured here: {gigabytes:.1f} GB/s, {gigaflops:.0f} GFLOP/s in float32")
-    columns = {"sequences": ">9", "": "<12", "decode tokens/s": ">15", "memory": ">7", "prefill tokens/s": ">16"}
-    table = script.Table(columns | {"compute": ">7"})
-    for result in results:
-        for name, speed in result["speeds"].items():
-            figures = f"{speed['decode']:.0f}", f"{speed['memory']:.0%}", f"{speed['prefill']:.0f}"
-            table.row(result["sequences"], name, *figures, f"{speed['compute']:.0%}")
-        decode, prefill = result["times"]["decode"], result["times"]["prefill"]
-        same = result["tokens"] - result["different_tokens"]
-        print(f"          moe_jax decodes at {decode:.2f} and prefills at {prefill:.2f} times the rate of transformers")
-        print(f"          the same greedy tokens: {same} of {result['tokens']}")
+def show(table: script.Table, result: Mapping[str, Any]) -> None:
+    """A row for each of the two."""
+    for name, speed in result["speeds"].items():
+        figures = f"{speed['decode']:.0f}", f"{speed['memory']:.0%}", f"{speed['prefill']:.0f}"
+        table.row(result["sequences"], name, *figures, f"{speed['compute']:.0%}")
+    decode, prefill = result["times"]["decode"], result["times"]["prefill"]
+    same = result["tokens"] - result["different_tokens"]
+    print(f"          moe_jax decodes at {decode:.2f} and prefills at {prefill:.2f} times the rate of transformers")
+    print(f"          the same greedy tokens: {same} of {result['tokens']}", flush=True)
 
 
 def draw(axes: script.Axes, results: list[dict[str, Any]]) -> None:

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bench import scaling
+from bench import against, scaling
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
@@ -64,8 +67,8 @@ def test_grouped_matmul(tmp_path: Path) -> None:
     assert [result["assignments"] for result in printed["results"]] == [32, 4]
     for result in printed["results"]:
         ours, plain, ragged = (result["variants"][name] for name in ("ours", "plain", "ragged"))
-        for time in (ours, plain, ragged):
-            check_time(time)
+        for each in (ours, plain, ragged):
+            check_time(each)
         assert result["times_plain"] == pytest.approx(ours["ms"] / plain["ms"])
         assert result["times_ragged"] == pytest.approx(ours["ms"] / ragged["ms"])
         assert result["largest_difference"] < 1e-5
@@ -103,6 +106,34 @@ def test_decode(tmp_path: Path) -> None:
         check_time(variant["step"])
         check_time(variant["collective"])
         assert variant["tokens_per_second"] == pytest.approx(printed["sequences"] / variant["step"]["ms"] * 1e3)
+
+
+def test_decode_says_what_a_comparison_needs(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    command = [sys.executable, "-m", "bench.decode", "--quick", "--against", "transformers"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == ("not compared: No module named torch; pip install '.[compare]' brings it")
+
+
+def test_comparisons_divide_what_was_measured() -> None:
+    sizes = against.Sizes(prompt=8, tokens=3)
+    options = Namespace(repeats=3)
+
+    def generate(tokens: int) -> np.ndarray:
+        time.sleep(0.02 * tokens)
+        return np.zeros((2, tokens), int)
+
+    limits = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
+    found = against.compare(sizes, 2, generate, generate, options, limits)
+    ours = found["speeds"]["moe_jax"]
+    assert ours["decode"] == pytest.approx(2 / 0.02, rel=0.3)
+    assert ours["prefill"] == pytest.approx(2 * 8 / 0.02, rel=0.3)
+    assert ours["memory"] == pytest.approx(ours["decode"] / 2 * sizes.step_bytes(2) / 1e9)
+    assert ours["compute"] == pytest.approx(ours["prefill"] / 16 * sizes.prompt_flops(2) / 1e9)
+    assert found["times"]["decode"] == pytest.approx(1, rel=0.3)
+    assert (found["different_tokens"], found["tokens"]) == (0, 6)
+    assert sizes.step_bytes(1) == 4 * (sizes.rest + sizes.top_k * sizes.expert)
 
 
 def test_policy(tmp_path: Path) -> None:

@@ -13,15 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from moe_jax.layers.grouped_hopper import Hopper
 from moe_jax.layers.grouped_tiles import Tiles
 from moe_jax.layers.grouped_walk import Walk
 from moe_jax.layers.parameter import InPlace
 from moe_jax.sharding.collectives import vary_alike
 from moe_jax.sharding.mesh import Device
-
-HOPPER = "9.0"
-"""The compute capability."""
 
 
 class Products(Protocol):
@@ -57,8 +53,6 @@ def products_on(device: Device) -> Products:
             return Walk()
         case "tpu":
             return Ragged()
-        case _ if device.compute_capability == HOPPER:
-            return Hopper()
         case _:
             return Tiles()
 

@@ -3,7 +3,9 @@
     M  rows, group after group     G  groups     D  inputs     F  outputs     B  rows of a tile     T  tiles, at most
 
 Written for Pallas' Triton backend, which serves every NVIDIA GPU since Ampere, every dtype and size, and needs no GPU
-to be compiled for one. Later versions of JAX mean to move it to a package of its own (`jax_triton`).
+to be compiled for one. Later versions of JAX mean to move it to a package of its own (`jax_triton`). JAX's own kernel
+for Hopper (`jax.experimental.pallas.ops.gpu.ragged_dot_mgpu`) takes two-byte numbers and sizes that divide only, and
+XLA did not finish compiling a decode step with it within four minutes (jax 0.10.2).
 """
 
 from __future__ import annotations

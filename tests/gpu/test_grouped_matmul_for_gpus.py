@@ -41,7 +41,5 @@ def test_kernels_read_weights_where_they_lie_and_nothing_is_expanded(
     found = compiled[case]
     # Besides rows before and after those beyond the groups are zero, only tables: no copy of weights, no expansion.
     assert found["temporary_bytes"] <= 2 * found["output_bytes"] + 2**16
-    of, target, dtype, rows = case
-    assert found["loops"] == (of == "layers"), "a loop over blocks would wait for the host"
-    on_hopper, filled = target == "h100", dtype == HALF and rows == 2048
-    assert found["kernels"] == ["mosaic_gpu_v2" if on_hopper and filled else "__gpu$xla.gpu.triton"]
+    assert found["loops"] == (case[0] == "layers"), "a loop over blocks would wait for the host"
+    assert found["kernels"] == ["__gpu$xla.gpu.triton"]

@@ -33,7 +33,9 @@ def chosen(how: str) -> np.ndarray:
     elsewhere = np.full_like(drawn, HELD_ELSEWHERE)
     first = elsewhere.copy()
     first[:, 1] = 0
+    here = np.array([random.permutation(EXPERTS)[:CHOICES] for _ in range(ROWS)])
     return {
+        "all here": here,
         "by chance": np.minimum(drawn, HELD_ELSEWHERE),
         "none here": elsewhere,
         "all to the first": first,
@@ -75,7 +77,7 @@ def plain(inputs: Inputs, experts: np.ndarray, activation: Activation, weighted:
     return total
 
 
-@pytest.mark.parametrize("how", ["by chance", "none here", "all to the first", "one to the last"])
+@pytest.mark.parametrize("how", ["all here", "by chance", "none here", "all to the first", "one to the last"])
 @pytest.mark.parametrize(("activation", "weighted", "bias"), KINDS, ids=["plain", "biased", "inputs-weighted"])
 def test_outputs_and_gradients_are_those_of_a_plain_loop(
     activation: Activation, weighted: Weighted, bias: bool, how: str
