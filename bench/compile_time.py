@@ -5,27 +5,25 @@ python -m bench.compile_time [--mesh expert=8] [--depths 4,48] [--quick]; --help
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from bench import script
+from bench.published import config
 from bench.timing import interleaved, written
-from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, QKNorm, RopeConfig, RouterConfig
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.sharding import Placement, Route, ScatterCombine
 
 QUICK = {"repeats": 1, "depths": [1, 2]}
-LAYER = LayerConfig(
-    AttentionConfig(heads=32, kv_heads=4, head_dim=128, rope=RopeConfig(1e6), qk_norm=QKNorm.HEAD),
-    MoEConfig(experts=128, top_k=8, width=768, router=RouterConfig(norm=1)),
-)
 SLOTS, POSITIONS = 64, 2048
 
 
 def compile_step(depth: int, placement: Placement) -> None:
-    config = ModelConfig(151936, 2048, (LAYER,) * depth, 1e-6, 40960)
-    programs = Programs(ShardedDecoder(config, placement, "bfloat16"))
+    whole = config("Qwen3-30B-A3B")
+    shallow = replace(whole, layers=whole.layers[:depth])
+    programs = Programs(ShardedDecoder(shallow, placement, "bfloat16"))
     programs.decode_step(SLOTS, POSITIONS, Route.whole(ScatterCombine(placement)))
 
 

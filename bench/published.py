@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from moe_jax.checkpoints import Checkpoint
+from moe_jax.config import ModelConfig
+
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe", "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
     "intermediate_size": 6144, "max_position_embeddings": 40960, "moe_intermediate_size": 768, "norm_topk_prob": True,
@@ -37,3 +45,10 @@ MODELS = {
     "DeepSeek-V3": DEEPSEEK_V3,
     "Qwen3.5-397B-A17B": QWEN3_5_397B_A17B,
 }
+
+
+@cache
+def config(model: str) -> ModelConfig:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
+        return Checkpoint(Path(folder)).config

@@ -7,19 +7,15 @@ Nothing is compiled or run: the figures follow from sizes and from the hardware 
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from textwrap import fill
 
 import jax
 
-from bench.published import MODELS
-from moe_jax.checkpoints import Checkpoint
+from bench.published import MODELS, config
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.models import ShardedDecoder
 from moe_jax.roofline import Roofline, roofline
@@ -114,13 +110,6 @@ def cells(models: Iterable[str], clusters: Sequence[tuple[str, int]]) -> Iterato
             for strategy in STRATEGIES:
                 found = predicted(config(model), KNOWN[name], devices, strategy, ROWS)
                 yield Cell(model, f"{devices} x {name.upper()}", strategy, KNOWN[name], found)
-
-
-@cache
-def config(model: str) -> ModelConfig:
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
-        return Checkpoint(Path(folder)).config
 
 
 def predicted(config: ModelConfig, hardware: Hardware, devices: int, strategy: str, rows: int) -> Roofline:

@@ -1,7 +1,7 @@
 """The few sizes of steps that are compiled.
 
 Each size comes from a ladder, so that there are few programs to compile, and a step has at most four times the lines or
-pages that it needs, and twice the prompt rows, of which there are most.
+pages that it needs, and twice the prompt rows, of which there are most; beside those there are lines for all slots.
 """
 
 from __future__ import annotations

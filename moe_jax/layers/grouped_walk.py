@@ -23,7 +23,7 @@ class Walk:
     has them, arXiv:2211.15841), as many as the sizes leave at run time. `jax.lax.ragged_dot` multiplies every row with
     every group's weights on a CPU.
 
-    A loop of which the device does not know the end waits for the host in each round on a GPU: see `grouped_tiles`.
+    Where such a loop ends, XLA's GPU programs are said to ask the host each round (not measured): see `grouped_tiles`.
     """
 
     def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:

@@ -45,7 +45,7 @@ class Chunk:
 class Plan:
     """One dispatch; false where there is nothing to do. All that are made must run, in the order of their making.
 
-    Tables of pages (`Request.table`), slots and shards of its requests are right until the scheduler is called again.
+    Tables of pages (`Request.pages`), slots and shards of its requests are right until the scheduler is called again.
     """
 
     decodes: list[Decodes]
