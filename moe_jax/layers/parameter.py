@@ -56,9 +56,14 @@ class InPlace:
     layer: Int32[Array, ""]
 
     @classmethod
-    def alone(cls, parameter: Shaped[Array, "E ..."]) -> InPlace:
+    def of_one(cls, parameter: Shaped[Array, "E ..."]) -> InPlace:
         """A stack of one."""
         return cls(parameter[None], jnp.zeros((), jnp.int32))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other layer, so that the whole lies in place too."""
+        return self.stack.shape[0] == 1
 
     def part(self, index: Int32[Array, ""]) -> Shaped[Array, "..."]:
         return self.stack[self.layer, index]
@@ -85,7 +90,7 @@ class Cut:
 def in_place(parameter: nnx.Param) -> InPlace:
     """Where a parameter lies."""
     value = parameter.get_value()
-    return value.in_place if isinstance(value, Cut) else InPlace.alone(value)
+    return value.in_place if isinstance(value, Cut) else InPlace.of_one(value)
 
 
 def placed(parameters: nnx.State, placement: Placement) -> nnx.State:
