@@ -13,12 +13,12 @@ from moe_jax.models.sharded import DTYPES
 from moe_jax.sharding import Placement
 
 
-def options(parser: ArgumentParser, **sizes: int) -> ArgumentParser:
+def options(parser: ArgumentParser, *, heads: int = 8, **sizes: int) -> ArgumentParser:
     """The same parser, with the options that say which model; `sizes` are the defaults: layers, hidden, experts and
     width, that of an expert."""
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--model", type=Path, metavar="DIR", help="its config.json instead of the sizes below")
-    for name, default in sizes.items():
+    for name, default in {**sizes, "heads": heads}.items():
         parser.add_argument(f"--{name}", type=script.positive, default=default, help="of the synthetic model")
     return parser
 
@@ -30,7 +30,9 @@ def decoder(options: Namespace, placement: Placement) -> ShardedDecoder:
 def _config(options: Namespace) -> ModelConfig:
     if options.model:
         return Checkpoint(options.model).config
-    attention = AttentionConfig(heads=8, kv_heads=8, head_dim=32, rope=RopeConfig(1e4), qk_norm=QKNorm.HEAD)
+    attention = AttentionConfig(
+        heads=options.heads, kv_heads=options.heads, head_dim=32, rope=RopeConfig(1e4), qk_norm=QKNorm.HEAD
+    )
     experts = MoEConfig(options.experts, min(4, options.experts), options.width, router=RouterConfig(norm=1))
     layers = (LayerConfig(attention, experts),) * options.layers
     return ModelConfig(1024, options.hidden, layers, 1e-6, 2**20)

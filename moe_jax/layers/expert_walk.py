@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.config import Activation, Weighted
 from moe_jax.layers.activation import gated
-from moe_jax.layers.grouped_walk import block_size, rows_at_once, visit_blocks
+from moe_jax.layers.grouped_walk import Walk, visit_blocks
 from moe_jax.layers.parameter import InPlace
 from moe_jax.sharding.collectives import vary_alike
 
@@ -56,8 +56,7 @@ class Walker(NamedTuple):
 
     activation: Activation
     weighted: Weighted
-    share: int
-    """Of all experts of the model, how many there are for each one held here."""
+    by: Walk
     sorted_form: SortedForm
     """The same function, over rows sorted by expert: what gradients are taken of."""
 
@@ -74,8 +73,7 @@ def walk_experts(
 def _walk(walker: Walker, inputs: Inputs, assigned: Assigned, gate_up: InPlace, down: InPlace) -> Array:
     x, weights, held = inputs
     (rows, k), (order, sizes, _) = weights.shape, assigned
-    everywhere = sizes.shape[0] * walker.share
-    starts, size = jnp.cumsum(sizes) - sizes, min(block_size(rows * k, everywhere), rows)
+    starts, size = jnp.cumsum(sizes) - sizes, min(walker.by.block_size(rows * k, len(sizes)), rows)
 
     def outputs(held: Held, assignments: Array, own: Array) -> tuple[Int32[Array, "B"], Float[Array, "B D"]]:
         """The rows of some assignments to one expert, and what it adds to them."""
@@ -100,7 +98,7 @@ def _walk(walker: Walker, inputs: Inputs, assigned: Assigned, gate_up: InPlace, 
         return y.at[row].add(out)
 
     y, *_ = vary_alike(jnp.zeros(x.shape, jnp.float32), x, weights, sizes, held.gate_up)
-    at_once = rows_at_once(rows * k, everywhere) if gate_up.alone else 0
+    at_once = walker.by.rows_at_once(rows * k, len(sizes)) if gate_up.alone else 0
     if at_once:
         at = starts[:, None] + jnp.arange(at_once)
         own = jnp.arange(at_once) < sizes[:, None]

@@ -60,7 +60,7 @@ class Experts(nnx.Module):
         assigned = jnp.where(here, local, self.held).reshape(-1)
         sizes = jnp.bincount(assigned, length=self.held + 1)[:-1]
         inputs = Inputs(x, weights, self._parameters(placement))
-        by = products_on(placement.device)
+        by = products_on(placement.device, placement.size(Role.EXPERTS))
         over_sorted = partial(sorted_form, by, self.activation, self.weighted)
         gate_up, down = parameter.in_place(self.gate_up), parameter.in_place(self.down)
         in_place = gate_up.reshape(*inputs.held.gate_up.shape), down
@@ -68,7 +68,7 @@ class Experts(nnx.Module):
             which = Assigned(argsort(assigned), sizes, here)
             if not isinstance(by, Walk):
                 return over_sorted(inputs, which, in_place)
-            walker = Walker(self.activation, self.weighted, placement.size(Role.EXPERTS), over_sorted)
+            walker = Walker(self.activation, self.weighted, by, over_sorted)
             return walk_experts(walker, inputs, which, *in_place)
 
     def _parameters(self, placement: Placement) -> Held:

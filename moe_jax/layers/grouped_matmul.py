@@ -46,15 +46,19 @@ class Ragged:
         return jax.lax.ragged_dot_general(rows, grad, sizes, contracting)
 
 
-def products_on(device: Device) -> Products:
-    """The way to do it in programs compiled for a device, whether or not there is one."""
+def products_on(device: Device, expected: int = 1) -> Products:
+    """The way to do it in programs compiled for a device, whether or not there is one.
+
+    Args:
+      expected: one row in so many is thought to belong to a group; the others lie beyond them.
+    """
     match device.platform:
         case "cpu":
-            return Walk()
+            return Walk(expected)
         case "tpu":
             return Ragged()
         case _:
-            return Tiles()
+            return Tiles(expected)
 
 
 def grouped_matmul(

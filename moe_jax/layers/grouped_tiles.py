@@ -35,12 +35,15 @@ class Tiles:
     """Each tile of rows reads its group's weights once, straight from where they lie; nothing is expanded or sorted.
     Rows beyond the groups cost nothing and are not written."""
 
+    expected: int = 1
+    """One row in so many is thought to belong to a group."""
     interpret: bool = False
     """Run the kernels step by step on any device: slow, for tests."""
 
     def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
         (count, inputs), (_, groups, _, outputs) = rows.shape, weights.stack.shape
-        size, most = tile_rows(count, groups), tiles(count, groups)
+        size = tile_rows(count // self.expected, groups)
+        most = count // size + min(groups, count)
         kernel = partial(_product, size=size, inputs=inputs, outputs=outputs)
         grid, layer = (most, pl.cdiv(outputs, OUTPUTS)), vary_alike(weights.layer[None], rows)[0]
         return self._call(kernel, grid, (count, outputs), *_spans(sizes, size, most), layer, rows, weights.stack)
@@ -65,11 +68,6 @@ def tile_rows(rows: int, groups: int) -> int:
     """A power of two near half of an even share: of the last tile of each group, half is idle."""
     half = max(rows // groups // 2, 1)
     return min(max(1 << (half - 1).bit_length(), SMALLEST_TILE), LARGEST_TILE)
-
-
-def tiles(rows: int, groups: int) -> int:
-    """As many tiles as any sizes of the groups need."""
-    return rows // tile_rows(rows, groups) + min(groups, rows)
 
 
 def _spans(

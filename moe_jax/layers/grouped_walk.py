@@ -31,12 +31,15 @@ class Walk:
     Where such a loop ends, XLA's GPU programs are said to ask the host each round (not measured): see `grouped_tiles`.
     """
 
+    expected: int = 1
+    """One row in so many is thought to belong to a group."""
+
     def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
         count, groups = rows.shape[0], sizes.shape[0]
-        starts, at_once = jnp.cumsum(sizes) - sizes, rows_at_once(count, groups)
+        starts, at_once = jnp.cumsum(sizes) - sizes, self.rows_at_once(count, groups)
         shape = count, weights.stack.shape[-1]
         out = _first_rows(rows, weights.whole(), starts, at_once) if at_once else _zeros(shape, rows)
-        size = block_size(count, groups)
+        size = self.block_size(count, groups)
 
         def visit(weight: Array, first: Array, own: Array, out: Array) -> Array:
             product = lax.dynamic_slice_in_dim(rows, first, size) @ weight
@@ -50,7 +53,7 @@ class Walk:
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
     ) -> Float[Array, "G D F"]:
         count, groups = rows.shape[0], sizes.shape[0]
-        size = block_size(count, groups)
+        size = self.block_size(count, groups)
 
         def visit(group: Array, first: Array, own: Array, out: Array) -> Array:
             inputs, outputs = (
@@ -61,18 +64,16 @@ class Walk:
         zeros = _zeros((groups, rows.shape[1], grad.shape[1]), rows)
         return visit_blocks(jnp.cumsum(sizes) - sizes, sizes, size, count, lambda group: group, visit, zeros)
 
+    def block_size(self, rows: int, groups: int) -> int:
+        """A power of two near an even share of the rows, within the limits."""
+        even_share = max(rows // groups // self.expected, 1)
+        return min(max(1 << (even_share - 1).bit_length(), SMALLEST_BLOCK), LARGEST_BLOCK, rows)
 
-def block_size(rows: int, groups: int) -> int:
-    """A power of two near an even share of the rows, within the limits."""
-    even_share = max(rows // groups, 1)
-    return min(max(1 << (even_share - 1).bit_length(), SMALLEST_BLOCK), LARGEST_BLOCK, rows)
-
-
-def rows_at_once(rows: int, groups: int) -> int:
-    """How many rows of each group one batched matmul takes: half more than an even share, or none where shares are
-    small, and reading the weights of groups without rows would cost more, or so large that blocks cost no more."""
-    even_share = rows // groups
-    return -(-even_share * 3 // 16) * 8 if 2 <= even_share < LARGEST_BLOCK else 0
+    def rows_at_once(self, rows: int, groups: int) -> int:
+        """How many rows of each group one batched matmul takes: half more than an even share, or none where shares are
+        small, and reading the weights of groups without rows would cost more, or so large that blocks cost no more."""
+        even_share = rows // groups // self.expected
+        return -(-even_share * 3 // 16) * 8 if 2 <= even_share < LARGEST_BLOCK else 0
 
 
 def visit_blocks(

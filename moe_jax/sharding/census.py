@@ -1,11 +1,11 @@
-"""Which collectives a compiled program runs, read from its HLO text."""
+"""Which collectives and matrix products a compiled program runs, read from its HLO text."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -19,6 +19,8 @@ _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)[a-z\d]*\[(?P<shape>[\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(?:\d+,)*(\d+)\]<=")
 _MESH = re.compile(r"replica_groups=mesh\[(?P<sizes>[^\]]*)\] \{(?P<axes>[^}]*)\}")
+_RESULT = re.compile(r"\s*(?:ROOT )?%?(?P<name>\S+) = (?P<result>\S+) ")
+_DOT = re.compile(r"= (?P<result>\S+) dot\(%?(?P<left>[^\s,]+),.*lhs_contracting_dims=\{(?P<contracted>[\d,]+)\}")
 _LOOP = re.compile(r" while\(.*body=%?(?P<body>[^\s,]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALL = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([^\s,}]+)")
@@ -50,7 +52,14 @@ class Collective:
 def collectives(hlo: str) -> list[Collective]:
     """The collectives of an optimized HLO module (`compiled.as_text()`), those in loops counted once per trip."""
     computations, entry = _computations(hlo)
-    return list(_visit(computations, entry, 1))
+    return [c for lines, times in _executed(computations, entry, 1) for c in _collectives_among(lines, times)]
+
+
+def dot_flops(hlo: str) -> int:
+    """Of the matrix products of an optimized HLO module, those in loops counted once per trip; kernels of other makers
+    are not looked into."""
+    computations, entry = _computations(hlo)
+    return sum(times * _dot_flops(lines) for lines, times in _executed(computations, entry, 1))
 
 
 def count(found: Iterable[Collective]) -> Counter[str]:
@@ -79,22 +88,40 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _visit(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Collective]:
-    started: dict[str, str] = {}
+def _executed(computations: Mapping[str, list[str]], name: str, times: int) -> Iterator[tuple[list[str], int]]:
+    """The lines of each computation that `name` comes to, itself included, and how often they run: as often as loops
+    are known to go round; all branches."""
+    yield computations.get(name, []), times
     for line in computations.get(name, []):
-        if found := _COLLECTIVE.search(line):
-            if found["half"] == "-start":
-                started[found["name"]] = line
-                continue
-            operand = _OPERAND.search(line)
-            yield _collective(found, times, started[operand[1]] if operand else line, asynchronous=bool(operand))
-        elif loop := _LOOP.search(line):
+        if loop := _LOOP.search(line):
             trips = _TRIPS.search(line)
-            yield from _visit(computations, loop["body"], times * int(trips[1]) if trips else times)
+            yield from _executed(computations, loop["body"], times * int(trips[1]) if trips else times)
         else:
             branches = [part.strip(" %") for group in _BRANCHES.findall(line) for part in group.split(",")]
             for callee in _CALL.findall(line) + branches:
-                yield from _visit(computations, callee, times)
+                yield from _executed(computations, callee, times)
+
+
+def _collectives_among(lines: Sequence[str], times: int) -> Iterator[Collective]:
+    started: dict[str, str] = {}
+    for line in lines:
+        if not (found := _COLLECTIVE.search(line)):
+            continue
+        if found["half"] == "-start":
+            started[found["name"]] = line
+        else:
+            operand = _OPERAND.search(line)
+            yield _collective(found, times, started[operand[1]] if operand else line, asynchronous=bool(operand))
+
+
+def _dot_flops(lines: Sequence[str]) -> int:
+    results = {found["name"]: found["result"] for line in lines if (found := _RESULT.match(line))}
+    flops = 0
+    for dot in filter(None, map(_DOT.search, lines)):
+        (left,) = _shapes(results[dot["left"]])
+        (result,) = _shapes(dot["result"])
+        flops += 2 * math.prod(result) * math.prod(left[int(dim)] for dim in dot["contracted"].split(","))
+    return flops
 
 
 def _collective(found: re.Match[str], times: int, line: str, *, asynchronous: bool) -> Collective:
@@ -116,10 +143,12 @@ def _group_size(line: str) -> int:
 
 
 def _bytes(arrays: str) -> int:
-    return sum(
-        math.prod(map(int, filter(None, array["shape"].split(",")))) * _item_bytes(array["dtype"])
-        for array in _ARRAY.finditer(arrays)
-    )
+    dtypes = (array["dtype"] for array in _ARRAY.finditer(arrays))
+    return sum(math.prod(shape) * _item_bytes(dtype) for shape, dtype in zip(_shapes(arrays), dtypes, strict=True))
+
+
+def _shapes(arrays: str) -> list[list[int]]:
+    return [[int(size) for size in array["shape"].split(",") if size] for array in _ARRAY.finditer(arrays)]
 
 
 def _item_bytes(dtype: str) -> int:

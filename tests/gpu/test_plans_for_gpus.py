@@ -6,20 +6,32 @@ The compiler is a package beside those of the tests: `make test` installs it int
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.published import QWEN3_30B_A3B
+from moe_jax.layers.grouped_tiles import tile_rows
+from moe_jax.sharding.census import dot_flops
 
 COMPILER = Path(sys.prefix) / "gpu-compiler"
-LAYERS, HIDDEN_BYTES = 48, 2048 * 2
-CHOICE_BYTES = 64 * (3 + 1) * 4
+LAYERS, ROWS, POSITIONS, HIDDEN = 48, 64, 2048, 2048
+HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
+EXPERTS, TOP_K, WIDTH, VOCABULARY = 128, 8, 768, 151936
+HIDDEN_BYTES = HIDDEN * 2
+EACH = [HIDDEN * HEADS * HEAD_DIM, HIDDEN * KV_HEADS * HEAD_DIM, HIDDEN * WIDTH * EXPERTS // 8]
+WEIGHTS = {HIDDEN * VOCABULARY, *EACH, 2 * EACH[-1], *(LAYERS * each for each in EACH), 2 * LAYERS * EACH[-1]}
+"""Numbers of a device's weights, but for norms, and for routers, which are float32 from the start."""
+CHOICE_BYTES = ROWS * (3 + 1) * 4
 """What two heads devices send to choose the token of 64 rows: three numbers gathered, one summed."""
 
 MOE_JAX = [sys.executable, "-c", "from moe_jax.cli import main; main()"]
@@ -27,18 +39,45 @@ MOE_JAX = [sys.executable, "-c", "from moe_jax.cli import main; main()"]
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs `moe-jax plan --json` in a process that has the compiler on its path."""
+    """Runs `moe-jax plan --json` in a process that has the compiler on its path; `tmp_path` has the program."""
     assert COMPILER.is_dir(), "the GPU compiler is not installed: run `make test`, or see its rule in the Makefile"
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
-    always = ["plan", "--json", "--target", "h100", "--model", str(tmp_path), "--rows", "64", "--max-length", "2048"]
+    always = ["plan", "--json", "--target", "h100", "--model", str(tmp_path), "--rows", str(ROWS)]
+    always += ["--max-length", str(POSITIONS)]
     paths = [str(COMPILER), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": ""}
+    dump = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_advance"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": dump}
 
     def run(*arguments: str) -> dict[str, Any]:
         command = [*MOE_JAX, *always, *arguments]
         return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
 
     return run
+
+
+def ideal_flops() -> float:
+    """Of a device: every row with the weights that it visits, and with the keys and values of all positions."""
+    projections = 2 * HIDDEN * (HEADS + KV_HEADS) * HEAD_DIM + HIDDEN * EXPERTS + TOP_K * 3 * HIDDEN * WIDTH
+    attention = 2 * HEADS * HEAD_DIM * POSITIONS
+    return 2 * ROWS * (LAYERS * (projections + attention) + HIDDEN * VOCABULARY)
+
+
+def expert_flops() -> float:
+    """Of a device: the tiles of the grouped matmuls, as many as rows that are spread by chance fill."""
+    assigned, held = ROWS * TOP_K, EXPERTS // 8
+    size = tile_rows(assigned, held)
+    drawn = np.random.default_rng(0).multinomial(assigned, [1 / held] * held, LAYERS)
+    return float(2 * 3 * HIDDEN * WIDTH * size * np.sum(-(-drawn // size)))
+
+
+def sizes_of_weights(program: str, dtype: str) -> set[int]:
+    """Of the arrays in memory (within fusions there are none), those that are as large as a weight, or as all layers'
+    together, and have no dimension of the rows."""
+    computations = (c for c in re.split(r"\n(?=\S)", program) if not re.match(r"%\S*(fused|wrapped|fusion)", c))
+    lines = chain.from_iterable(computation.splitlines()[1:] for computation in computations)
+    results = (line.partition(" = ")[2].partition("(")[0] for line in lines)
+    arrays = (map(int, found.split(",")) for line in results for found in re.findall(rf"\b{dtype}\[([\d,]+)\]", line))
+    return {math.prod(array) for array in map(tuple, arrays) if ROWS not in array} & WEIGHTS
 
 
 def combine_bytes(plan: dict[str, Any], strategy: str) -> float:
@@ -50,7 +89,7 @@ def assert_sends_what_the_policy_counts(plan: dict[str, Any]) -> None:
     assert plan["collective_bytes_per_step"] == plan["sent_bytes_per_step"] > 0
 
 
-def test_dp8_ep8_scatters_half_the_bytes_of_a_sum(plan: Callable[..., dict[str, Any]]) -> None:
+def test_dp8_ep8_scatters_half_the_bytes_of_a_sum(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     found = plan("--mesh", "expert=8")
     assert found["route"] == "ScatterCombine"
     assert found["collectives_per_step"] == {"all-gather": LAYERS, "reduce-scatter": LAYERS}
@@ -61,9 +100,13 @@ def test_dp8_ep8_scatters_half_the_bytes_of_a_sum(plan: Callable[..., dict[str, 
         ("all-gather", "f32[512,16], bf16[512,2048]", 8, LAYERS),
         ("reduce-scatter", "bf16[64,2048]", 8, LAYERS),
     }
-    assert found["cache_bytes"] == LAYERS * 64 * 4 * 2048 * 128 * 2 * 2
+    assert found["cache_bytes"] == LAYERS * ROWS * KV_HEADS * POSITIONS * HEAD_DIM * 2 * 2
     assert found["memory_bytes"] < 1.1 * (found["weight_bytes"] + found["cache_bytes"])
     assert found["fits"]
+    (program,) = tmp_path.glob("*jit_advance*gpu_after_optimizations.txt")
+    assert dot_flops(program.read_text()) + expert_flops() <= 1.3 * ideal_flops()
+    assert sizes_of_weights(program.read_text(), "bf16"), "the stacks that the program is given"
+    assert not sizes_of_weights(program.read_text(), "f32")
 
 
 def test_reduce_and_slice_keeps_its_all_reduce(plan: Callable[..., dict[str, Any]]) -> None:

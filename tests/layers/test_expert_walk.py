@@ -85,7 +85,7 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(
     activation: Activation, weighted: Weighted, bias: bool, how: str, layers: int
 ) -> None:
     experts, (inputs, *in_place) = chosen(how), drawn(bias, layers)
-    walker = Walker(activation, weighted, 1, partial(sorted_form, Walk(), activation, weighted))
+    walker = Walker(activation, weighted, Walk(), partial(sorted_form, Walk(), activation, weighted))
     which = assigned(experts)
 
     def loss(outputs: Any) -> Any:
@@ -101,7 +101,9 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(
 
 def test_rows_that_no_expert_here_has_are_not_looked_at() -> None:
     experts, (inputs, *in_place) = chosen("one to the last"), drawn(bias=False)
-    walker = Walker(SwiGLUConfig(), Weighted.OUTPUT, 1, partial(sorted_form, Walk(), SwiGLUConfig(), Weighted.OUTPUT))
+    walker = Walker(
+        SwiGLUConfig(), Weighted.OUTPUT, Walk(), partial(sorted_form, Walk(), SwiGLUConfig(), Weighted.OUTPUT)
+    )
     there = np.flatnonzero((experts < EXPERTS).any(axis=1))
     x = jnp.full_like(inputs.x, jnp.nan).at[there].set(inputs.x[there])
     got = walk_experts(walker, inputs._replace(x=x), assigned(experts), *in_place)

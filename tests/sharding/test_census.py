@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.sharding import make_mesh
-from moe_jax.sharding.census import collectives, count
+from moe_jax.sharding.census import collectives, count, dot_flops
 
 MESH = make_mesh("data=2,expert=4")
 
@@ -43,6 +43,15 @@ def test_branches_and_nested_loops() -> None:
         return lax.cond(lax.psum(x, ("data", "expert")).sum() > 0, lambda: twice, lambda: x)
 
     assert count(collectives(hlo(function)))["all-gather"] == 10
+
+
+@pytest.mark.usefixtures("optimized")
+def test_products_in_loops_count_once_per_trip() -> None:
+    def function(x: jax.Array) -> jax.Array:
+        square = x.T @ x
+        return lax.scan(lambda x, _: (jnp.sin(x @ square), None), x, None, length=3)[0]
+
+    assert dot_flops(hlo(function)) == 2 * 8 * 4 * 4 * (1 + 3)
 
 
 def test_other_text_is_refused() -> None:
