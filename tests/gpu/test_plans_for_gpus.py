@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,30 @@ LAYERS, HIDDEN_BYTES = 48, 2048 * 2
 CHOICE_BYTES = 64 * (3 + 1) * 4
 """What two heads devices send to choose the token of 64 rows: three numbers gathered, one summed."""
 
-MOE_JAX = [sys.executable, "-c", "from moe_jax.cli import main; main()"]
 
-
-@pytest.fixture
-def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs `moe-jax plan --json` in a process that has the compiler on its path."""
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Any]]]:
+    """`moe-jax plan --json`, in one process for all plans that has the compiler on its path."""
     assert COMPILER.is_dir(), "the GPU compiler is not installed: run `make test`, or see its rule in the Makefile"
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
-    always = ["plan", "--json", "--target", "h100", "--model", str(tmp_path), "--rows", "64", "--max-length", "2048"]
+    model = tmp_path_factory.mktemp("model")
+    (model / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    always = ["plan", "--json", "--target", "h100", "--model", str(model), "--rows", "64", "--max-length", "2048"]
     paths = [str(COMPILER), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": ""}
+    command = [sys.executable, str(Path(__file__).with_name("plans.py"))]
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin
+        reader = process.stdout
+        assert reader
 
-    def run(*arguments: str) -> dict[str, Any]:
-        command = [*MOE_JAX, *always, *arguments]
-        return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+        @cache
+        def run(*arguments: str) -> dict[str, Any]:
+            print(json.dumps([*always, *arguments]), file=process.stdin, flush=True)
+            return json.loads(reader.readline())
 
-    return run
+        yield run
 
 
 def combine_bytes(plan: dict[str, Any], strategy: str) -> float:
