@@ -18,9 +18,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that t
     COMPILED = TemporaryDirectory(prefix="moe_jax_compiled_")
     """Of this run of the tests alone: what one process has compiled, others find."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 gc.freeze()  # tracing makes so many objects that looking for garbage among all that was imported takes a while
 gc.set_threshold(20_000, 20, 20)
