@@ -1,7 +1,9 @@
 """All tests run on eight virtual CPU devices, through the code path of an accelerator."""
 
+import gc
 import os
 from collections.abc import Iterator
+from tempfile import TemporaryDirectory
 
 import jax
 import pytest
@@ -11,6 +13,17 @@ jax.config.update("jax_disable_most_optimizations", True)  # code for tiny shape
 if jax.__version_info__ < (0, 11):  # newer ones do not know the flags
     FASTER = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FASTER
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that tests start, inherit it
+    COMPILED = TemporaryDirectory(prefix="moe_jax_compiled_")
+    """Of this run of the tests alone: what one process has compiled, others find."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+gc.freeze()  # tracing makes so many objects that looking for garbage among all that was imported takes a while
+gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

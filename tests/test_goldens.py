@@ -26,85 +26,88 @@ def model_type(case: str) -> str:
     return json.loads((GOLDENS / case / "config.json").read_text())["model_type"]
 
 
-EVERYWHERE = ["qwen3_moe_gqa4_e8_top2", "qwen2_moe_gqa2_e8_top4_sparse_step", "mixtral_gqa8_e16_top4_sharded"]
-ON_ALL_DEVICES = ["dp8_ep8", "dp4_ep4_tp2", "dp2_ep4", "dp8_ep4_moe_tp2", "two_replicas_dp4_ep4", "tp8_ep4"]
+FIRST = "qwen3_moe_gqa4_e8_top2"
+ON = [("dp4_ep4_tp2", "scatter"), ("dp2_ep4", "reduce"), ("tp8_ep4", "reduce"), ("dp8_ep4_moe_tp2", "scatter")]
+"""Every family is on these: attention with data and tensor parallelism, both, experts split by number and by width."""
+FAMILIES = {
+    FIRST: None,
+    "qwen2_moe_gqa2_e8_top4_sparse_step": None,
+    "mixtral_gqa8_e16_top4_sharded": None,
+    "olmoe_gqa2_e8_top2_clip": "olmoe_gqa8_e8_top3",
+    "granitemoe_gqa2_e8_top3": "granitemoe_gqa4_e4_top2_bias",
+    "glm4_moe_gqa2_e8_top2_groups": "glm4_moe_gqa8_e8_top3_qk_norm",
+    "hy_v3_gqa2_e8_top2": None,
+    "hunyuan_v1_moe_gqa2_e8_alpha": "hunyuan_v1_moe_gqa1_e8_top1_bias",
+    "minimax_m2_gqa2_e8_top2": None,
+    "ernie4_5_moe_gqa2_e8_top3": None,
+    "exaone_moe_gqa2_e8_top2_groups": None,
+    "gpt_oss_gqa2_e8_top2_yarn": "gpt_oss_gqa8_e4_top3",
+    "dbrx_gqa2_e8_top2_clip": "dbrx_gqa8_e4_top3_norm2",
+    "phimoe_gqa2_e8_bias": "phimoe_gqa4_e4_longrope",
+    "deepseek_v2_e8_top3": "deepseek_v2_e8_top2_groups_yarn",
+    "deepseek_v3_e8_top2_groups_yarn": "deepseek_v3_e4_top2_halves",
+    "llama4_text_gqa2_e8_top1": None,
+    "step3p7_gqa4_e8_top2": None,
+    "bailing_moe_gqa4_e8_top3": None,
+    "bailing_moe_v2_gqa2_e8_top2_groups": None,
+    "sarvam_mla_e24_top2": None,
+    "mimo_v2_flash_gqa4_e8_top2": "mimo_v2_flash_gqa8_e8_top2_groups_bias",
+    "qwen3_next_e8_top2": "qwen3_next_e4_top3_sparse_step",
+    "qwen3_5_moe_text_e8_top2": "qwen3_5_moe_text_e4_top3",
+    "bailing_hybrid_e8_top2": "bailing_hybrid_e4_top2_softplus",
+    "bailing_moe_linear_e8_top2": "bailing_moe_linear_e4_top1_six_heads",
+    "jamba_e8_top2": None,
+    "llada2_moe_gqa4_e8_top2_groups": None,
+    "sdar_moe_gqa2_e8_top3": None,
+}
+"""A case of each, and another, which takes the last placement over."""
 ELSEWHERE = {
-    "qwen3_moe_gqa1_e6_top2_window": ["expert=6", "data=2,expert=2,tensor=2"],
-    "qwen3_moe_gqa2_e12_top1_dense": ["data=2,expert=4", "expert=2,tensor=4"],
-    "qwen3_moe_gqa8_e16_top4_sparse_step": ["expert=8", "tensor=8"],
-    "qwen2_moe_gqa1_e4_top2": ["expert=4,tensor=2", "tensor=8"],
-    "qwen2_moe_gqa4_e12_top2_window": ["expert=4", "data=2,expert=2,tensor=2; tokens=data; heads=expert,tensor"],
-    "mixtral_gqa1_e4_top2": ["data=1", "data=2,expert=4; tokens=data; heads=expert"],
-    "mixtral_gqa2_e6_top1_window": ["data=2,expert=2,tensor=2", "expert=2,tensor=4"],
+    "qwen3_moe_gqa1_e6_top2_window": "expert=6",
+    "qwen3_moe_gqa2_e12_top1_dense": "expert=2,tensor=4",
+    "qwen3_moe_gqa8_e16_top4_sparse_step": "tensor=8",
+    "qwen2_moe_gqa1_e4_top2": "data=2,expert=4; tokens=data; heads=expert",
+    "qwen2_moe_gqa4_e12_top2_window": "data=2,expert=2,tensor=2; tokens=data; heads=expert,tensor",
+    "mixtral_gqa1_e4_top2": "data=1",
+    "mixtral_gqa2_e6_top1_window": "data=2,expert=2,tensor=2",
+    "llama4_gqa4_e4_top2_bias": "data=2,expert=2,tensor=2",
+    "step3p5_gqa8_e4_top3": "expert=4,tensor=2",
+    "sarvam_moe_gqa8_e8_top2": "data=2,expert=2,tensor=2",
+    "qwen3_5_moe_e4_top3": "data=2,expert=2,tensor=2",
+    "jamba_e4_top3_bias": "data=2,expert=2,tensor=2",
 }
-FAMILIES_ON = [
-    ("dp4_ep4_tp2", "scatter"),
-    ("dp2_ep4", "reduce"),
-    ("dp8_ep4_moe_tp2", "scatter"),
-    ("tp8_ep4", "reduce"),
-]
-"""Attention with data and tensor parallelism, both, experts split by number and by width; for a case of each family."""
-FAMILIES: dict[str, dict[str, str]] = {
-    "olmoe_gqa2_e8_top2_clip": {"olmoe_gqa8_e8_top3": "tensor=8"},
-    "granitemoe_gqa2_e8_top3": {"granitemoe_gqa4_e4_top2_bias": "data=2,expert=2,tensor=2"},
-    "glm4_moe_gqa2_e8_top2_groups": {"glm4_moe_gqa8_e8_top3_qk_norm": "expert=4,tensor=2"},
-    "hy_v3_gqa2_e8_top2": {},
-    "hunyuan_v1_moe_gqa2_e8_alpha": {"hunyuan_v1_moe_gqa1_e8_top1_bias": "data=2,expert=2,tensor=2"},
-    "minimax_m2_gqa2_e8_top2": {},
-    "ernie4_5_moe_gqa2_e8_top3": {},
-    "exaone_moe_gqa2_e8_top2_groups": {},
-    "gpt_oss_gqa2_e8_top2_yarn": {"gpt_oss_gqa8_e4_top3": "expert=4,tensor=2"},
-    "dbrx_gqa2_e8_top2_clip": {"dbrx_gqa8_e4_top3_norm2": "expert=2,tensor=4"},
-    "phimoe_gqa2_e8_bias": {"phimoe_gqa4_e4_longrope": "data=2,expert=2,tensor=2"},
-    "deepseek_v2_e8_top3": {"deepseek_v2_e8_top2_groups_yarn": "data=2,expert=2,tensor=2"},
-    "deepseek_v3_e8_top2_groups_yarn": {"deepseek_v3_e4_top2_halves": "expert=4,tensor=2"},
-    "llama4_text_gqa2_e8_top1": {"llama4_gqa4_e4_top2_bias": "data=2,expert=2,tensor=2"},
-    "step3p7_gqa4_e8_top2": {"step3p5_gqa8_e4_top3": "expert=4,tensor=2"},
-    "bailing_moe_gqa4_e8_top3": {},
-    "bailing_moe_v2_gqa2_e8_top2_groups": {"sarvam_moe_gqa8_e8_top2": "data=2,expert=2,tensor=2"},
-    "sarvam_mla_e24_top2": {},
-    "mimo_v2_flash_gqa4_e8_top2": {"mimo_v2_flash_gqa8_e8_top2_groups_bias": "data=2,expert=2,tensor=2"},
-    "qwen3_next_e8_top2": {"qwen3_next_e4_top3_sparse_step": "data=2,expert=2,tensor=2"},
-    "qwen3_5_moe_text_e8_top2": {
-        "qwen3_5_moe_text_e4_top3": "expert=4,tensor=2",
-        "qwen3_5_moe_e4_top3": "data=2,expert=2,tensor=2",
-    },
-    "bailing_hybrid_e8_top2": {"bailing_hybrid_e4_top2_softplus": "data=2,expert=2,tensor=2"},
-    "bailing_moe_linear_e8_top2": {"bailing_moe_linear_e4_top1_six_heads": "data=2,expert=2,tensor=2"},
-    "jamba_e8_top2": {"jamba_e4_top3_bias": "data=2,expert=2,tensor=2"},
-    "llada2_moe_gqa4_e8_top2_groups": {},
-    "sdar_moe_gqa2_e8_top3": {},
-}
-"""With another case of the family, and where it runs."""
-SECOND = {case: mesh for others in FAMILIES.values() for case, mesh in others.items()}
-PLAIN = [case for case in (*FAMILIES, *SECOND) if case.startswith(("bailing_moe_gqa", "bailing_moe_v2", "sarvam"))]
+"""More cases, and model types that differ from one above by names only; the policy decides."""
+PLAIN = [case for case in (*FAMILIES, *ELSEWHERE) if case.startswith(("bailing_moe_gqa", "bailing_moe_v2", "sarvam"))]
 BLOCKS = [case for case in FAMILIES if case.startswith(("llada2", "sdar"))]
 """Decoded in blocks."""
-MAIN_CASES = list({model_type(case): case for case in reversed([*EVERYWHERE, *FAMILIES, *SECOND])}.values())
-"""One of each family."""
+MAIN_CASES = list({model_type(case): case for case in reversed([*FAMILIES, *ELSEWHERE])}.values())
+"""One of each model type."""
 CASES = [
-    (case, PLACEMENTS[name], combine, "whole")
-    for case in EVERYWHERE
-    for number, name in enumerate(ON_ALL_DEVICES)
-    for combine in (("scatter", "reduce") if case == EVERYWHERE[0] else (("scatter", "reduce")[number % 2],))
+    (runs, PLACEMENTS[name], combine, "whole")
+    for case, other in FAMILIES.items()
+    for (name, combine), runs in zip(ON, (case, case, case, other or case), strict=True)
+]
+CASES += [(case, mesh, "auto", "auto") for case, mesh in ELSEWHERE.items()]
+CASES += [
+    (FIRST, PLACEMENTS[name], combine, residual)
+    for name, combine, residual in (
+        ("dp8_ep8", "scatter", "whole"),
+        ("dp8_ep8", "all-to-all", "whole"),
+        ("two_replicas_dp4_ep4", "reduce", "whole"),
+        ("dp4_ep4_tp2", "reduce", "whole"),
+        ("dp4_ep4_tp2", "scatter", "split"),
+        ("dp2_ep4", "scatter", "whole"),
+        ("dp2_ep4", "all-to-all", "whole"),
+        ("tp8_ep4", "scatter", "whole"),
+        ("tp8_ep4", "reduce", "split"),
+        ("dp8_ep4_moe_tp2", "reduce", "whole"),
+    )
 ]
 CASES += [
-    (case, mesh, combine, "auto")
-    for case, meshes in ELSEWHERE.items()
-    for mesh, combine in zip(meshes, ("scatter", "reduce"), strict=True)
-]
-CASES += [(case, PLACEMENTS[name], combine, "whole") for case in FAMILIES for name, combine in FAMILIES_ON]
-CASES += [(case, mesh, "auto", "auto") for case, mesh in SECOND.items()]
-CASES += [
-    (EVERYWHERE[0], PLACEMENTS["dp8_ep8"], "all-to-all", "whole"),
-    (EVERYWHERE[0], PLACEMENTS["dp2_ep4"], "all-to-all", "whole"),
-    (EVERYWHERE[0], PLACEMENTS["dp4_ep4_tp2"], "scatter", "split"),
-    (EVERYWHERE[0], PLACEMENTS["tp8_ep4"], "reduce", "split"),
-    (EVERYWHERE[1], PLACEMENTS["dp2_ep4"], "ragged", "split"),
-    (EVERYWHERE[2], PLACEMENTS["dp4_ep4_tp2"], "all-to-all", "split"),
+    ("qwen2_moe_gqa2_e8_top4_sparse_step", PLACEMENTS["dp2_ep4"], "ragged", "split"),
+    ("mixtral_gqa8_e16_top4_sharded", PLACEMENTS["dp4_ep4_tp2"], "all-to-all", "split"),
 ]
 
-DECODED_APART = {(case, mesh) for case, mesh, *_ in CASES if mesh == PLACEMENTS[FAMILIES_ON[0][0]]}
+DECODED_APART = {(case, mesh) for case, mesh, *_ in CASES if mesh == PLACEMENTS[ON[0][0]]}
 """Where prompts are computed first, and then all decode, as engines mostly do: two programs to compile. Elsewhere long
 prompts run beside, so that decode rows lie among those of prompts in every step, and there is one."""
 

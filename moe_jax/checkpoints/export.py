@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import nnx
+from jax import lax
 from safetensors.numpy import save_file
 
 from moe_jax.checkpoints.names import Region
@@ -42,7 +45,7 @@ def _tensors(regions: Iterable[Region], parameters: Parameters, dtype: np.dtype)
     flat = dict(nnx.to_flat_state(parameters))
     begun: dict[str, tuple[np.ndarray, int]] = {}
     for region in regions:
-        host = np.asarray(flat[region.path].get_value()[region.index]).astype(dtype)
+        host = np.asarray(_part(flat[region.path].get_value(), region.start, region.shape)).astype(dtype)
         for entry in region.entries:
             part = entry.to_tensor(host[entry.at])
             if entry.rows is None:
@@ -56,6 +59,12 @@ def _tensors(regions: Iterable[Region], parameters: Parameters, dtype: np.dtype)
             else:
                 yield entry.name, whole
     assert not begun, f"only some rows of {begun.keys()}"
+
+
+@partial(jax.jit, static_argnames="shape")
+def _part(whole: jax.Array, start: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """One program for all parts of a shape, wherever they are."""
+    return lax.dynamic_slice(whole, start, shape)
 
 
 def _write_files(

@@ -17,10 +17,10 @@ from flax import nnx
 from jax import lax
 from tqdm import tqdm
 
-from moe_jax.checkpoints.names import Index, Region
+from moe_jax.checkpoints.names import Index, Path, Region
 from moe_jax.checkpoints.quantization import Tensors
 from moe_jax.errors import CheckpointError
-from moe_jax.models import Parameters
+from moe_jax.models import Parameters, zeros
 
 FLOATS = ("F32", "BF16", "F16")
 MOST_PROBLEMS_SHOWN = 20
@@ -59,16 +59,24 @@ def load(abstract: Parameters, regions: Iterable[Region], files: Tensors) -> Par
       CheckpointError: a weight is NaN or infinite, in the file or in the parameter's dtype.
     """
     by_path = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
+    flat = [(path, param, param.get_value()) for path, param in nnx.to_flat_state(abstract)]
+    in_parts = zeros({path: shape for path, _, shape in flat if not _is_whole(by_path[path], shape)})
     hidden = jax.process_index() > 0 or None
-    parameters = tqdm(nnx.to_flat_state(abstract), desc="loading", unit=" parameters", disable=hidden, leave=False)
-    return nnx.from_flat_state(
-        (path, param.replace(_load_parameter(param.get_value(), by_path[path], files))) for path, param in parameters
-    )
+    loaded, whole = {}, {}
+    for path, _, shape in tqdm(flat, desc="loading", unit=" parameters", disable=hidden, leave=False):
+        if path in in_parts:
+            loaded[path] = _filled(in_parts.pop(path), by_path[path], files)
+        else:
+            loaded[path] = whole[path] = _load_region(by_path[path][0], shape, files).block_until_ready()
+    for path, finite in _finite(whole).items():
+        _check_region(finite, by_path[path][0], files)
+    return nnx.from_flat_state((path, param.replace(loaded[path])) for path, param, _ in flat)
 
 
 def check_finite(parameters: Parameters) -> None:
     """Raise `CheckpointError`, naming the parameters, if a weight is NaN or infinite."""
-    _refuse([".".join(map(str, path)) for path, leaf in nnx.to_flat_state(parameters) if not _finite(leaf.get_value())])
+    found = _finite({path: leaf.get_value() for path, leaf in nnx.to_flat_state(parameters)})
+    _refuse([".".join(map(str, path)) for path, finite in found.items() if not finite])
 
 
 def _refuse(names: Sequence[str]) -> None:
@@ -79,18 +87,20 @@ def _refuse(names: Sequence[str]) -> None:
 
 
 @jax.jit
-def _finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
+def _finite(arrays: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+    """Of each, whether all its numbers are: one program for all."""
+    return jax.tree.map(lambda array: jnp.isfinite(array).all(), arrays)
 
 
-def _load_parameter(abstract: jax.ShapeDtypeStruct, regions: Sequence[Region], files: Tensors) -> jax.Array:
-    if len(regions) == 1 and regions[0].shape == abstract.shape:
-        whole = _load_region(regions[0], abstract, files)
-        _check_region(_finite(whole), regions[0], files)
-        return whole
-    whole = jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
+def _is_whole(regions: Sequence[Region], abstract: jax.ShapeDtypeStruct) -> bool:
+    """Whether there is one region, which is all of the parameter."""
+    return len(regions) == 1 and regions[0].shape == abstract.shape
+
+
+def _filled(whole: jax.Array, regions: Sequence[Region], files: Tensors) -> jax.Array:
+    """A parameter with its regions written into it."""
     for region in regions:
-        whole, finite = _put(whole, _load_region(region, abstract, files), region.start)
+        whole, finite = _put(whole, _load_region(region, whole, files), region.start)
         _check_region(finite, region, files)
     return whole
 
@@ -108,7 +118,7 @@ def _check_region(finite: jax.Array, region: Region, files: Tensors) -> None:
         raise CheckpointError(f"weights among {', '.join(names[:8])} are too large for the dtype: choose a wider one")
 
 
-def _load_region(region: Region, parameter: jax.ShapeDtypeStruct, files: Tensors) -> jax.Array:
+def _load_region(region: Region, parameter: jax.ShapeDtypeStruct | jax.Array, files: Tensors) -> jax.Array:
     """The region as an array of its own, split as the parameter is."""
     shards, last, host = [], None, np.empty(0)
     for device, index in parameter.sharding.addressable_devices_indices_map(region.shape).items():

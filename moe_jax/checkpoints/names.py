@@ -144,10 +144,6 @@ class Region:
     shape: tuple[int, ...]
     entries: list[Entry]
 
-    @property
-    def index(self) -> tuple[slice, ...]:
-        return tuple(slice(first, first + size) for first, size in zip(self.start, self.shape, strict=True))
-
 
 def regions(decoder: ShardedDecoder, sources: Mapping[str, Source]) -> Iterator[Region]:
     """Every tensor that the checkpoint of this model has, parameter by parameter, layer by layer."""

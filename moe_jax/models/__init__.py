@@ -3,7 +3,7 @@
 from moe_jax.models.batch import Batch, Lines, PageRange, Segment, Shape, pack
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import Group, each_apart, group_layers
-from moe_jax.models.sharded import Parameters, ShardedDecoder
+from moe_jax.models.sharded import Parameters, ShardedDecoder, zeros
 
 __all__ = [
     "Batch",
@@ -19,4 +19,5 @@ __all__ = [
     "each_apart",
     "group_layers",
     "pack",
+    "zeros",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from moe_jax.sharding import (
 )
 
 Parameters = nnx.State
+Tree = TypeVar("Tree")
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -65,16 +66,13 @@ class ShardedDecoder:
             raise ConfigError(f"dtype must be bfloat16, float16 or float32, got {str(self.dtype)!r}")
         check_fit(self.config, self.placement)
 
-    @cached_property
+    @property
     def groups(self) -> tuple[Group, ...]:
-        return (group_layers if self.scan_layers else each_apart)(self.config.layers)
+        return _groups(self.config, self.scan_layers)
 
-    @cached_property
+    @property
     def _abstract(self) -> tuple[nnx.GraphDef, Parameters]:
-        return nnx.split(nnx.eval_shape(lambda: self._drawn(nnx.Rngs(0))))
-
-    def _drawn(self, rngs: nnx.Rngs) -> Decoder:
-        return Decoder(self.config, self.groups, dtype=self.dtype, rngs=rngs)
+        return _abstract(self.config, self.scan_layers, self.dtype)
 
     def rows_of(self, layer: LayerConfig, encoding: Encoding = EXACT) -> RowBytes:
         """What a layer's feed-forward block moves of each row."""
@@ -117,7 +115,7 @@ class ShardedDecoder:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.parameters)
 
         def draw(key: Array) -> Parameters:
-            return nnx.state(self._drawn(nnx.Rngs(params=key)))
+            return nnx.state(Decoder(self.config, self.groups, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
 
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
 
@@ -172,8 +170,7 @@ class ShardedDecoder:
 
     def empty_caches(self, pages: Mapping[int | None, int], page: int, slots: int) -> Caches:
         """Zeroed caches, as `abstract_caches`."""
-        abstract = self.abstract_caches(pages, page, slots)
-        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), abstract)
+        return zeros(self.abstract_caches(pages, page, slots))
 
     def per_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function(decoder, *args)` on every device, as a function of parameters and args."""
@@ -211,3 +208,29 @@ class ShardedDecoder:
 
         in_specs, out_specs = (self.cache_spec, self.batch_specs), (self.rows_spec, self.cache_spec)
         return self.per_device(run, in_specs, out_specs)(parameters, caches, batch)
+
+
+@cache
+def _groups(config: ModelConfig, scan_layers: bool) -> tuple[Group, ...]:
+    return (group_layers if scan_layers else each_apart)(config.layers)
+
+
+@cache
+def _abstract(config: ModelConfig, scan_layers: bool, dtype: str) -> tuple[nnx.GraphDef, Parameters]:
+    """The same on all placements."""
+    groups = _groups(config, scan_layers)
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, groups, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def zeros(abstract: Tree) -> Tree:
+    """Zeros of the given shapes, dtypes and shardings, all made by one program."""
+    leaves, structure = jax.tree.flatten(abstract)
+    return jax.tree.unflatten(structure, _maker_of_zeros(tuple(leaves))())
+
+
+@cache
+def _maker_of_zeros(arrays: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], tuple[Array, ...]]:
+    def make() -> tuple[Array, ...]:
+        return tuple(jnp.zeros(array.shape, array.dtype) for array in arrays)
+
+    return jax.jit(make, out_shardings=tuple(array.sharding for array in arrays))

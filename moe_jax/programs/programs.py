@@ -19,7 +19,7 @@ from jax.stages import Compiled
 from jaxtyping import Array, Int32
 
 from moe_jax.layers import Grid
-from moe_jax.models import Batch, Caches, Lines, Parameters, Shape, ShardedDecoder, pack
+from moe_jax.models import Batch, Caches, Lines, Parameters, Shape, ShardedDecoder, pack, zeros
 from moe_jax.models.decoder import Decoder
 from moe_jax.programs.denoising import BlockSlots, BlockTurn, denoise
 from moe_jax.programs.parcel import Parcel
@@ -124,8 +124,7 @@ class Programs:
         return jax.tree.map(rows, slot if diffusion is None else BlockSlots.of(slot, diffusion.block))
 
     def empty_slots(self, slots: int, positions: int) -> Slots:
-        abstract = self.abstract_slots(slots, positions)
-        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), abstract)
+        return zeros(self.abstract_slots(slots, positions))
 
     def on_devices(self, turn: Turn, *budgets: Int32[Array, "shards*L"]) -> Parcel:
         """What a step takes, on the devices that take it."""

@@ -123,13 +123,15 @@ def test_two_processes_give_the_tokens_of_one(start: Start, tmp_path: Path) -> N
     one_device = ShardedDecoder(checkpoint.config, as_placement("data=1"), "float32")
     checkpoint.save_orbax(model, checkpoint.load(one_device))
     prompts = ["12+34=", "999+1=", "7+8=", "1234+5="]  # one for each token shard
-    asked = [*prompts, "--mesh", "data=2,expert=2", "--temperature", "2", "--seed", "3", "--json"]
+    sizes = ["--mesh", "data=2,expert=2", "--max-batch-size", "4"]
+    asked = [*prompts, *sizes, "--temperature", "2", "--seed", "3", "--json"]
     first, second = start(generating(*[[*asked, "--model", str(model)]] * 2))
     assert [first.status(PATIENCE), second.status(PATIENCE)] == [0, 0], first.err + second.err
     assert second.out == ""
     printed = json.loads(first.out)
     assert printed["devices"] == "4 x cpu (virtual)"
-    expected = LLM(mesh="data=2,expert=2", dtype="float32").generate(prompts, SamplingParams(temperature=2, seed=3))
+    alone = LLM(mesh="data=2,expert=2", dtype="float32", max_batch_size=4)
+    expected = alone.generate(prompts, SamplingParams(temperature=2, seed=3))
     assert [output["token_ids"] for output in printed["outputs"]] == [output.token_ids for output in expected]
 
 

@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,33 @@ CHOICE_BYTES = ROWS * (3 + 1) * 4
 MOE_JAX = [sys.executable, "-c", "from moe_jax.cli import main; main()"]
 
 
-@pytest.fixture
-def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Runs `moe-jax plan --json` in a process that has the compiler on its path; `tmp_path` has the program."""
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Any]]]:
+    """`moe-jax plan --json`, in one process for all plans that has the compiler on its path; and the program's text."""
     assert COMPILER.is_dir(), "the GPU compiler is not installed: run `make test`, or see its rule in the Makefile"
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
-    always = ["plan", "--json", "--target", "h100", "--model", str(tmp_path), "--rows", str(ROWS)]
+    model = tmp_path_factory.mktemp("model")
+    (model / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    always = ["plan", "--json", "--target", "h100", "--model", str(model), "--rows", str(ROWS)]
     always += ["--max-length", str(POSITIONS)]
     paths = [str(COMPILER), *filter(None, [os.environ.get("PYTHONPATH")])]
-    dump = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_advance"
+    dump = f"--xla_dump_to={model} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_advance"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": dump}
+    command = [sys.executable, str(Path(__file__).with_name("plans.py"))]
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin
+        reader = process.stdout
+        assert reader
 
-    def run(*arguments: str) -> dict[str, Any]:
-        command = [*MOE_JAX, *always, *arguments]
-        return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+        @cache
+        def run(*arguments: str) -> dict[str, Any]:
+            print(json.dumps([*always, *arguments]), file=process.stdin, flush=True)
+            found = json.loads(reader.readline())
+            programs = model.glob("*gpu_after_optimizations.txt")
+            return found | {"program": max(programs, key=lambda path: path.stat().st_mtime).read_text()}
 
-    return run
+        yield run
 
 
 def ideal_flops() -> float:
@@ -89,7 +101,7 @@ def assert_sends_what_the_policy_counts(plan: dict[str, Any]) -> None:
     assert plan["collective_bytes_per_step"] == plan["sent_bytes_per_step"] > 0
 
 
-def test_dp8_ep8_scatters_half_the_bytes_of_a_sum(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_dp8_ep8_scatters_half_the_bytes_of_a_sum(plan: Callable[..., dict[str, Any]]) -> None:
     found = plan("--mesh", "expert=8")
     assert found["route"] == "ScatterCombine"
     assert found["collectives_per_step"] == {"all-gather": LAYERS, "reduce-scatter": LAYERS}
@@ -103,10 +115,9 @@ def test_dp8_ep8_scatters_half_the_bytes_of_a_sum(plan: Callable[..., dict[str, 
     assert found["cache_bytes"] == LAYERS * ROWS * KV_HEADS * POSITIONS * HEAD_DIM * 2 * 2
     assert found["memory_bytes"] < 1.1 * (found["weight_bytes"] + found["cache_bytes"])
     assert found["fits"]
-    (program,) = tmp_path.glob("*jit_advance*gpu_after_optimizations.txt")
-    assert dot_flops(program.read_text()) + expert_flops() <= 1.3 * ideal_flops()
-    assert sizes_of_weights(program.read_text(), "bf16"), "the stacks that the program is given"
-    assert not sizes_of_weights(program.read_text(), "f32")
+    assert dot_flops(found["program"]) + expert_flops() <= 1.3 * ideal_flops()
+    assert sizes_of_weights(found["program"], "bf16"), "the stacks that the program is given"
+    assert not sizes_of_weights(found["program"], "f32")
 
 
 def test_reduce_and_slice_keeps_its_all_reduce(plan: Callable[..., dict[str, Any]]) -> None:

@@ -1,5 +1,5 @@
-"""Every legal placement: routed and shared experts and dense blocks, forward and gradient, against plain JAX on one
-device."""
+"""Every way to give roles to axes: routed and shared experts and dense blocks, forward and gradient, against plain JAX
+on one device."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from moe_jax.sharding import AllToAllCombine, Combine, Placement, Role, Rows
 from moe_jax.sharding.policy import STRATEGIES
 
 HIDDEN, CAPACITY = 8, 3
-# 24 experts and widths divide over 4, 6 and 8 devices.
+# 24 experts and widths divide over 6 and 8 devices.
 SHARED = MoEConfig(
     experts=24, top_k=2, width=24, router=RouterConfig(norm=1), shared=SharedExpertConfig(24, gated=True)
 )
 ROUTED = replace(SHARED, shared=None)
-EVERY = [placement for devices in (8, 6, 4) for placement in legal(devices)]
+EVERY = [*legal(6), *(placement for placement in legal(8) if min(placement.mesh.axis_sizes) > 1)]
+"""One axis, or two, of which one is no power of two; and three. Any other placement has the roles of one of these."""
 
 
 class Layers(nnx.Module):
@@ -68,6 +69,7 @@ def drawn(rows: int) -> np.ndarray:
 def test_there_are_as_many_as_there_should_be() -> None:
     """An axis plays one of 2 x 3 pairs of roles: one axis, two that differ in size, two or three that do not."""
     assert [len(legal(devices)) for devices in (8, 6, 4)] == [6 + 36 + 56, 6 + 36, 6 + 21]
+    assert len(EVERY) == 6 + 36 + 56
 
 
 @pytest.mark.parametrize("number", range(len(EVERY)))
