@@ -141,6 +141,7 @@ def moe_jax(directory: str, sizes: Sizes, prompts: Prompts, placement: Placement
         prefill_tokens=sequences * sizes.prompt,
         decode_steps=16,
         prefix_cache=False,
+        scan_layers=False,
     )
 
     def generate(tokens: int) -> np.ndarray:
