@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from flax import nnx
 from jax import lax
 from tqdm import tqdm
 
-from moe_jax.checkpoints.names import Index, Region
+from moe_jax.checkpoints.names import Region
 from moe_jax.checkpoints.quantization import Tensors
+from moe_jax.checkpoints.reading import Reader, Spans, reader_of
+from moe_jax.config import Quantization
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters
 
@@ -52,8 +55,13 @@ def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], 
         )
 
 
-def load(abstract: Parameters, regions: Iterable[Region], files: Tensors) -> Parameters:
+def load(
+    abstract: Parameters, regions: Iterable[Region], files: Tensors, quantization: Quantization | None = None
+) -> Parameters:
     """Fill parameters of the given shapes, dtypes and shardings from the files.
+
+    Args:
+      quantization: of the parameters that are held in eight bits.
 
     Raises:
       CheckpointError: a weight is NaN or infinite, in the file or in the parameter's dtype.
@@ -61,14 +69,19 @@ def load(abstract: Parameters, regions: Iterable[Region], files: Tensors) -> Par
     by_path = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
     hidden = jax.process_index() > 0 or None
     parameters = tqdm(nnx.to_flat_state(abstract), desc="loading", unit=" parameters", disable=hidden, leave=False)
-    return nnx.from_flat_state(
-        (path, param.replace(_load_parameter(param.get_value(), by_path[path], files))) for path, param in parameters
-    )
+
+    def filled(param: nnx.Variable, regions: Sequence[Region]) -> nnx.Variable:
+        reader = reader_of(param, quantization, files)
+        return param.replace(_load_parameter(param.get_value(), regions, reader, files))
+
+    return nnx.from_flat_state((path, filled(param, by_path[path])) for path, param in parameters)
 
 
 def check_finite(parameters: Parameters) -> None:
     """Raise `CheckpointError`, naming the parameters, if a weight is NaN or infinite."""
-    _refuse([".".join(map(str, path)) for path, leaf in nnx.to_flat_state(parameters) if not _finite(leaf.get_value())])
+    _refuse(
+        [".".join(map(str, path)) for path, leaf in nnx.to_flat_state(parameters) if not _all_finite(leaf.get_value())]
+    )
 
 
 def _refuse(names: Sequence[str]) -> None:
@@ -79,25 +92,26 @@ def _refuse(names: Sequence[str]) -> None:
 
 
 @jax.jit
-def _finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
+def _all_finite(value: Any) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf.astype(jnp.float32)).all() for leaf in jax.tree.leaves(value)]).all()
 
 
-def _load_parameter(abstract: jax.ShapeDtypeStruct, regions: Sequence[Region], files: Tensors) -> jax.Array:
+def _load_parameter(abstract: Any, regions: Sequence[Region], reader: Reader, files: Tensors) -> Any:
     if len(regions) == 1 and regions[0].shape == abstract.shape:
-        whole = _load_region(regions[0], abstract, files)
-        _check_region(_finite(whole), regions[0], files)
+        whole = _load_region(regions[0], abstract, reader)
+        _check_region(_all_finite(whole), regions[0], files)
         return whole
-    whole = jnp.zeros(abstract.shape, abstract.dtype, device=abstract.sharding)
+    whole = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract)
     for region in regions:
-        whole, finite = _put(whole, _load_region(region, abstract, files), region.start)
+        whole, finite = _put(whole, _load_region(region, abstract, reader), region.start)
         _check_region(finite, region, files)
     return whole
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, part: jax.Array, start: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    return lax.dynamic_update_slice(whole, part, start), jnp.isfinite(part).all()
+def _put(whole: Any, part: Any, start: tuple[int, ...]) -> tuple[Any, jax.Array]:
+    """Scales have the regions of their numbers."""
+    return jax.tree.map(partial(lax.dynamic_update_slice, start_indices=start), whole, part), _all_finite(part)
 
 
 def _check_region(finite: jax.Array, region: Region, files: Tensors) -> None:
@@ -108,41 +122,27 @@ def _check_region(finite: jax.Array, region: Region, files: Tensors) -> None:
         raise CheckpointError(f"weights among {', '.join(names[:8])} are too large for the dtype: choose a wider one")
 
 
-def _load_region(region: Region, parameter: jax.ShapeDtypeStruct, files: Tensors) -> jax.Array:
-    """The region as an array of its own, split as the parameter is."""
-    shards, last, host = [], None, np.empty(0)
-    for device, index in parameter.sharding.addressable_devices_indices_map(region.shape).items():
+def _load_region(region: Region, parameter: Any, reader: Reader) -> Any:
+    """The region as a value of its own, split as the parameter is."""
+    leaves, structure = jax.tree.flatten(parameter)
+    shapes = [_region_of(leaf.shape, region, parameter.shape) for leaf in leaves]
+    last, hosts, shards = None, (), [[] for _ in leaves]
+    for device, index in leaves[0].sharding.addressable_devices_indices_map(region.shape).items():
         if index != last:
-            last, host = index, _read_part(region, index or (), parameter.dtype, files)
-        shards.append(jax.device_put(host, device))
-    return jax.make_array_from_single_device_arrays(region.shape, parameter.sharding, shards)
+            last, hosts = index, reader.read(region, _spans(index or (), region.shape))
+        for of_leaf, host in zip(shards, hosts, strict=True):
+            of_leaf.append(jax.device_put(host, device))
+    arrays = [
+        jax.make_array_from_single_device_arrays(shape, leaf.sharding, of_leaf)
+        for shape, leaf, of_leaf in zip(shapes, leaves, shards, strict=True)
+    ]
+    return structure.unflatten(arrays)
 
 
-def _read_part(region: Region, index: tuple[slice, ...], dtype: np.dtype, files: Tensors) -> np.ndarray:
-    """The part `index` of a region; zero where no tensor reaches (padding of the vocabulary)."""
-    spans = [range(*part.indices(size)) for part, size in zip(index, region.shape, strict=True)]
-    out = np.zeros([len(span) for span in spans], dtype)
-    for entry in region.entries:
-        overlap = _overlap(entry.at, spans)
-        if overlap is not None:
-            source, target = overlap
-            with np.errstate(over="ignore"):
-                out[target] = entry.to_piece(files.read(entry.name))[source]
-    return out
+def _region_of(leaf: tuple[int, ...], region: Region, parameter: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what belongs to a region: regions have all inputs, of which scales have few."""
+    return tuple(part if own == size else own for own, part, size in zip(leaf, region.shape, parameter, strict=True))
 
 
-def _overlap(at: Index, spans: Sequence[range]) -> tuple[Index, Index] | None:
-    """Where a piece that lies at `at` meets `spans`: the part of the piece, and its place in the spans."""
-    source: list[slice] = []
-    target: list[int | slice] = []
-    for place, span in zip(at, spans, strict=True):
-        first, stop = (place, place + 1) if isinstance(place, int) else (place.start, place.stop)
-        low, high = max(first, span.start), min(stop, span.stop)
-        if low >= high:
-            return None
-        if isinstance(place, int):
-            target.append(low - span.start)
-        else:
-            source.append(slice(low - first, high - first))
-            target.append(slice(low - span.start, high - span.start))
-    return tuple(source), tuple(target)
+def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> Spans:
+    return [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]

@@ -10,6 +10,7 @@ XLA did not finish compiling a decode step with it within four minutes (jax 0.10
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,13 +41,17 @@ class Tiles:
     """Run the kernels step by step on any device: slow, for tests."""
 
     def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
+        """Weights in eight bits are converted tile by tile, and scales applied to the products."""
         (count, inputs), (_, groups, _, outputs) = rows.shape, weights.stack.shape
         size, most = tile_rows(count, groups), tiles(count, groups)
         blocks = Blocks.of(jnp.cumsum(sizes) - sizes, sizes, size, count)
         spans = jax.vmap(blocks.span)(jnp.arange(most))
-        kernel = partial(_product, size=size, inputs=inputs, outputs=outputs)
+        arrays = jax.tree.leaves(weights.stack)  # numbers, and scales if there are any
+        block = inputs // arrays[-1].shape[2] if len(arrays) > 1 else inputs
+        step = INPUTS if block == inputs else math.gcd(INPUTS, block)
+        kernel = partial(_product, size=size, step=step, block=block, inputs=inputs, outputs=outputs)
         grid, layer = (most, pl.cdiv(outputs, OUTPUTS)), vary_alike(weights.layer[None], rows)[0]
-        return self._call(kernel, grid, (count, outputs), *spans, layer, rows, weights.stack)
+        return self._call(kernel, grid, (count, outputs), rows, *spans, layer, rows, *arrays)
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
@@ -55,10 +60,9 @@ class Tiles:
         ends = jnp.cumsum(sizes)
         kernel = partial(_outer, inputs=inputs, outputs=outputs)
         grid = (len(sizes), pl.cdiv(inputs, INPUTS), pl.cdiv(outputs, OUTPUTS))
-        return self._call(kernel, grid, (len(sizes), inputs, outputs), ends - sizes, ends, rows, grad)
+        return self._call(kernel, grid, (len(sizes), inputs, outputs), grad, ends - sizes, ends, rows, grad)
 
-    def _call(self, kernel: Any, grid: tuple[int, ...], shape: tuple[int, ...], *args: Array) -> Array:
-        like = args[-1]
+    def _call(self, kernel: Any, grid: tuple[int, ...], shape: tuple[int, ...], like: Array, *args: Array) -> Array:
         out = jax.ShapeDtypeStruct(shape, like.dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
         params = triton.CompilerParams(num_warps=4, num_stages=3)
         return pl.pallas_call(kernel, out, grid=grid, interpret=self.interpret, compiler_params=params)(*args)
@@ -75,9 +79,13 @@ def tiles(rows: int, groups: int) -> int:
     return rows // tile_rows(rows, groups) + min(groups, rows)
 
 
-def _product(groups: Any, firsts: Any, ends: Any, layer: Any, rows: Any, weights: Any, out: Any, **sizes: int) -> None:
-    """One tile of the products: `size` rows of one group, and OUTPUTS columns."""
-    size, inputs, outputs = sizes["size"], sizes["inputs"], sizes["outputs"]
+def _product(
+    groups: Any, firsts: Any, ends: Any, layer: Any, rows: Any, weights: Any, *refs: Any, **sizes: int
+) -> None:
+    """One tile of the products: `size` rows of one group, and OUTPUTS columns. A step's inputs share a scale."""
+    *scales, out = refs
+    size, inputs, outputs, step = sizes["size"], sizes["inputs"], sizes["outputs"], sizes["step"]
+    width = max(step, SMALLEST_TILE)
     tile, column = pl.program_id(0), pl.program_id(1) * OUTPUTS
     group, first, end = groups[tile], firsts[tile], ends[tile]
     own = first + jnp.arange(size) < end
@@ -85,14 +93,17 @@ def _product(groups: Any, firsts: Any, ends: Any, layer: Any, rows: Any, weights
 
     @pl.when(first < end)
     def compute() -> None:
-        def add(step: Array, total: Array) -> Array:
-            at = step * INPUTS
-            within = at + jnp.arange(INPUTS) < inputs
-            x = _load(rows.at[pl.ds(first, size), pl.ds(at, INPUTS)], own, within)
-            w = _load(weights.at[layer[0], group, pl.ds(at, INPUTS), pl.ds(column, OUTPUTS)], within, columns)
-            return total + jnp.dot(x, w, preferred_element_type=jnp.float32)
+        def add(number: Array, total: Array) -> Array:
+            at = number * step
+            within = (jnp.arange(width) < step) & (at + jnp.arange(width) < inputs)
+            x = _load(rows.at[pl.ds(first, size), pl.ds(at, width)], own, within)
+            w = _load(weights.at[layer[0], group, pl.ds(at, width), pl.ds(column, OUTPUTS)], within, columns)
+            part = jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+            for of_blocks in scales:
+                part *= _row(of_blocks.at[layer[0], group, at // sizes["block"], pl.ds(column, OUTPUTS)], columns)
+            return total + part
 
-        total = lax.fori_loop(0, pl.cdiv(inputs, INPUTS), add, jnp.zeros((size, OUTPUTS), jnp.float32))
+        total = lax.fori_loop(0, pl.cdiv(inputs, step), add, jnp.zeros((size, OUTPUTS), jnp.float32))
         _store(out.at[pl.ds(first, size), pl.ds(column, OUTPUTS)], total, own, columns)
 
 
@@ -117,7 +128,11 @@ def _outer(starts: Any, ends: Any, rows: Any, grad: Any, out: Any, **sizes: int)
 
 def _load(part: Any, first: Array, second: Array) -> Array:
     """A rectangle of an array, zero where either dimension's mask is off."""
-    return triton.load(part, mask=first[:, None] & second[None, :], other=0.0)
+    return triton.load(part, mask=first[:, None] & second[None, :], other=0)
+
+
+def _row(part: Any, mask: Array) -> Array:
+    return triton.load(part, mask=mask, other=0)[None, :]
 
 
 def _store(part: Any, value: Array, first: Array, second: Array) -> None:
