@@ -93,7 +93,7 @@ def _refuse(names: Sequence[str]) -> None:
 
 @jax.jit
 def _all_finite(value: Any) -> jax.Array:
-    return jnp.array([jnp.isfinite(leaf.astype(jnp.float32)).all() for leaf in jax.tree.leaves(value)]).all()
+    return jnp.isfinite(value[...]).all()
 
 
 def _load_parameter(abstract: Any, regions: Sequence[Region], reader: Reader, files: Tensors) -> Any:

@@ -100,8 +100,8 @@ class Dequantised:
         return all(map(self._in_eight_bits, names))
 
     def numbers(self, name: str) -> np.ndarray:
-        """A weight in eight bits, as the file has it."""
-        return self._files.read(name)
+        """The bits of a weight in eight bits."""
+        return self._files.read(name).view(np.int8)
 
     def scales(self, name: str) -> np.ndarray:
         """Of each of its numbers."""

@@ -65,7 +65,7 @@ class InEightBits:
             return self._quantised(region, spans)
         if not self.files.all_in_eight_bits(names):
             return self._quantised(region, spans)
-        numbers = _read_part(region, spans, np.dtype(self.quantization.dtype.value), self.files.numbers)
+        numbers = _read_part(region, spans, np.dtype(np.int8), self.files.numbers)
         scales = _read_part(region, spans, np.dtype(np.float32), self.files.scales)
         return numbers, scales[tuple(slice(None, None, step) for step in self.shared)]
 
@@ -74,7 +74,8 @@ class InEightBits:
         for dim in self.inputs:
             own[dim], wide[dim] = slice(spans[dim].start, spans[dim].stop), range(region.shape[dim])
         weights = _read_part(region, wide, np.dtype(np.float32), self.files.read)
-        numbers, scales = quantise(weights, self.inputs, self.quantization)
+        with np.errstate(invalid="ignore"):
+            numbers, scales = quantise(weights, self.inputs, self.quantization)
         shape = [max(len(part) // step, 1) for part, step in zip(spans, self.shared, strict=True)]
         return numbers[tuple(own)], np.broadcast_to(scales, shape)
 

@@ -22,8 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int32
 
+from moe_jax.config import WeightDtype
 from moe_jax.layers.grouped_walk import Blocks
 from moe_jax.layers.parameter import InPlace
+from moe_jax.layers.quantised import Quantised
 from moe_jax.sharding.collectives import vary_alike
 
 SMALLEST_TILE, LARGEST_TILE = 16, 64
@@ -46,10 +48,12 @@ class Tiles:
         size, most = tile_rows(count, groups), tiles(count, groups)
         blocks = Blocks.of(jnp.cumsum(sizes) - sizes, sizes, size, count)
         spans = jax.vmap(blocks.span)(jnp.arange(most))
-        arrays = jax.tree.leaves(weights.stack)  # numbers, and scales if there are any
-        block = inputs // arrays[-1].shape[2] if len(arrays) > 1 else inputs
-        step = INPUTS if block == inputs else math.gcd(INPUTS, block)
-        kernel = partial(_product, size=size, step=step, block=block, inputs=inputs, outputs=outputs)
+        kernel = partial(_product, size=size, inputs=inputs, outputs=outputs)
+        arrays = jax.tree.leaves(weights.stack)
+        if isinstance(stack := weights.stack, Quantised):
+            block = inputs // stack.scales.shape[2]
+            step = INPUTS if block == inputs else math.gcd(INPUTS, block)
+            kernel = partial(kernel, kind=stack.kind, block=block, step=step)
         grid, layer = (most, pl.cdiv(outputs, OUTPUTS)), vary_alike(weights.layer[None], rows)[0]
         return self._call(kernel, grid, (count, outputs), rows, *spans, layer, rows, *arrays)
 
@@ -80,11 +84,26 @@ def tiles(rows: int, groups: int) -> int:
 
 
 def _product(
-    groups: Any, firsts: Any, ends: Any, layer: Any, rows: Any, weights: Any, *refs: Any, **sizes: int
+    groups: Any,
+    firsts: Any,
+    ends: Any,
+    layer: Any,
+    rows: Any,
+    weights: Any,
+    *refs: Any,
+    size: int,
+    inputs: int,
+    outputs: int,
+    kind: WeightDtype = WeightDtype.EXACT,
+    block: int = 1,
+    step: int = INPUTS,
 ) -> None:
-    """One tile of the products: `size` rows of one group, and OUTPUTS columns. A step's inputs share a scale."""
+    """One tile of the products: `size` rows of one group, and OUTPUTS columns.
+
+    Weights in eight bits, of a `kind`, are followed by their scales, one for each `block` of inputs, into which a
+    `step` falls whole.
+    """
     *scales, out = refs
-    size, inputs, outputs, step = sizes["size"], sizes["inputs"], sizes["outputs"], sizes["step"]
     width = max(step, SMALLEST_TILE)
     tile, column = pl.program_id(0), pl.program_id(1) * OUTPUTS
     group, first, end = groups[tile], firsts[tile], ends[tile]
@@ -98,9 +117,9 @@ def _product(
             within = (jnp.arange(width) < step) & (at + jnp.arange(width) < inputs)
             x = _load(rows.at[pl.ds(first, size), pl.ds(at, width)], own, within)
             w = _load(weights.at[layer[0], group, pl.ds(at, width), pl.ds(column, OUTPUTS)], within, columns)
-            part = jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+            part = jnp.dot(x, _converted(w, kind, x.dtype), preferred_element_type=jnp.float32)
             for of_blocks in scales:
-                part *= _row(of_blocks.at[layer[0], group, at // sizes["block"], pl.ds(column, OUTPUTS)], columns)
+                part *= _row(of_blocks.at[layer[0], group, at // block, pl.ds(column, OUTPUTS)], columns)
             return total + part
 
         total = lax.fori_loop(0, pl.cdiv(inputs, step), add, jnp.zeros((size, OUTPUTS), jnp.float32))
@@ -128,11 +147,22 @@ def _outer(starts: Any, ends: Any, rows: Any, grad: Any, out: Any, **sizes: int)
 
 def _load(part: Any, first: Array, second: Array) -> Array:
     """A rectangle of an array, zero where either dimension's mask is off."""
-    return triton.load(part, mask=first[:, None] & second[None, :], other=0)
+    zero = 0 if jnp.issubdtype(part.dtype, jnp.integer) else 0.0
+    return triton.load(part, mask=first[:, None] & second[None, :], other=zero)
+
+
+def _converted(weights: Array, kind: WeightDtype, dtype: Any) -> Array:
+    """Triton converts float8_e4m3fn on GPUs since Hopper only, but its bits are those of a float16 with fewer: a sign,
+    four of the five of the exponent, whose zero is 8 less, and three of the ten after it."""
+    if kind is not WeightDtype.FLOAT8:
+        return weights.astype(dtype)
+    bits = weights.astype(jnp.int16)
+    half = lax.bitcast_convert_type(((bits & 0x80) << 8) | ((bits & 0x7F) << 7), jnp.float16)
+    return (half.astype(jnp.float32) * 2**8).astype(dtype)
 
 
 def _row(part: Any, mask: Array) -> Array:
-    return triton.load(part, mask=mask, other=0)[None, :]
+    return triton.load(part, mask=mask, other=0.0)[None, :]
 
 
 def _store(part: Any, value: Array, first: Array, second: Array) -> None:

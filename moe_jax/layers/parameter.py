@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -126,10 +126,11 @@ def placed(parameters: nnx.State, placement: Placement, quantization: Quantizati
         dims, inputs = param.get_metadata("dims"), inputs_of(param)
         if quantization is None or inputs is None:
             return param.replace(_placed(param.shape, param.dtype, dims, placement))
-        numbers = _placed(param.shape, jnp.dtype(quantization.dtype.value), dims, placement)
+        numbers = _placed(param.shape, jnp.int8, dims, placement)
         shape = _shape_of_scales(param.shape, dims, inputs, placement, quantization.block)
         whole = tuple(role if size > 1 else None for role, size in zip(dims, shape[-len(dims) :], strict=True))
-        return param.replace(Quantised(numbers, _placed(shape, jnp.float32, whole, placement), param.dtype))
+        scales = _placed(shape, jnp.float32, whole, placement)
+        return param.replace(Quantised(numbers, scales, quantization.dtype, param.dtype))
 
     return jax.tree.map(place, parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -143,11 +144,12 @@ def quantised(parameters: nnx.State, like: nnx.State, quantization: Quantization
     """Arrays as `placed` says that they are held."""
 
     def convert(param: nnx.Param, wanted: nnx.Param) -> nnx.Variable:
-        inputs, wanted = inputs_of(param), wanted.get_value()
+        inputs, value = inputs_of(param), wanted.get_value()
         if inputs is None:
             return param
+        assert isinstance(value, Quantised)
         numbers, scales = quantise(param[...].astype(jnp.float32), inputs, quantization)
-        return param.replace(Quantised(numbers, jnp.broadcast_to(scales, wanted.scales.shape), wanted.dtype))
+        return param.replace(replace(value, numbers=numbers, scales=jnp.broadcast_to(scales, value.scales.shape)))
 
     return jax.tree.map(convert, parameters, like, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -7,14 +7,15 @@ products sum over: there is one for all of them, or one for each block of the la
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int8
 
 from moe_jax.config import Quantization, WeightDtype
 from moe_jax.errors import ConfigError
@@ -29,9 +30,11 @@ class Quantised:
     take a part of it, or a product. It has no gradient."""
 
     numbers: Any
-    """An array, or what stands for one."""
+    """An array of int8, or what stands for one; the bits of float8, as XLA's CPU backend widens all of an array of it
+    that a loop takes slices of."""
     scales: Any
     """In float32."""
+    kind: WeightDtype = field(metadata={"static": True})
     dtype: DTypeLike = field(metadata={"static": True})
     """That it reads as."""
 
@@ -45,16 +48,16 @@ class Quantised:
         for dim, (blocks, size) in enumerate(zip(scales.shape, numbers.shape, strict=True)):
             if 1 < blocks < size:
                 scales = jnp.repeat(scales, size // blocks, axis=dim)
-        return (numbers.astype(jnp.float32) * scales).astype(self.dtype)
+        return (self._decoded(numbers, jnp.float32) * scales).astype(self.dtype)
 
     def map(self, function: Callable[[Any], Any]) -> Quantised:
         """What is done to numbers and scales alike."""
-        return Quantised(function(self.numbers), function(self.scales), self.dtype)
+        return replace(self, numbers=function(self.numbers), scales=function(self.scales))
 
     def reshape(self, *shape: int) -> Quantised:
         """The last dimensions, which are outputs, as one."""
         scales = self.scales.reshape(*self.scales.shape[: len(shape) - 1], -1)
-        return Quantised(self.numbers.reshape(shape), scales, self.dtype)
+        return replace(self, numbers=self.numbers.reshape(shape), scales=scales)
 
     def product(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """`einsum(equation, x, weights)`. The numbers are converted as they are multiplied; scales are applied to the
@@ -71,15 +74,19 @@ class Quantised:
             assert order == list(sizes), "outputs keep their order"
             return scales.reshape([sizes.get(letter, 1) for letter in dims])
 
-        numbers = numbers.astype(x.dtype)
+        numbers = self._decoded(numbers, x.dtype)
         if sizes.keys() <= set(out):
             wide = jnp.einsum(equation, x, numbers, preferred_element_type=jnp.float32)
             return (wide * over(out)).astype(x.dtype)
         return jnp.einsum(equation, (x * over(inputs)).astype(x.dtype), numbers)
 
+    def _decoded(self, numbers: Int8[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+        """Every dtype of computation has all numbers of either kind."""
+        return lax.bitcast_convert_type(numbers, self.kind.value).astype(dtype)
+
 
 def quantise(weights: A, inputs: tuple[int, ...], quantization: Quantization) -> tuple[A, A]:
-    """Numbers, and the scale of each output: the largest of its weights becomes the largest number.
+    """Numbers as int8, and the scale of each output: the largest of its weights becomes the largest number.
 
     Args:
       inputs: the dimensions of `weights`, in float32, that products sum over.
@@ -89,13 +96,13 @@ def quantise(weights: A, inputs: tuple[int, ...], quantization: Quantization) ->
     numbers: Any = weights / scales
     if quantization.dtype is WeightDtype.INT8:
         numbers = numbers.round().clip(-quantization.largest, quantization.largest)
-    return numbers.astype(quantization.dtype.value), scales.astype(np.float32)
+    return numbers.astype(quantization.dtype.value).view(np.int8), scales.astype(np.float32)
 
 
 @jax.custom_jvp
 def _without_gradient(
-    numbers: Shaped[Array, "..."], scales: Float[Array, "..."]
-) -> tuple[Shaped[Array, "..."], Float[Array, "..."]]:
+    numbers: Int8[Array, "..."], scales: Float[Array, "..."]
+) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
     return numbers, scales
 
 
