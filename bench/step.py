@@ -21,7 +21,7 @@ from bench.timing import Program, Times, sends
 from moe_jax.config import LayerConfig, MoEConfig
 from moe_jax.engine.orders import ON_TAPE
 from moe_jax.layers import Grid
-from moe_jax.models import Lines, PageRange, Parameters, Segment, Shape, ShardedDecoder, group_layers, pack
+from moe_jax.models import Lines, PageRange, Parameters, Segment, Shape, ShardedDecoder, pack
 from moe_jax.programs import PAGE, Drawn, Parcel, Programs, Turn
 from moe_jax.sharding import Combine, Role, Route, Rows
 from moe_jax.sharding.census import Collective, collectives
@@ -109,7 +109,7 @@ def gather_and_combine(decoder: ShardedDecoder, rows: Rows, combine: Combine) ->
         return exchange(combine, rows, x, *routing, part=part)
 
     def run(x: Float[Array, "T D"], own: Float[Array, "1"], rows: Rows) -> Float[Array, "T D"]:
-        for group in group_layers(config.layers):
+        for group in decoder.groups:
 
             def unit(x: Array, _: None, layers: tuple[LayerConfig, ...] = group.unit) -> tuple[Array, None]:
                 for layer in layers:

@@ -81,6 +81,9 @@ WeightDtypeOption = Annotated[
     WeightDtype, typer.Option(help="Of the matrices of attention and feed-forwards; exact is the dtype of computation.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of weights and computation.", show_default="as saved")]
+ScanLayers = Annotated[
+    bool, typer.Option(help="Compile layers that are alike once; steps are faster if each is compiled for itself.")
+]
 HardwareOption = Annotated[
     str | None,
     typer.Option(help="What the policy reckons with: a name such as h100, or a file.", show_default="the devices"),
@@ -147,6 +150,7 @@ def generate(
         int | None, typer.Option(help="Of 16 positions, on each token shard.", show_default="as memory allows")
     ] = None,
     hardware: HardwareOption = None,
+    scan_layers: ScanLayers = True,
     distributed: Distributed = False,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
@@ -177,6 +181,7 @@ def generate(
             dtype=dtype,
             weight_dtype=weight_dtype.value,
             hardware=hardware,
+            scan_layers=scan_layers,
             combine=combine.value,
             residual=residual.value,
             gather_dtype=gather_dtype.value,
@@ -354,6 +359,7 @@ def plan(
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Cache positions.", show_default="the model's")] = None,
     hardware: HardwareOption = None,
+    scan_layers: ScanLayers = True,
     as_json: Json = False,
 ) -> None:
     """What one decode step would do on a mesh; needs config.json, no weights, and with --target no GPU."""
@@ -364,7 +370,7 @@ def plan(
         jax.config.update("jax_platforms", "cpu")
         placement, options = target_placement(target, mesh), COMPILER_OPTIONS
     quantization = checkpoint.quantization(weight_dtype.value)
-    decoder = ShardedDecoder(checkpoint.config, placement, dtype or checkpoint.dtype, quantization)
+    decoder = ShardedDecoder(checkpoint.config, placement, dtype or checkpoint.dtype, scan_layers, quantization)
     length = checked_length(checkpoint.config, max_length)
     policy = decoder.policy(as_hardware(hardware or target), combine.value, residual.value, gather_dtype.value)
     shards = placement.size(Role.TOKENS)

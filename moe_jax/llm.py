@@ -61,6 +61,8 @@ class LLM:
         `"int8"`. Sums are always exact.
       hardware: what the policy reckons with: a name such as `"h100"`, a file that `moe-jax bench --calibrate` wrote, or
         a `moe_jax.sharding.Hardware`; by default that of the devices.
+      scan_layers: whether layers that are alike are one loop, whose program is soon compiled however deep the model; if
+        not, steps take less time: such a loop copies the weights of each layer's attention before they are read.
       max_length: the most positions of a sequence, prompt included; by default those the model was made for. The last
         token that is generated takes none.
       max_batch_size: sequences decoded together; more wait.
@@ -89,6 +91,7 @@ class LLM:
         residual: str | type[Residual] = "auto",
         gather_dtype: str = "exact",
         hardware: str | Hardware | None = None,
+        scan_layers: bool = True,
         max_length: int | None = None,
         max_batch_size: int = 256,
         prefill_tokens: int = 512,
@@ -104,8 +107,9 @@ class LLM:
         options = Options(
             self.max_length, max_batch_size, prefill_tokens, decode_steps, cache_pages, cache_memory, prefix_cache
         )
+        dtype = _name(dtype or self._checkpoint.dtype)
         quantization = self._checkpoint.quantization(weight_dtype)
-        decoder = ShardedDecoder(self.config, as_placement(mesh), _name(dtype or self._checkpoint.dtype), quantization)
+        decoder = ShardedDecoder(self.config, as_placement(mesh), dtype, scan_layers, quantization)
         self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
         model = f"{self._checkpoint.path.resolve()}, {_digest(self.config)}"
         self.identity = f"{model}, {_written(decoder)}, {gather_dtype}, {self.max_length}"
@@ -308,6 +312,7 @@ def _facts(decoder: ShardedDecoder, options: Options, hardware: Hardware, *route
         "the hardware": str(hardware),
         "the mesh": str(decoder.placement),
         "the dtype": _written(decoder),
+        "scan_layers": str(decoder.scan_layers),
         "the route": ", ".join(map(str, route)),
         "the options": str(options),
     }

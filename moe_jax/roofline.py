@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from moe_jax.config import LayerConfig, MoEConfig
-from moe_jax.models import ShardedDecoder, group_layers
+from moe_jax.models import ShardedDecoder
 from moe_jax.programs import PAGE
 from moe_jax.sharding import Hardware
 
@@ -68,11 +68,10 @@ def held_bytes(arrays: Any) -> int:
 
 def _visited(decoder: ShardedDecoder) -> Iterator[float]:
     """The weights of each parameter that one token is multiplied with."""
-    groups = group_layers(decoder.config.layers)
     for path, parameter in nnx.to_flat_state(decoder.parameters):
         match path:
             case ("stacks", int(group), "unit", int(block), "ffn", "experts", *_):
-                yield math.prod(parameter.shape) * _share(groups[group].unit[block])
+                yield math.prod(parameter.shape) * _share(decoder.groups[group].unit[block])
             case ("embedding", *_) if not decoder.config.tied_embeddings:
                 yield 0
             case _:

@@ -47,6 +47,14 @@ def test_one_text_is_a_batch_of_one(adder: LLM) -> None:
     assert output.text == "4"
 
 
+def test_layers_compiled_apart_give_the_same_tokens(golden: LLM) -> None:
+    prompts, asked = [[5, 6, 7], list(range(20, 50))], SamplingParams(temperature=0, max_tokens=12)
+    apart = LLM(GOLDEN, mesh="expert=2", dtype="float32", scan_layers=False)
+    for got, wanted in zip(apart.generate(prompts, asked), golden.generate(prompts, asked), strict=True):
+        assert got.token_ids == wanted.token_ids
+        np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-5)
+
+
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 9999)), min_size=20, max_size=20))
 def test_answers_do_not_depend_on_the_neighbours(adder: LLM, sums: list[tuple[int, int]]) -> None:

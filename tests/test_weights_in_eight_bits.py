@@ -77,7 +77,7 @@ def rounded_checkpoint(case: str, dtype: str) -> Path:
 def logits(path: Path, mesh: str, weight_dtype: str = "exact") -> np.ndarray:
     """After each token of the prompts, which the first token shard has."""
     checkpoint, placement = Checkpoint(path), as_placement(mesh)
-    there = ShardedDecoder(checkpoint.config, placement, "float32", checkpoint.quantization(weight_dtype))
+    there = ShardedDecoder(checkpoint.config, placement, "float32", quantization=checkpoint.quantization(weight_dtype))
     shards, pages = placement.size(Role.TOKENS), dict.fromkeys(there.windows, 2)
     lines = Lines.of(
         [Segment(0, prompt, [PageRange(0, array("i", [page]))] * len(pages)) for page, prompt in enumerate(PROMPTS)],
@@ -125,7 +125,7 @@ def test_blocks_that_files_hold_are_kept_to_the_bit_however_they_are_split(tmp_p
     assert quantization == Quantization(WeightDtype.FLOAT8, block=12)
     exact = load(meant)
     for mesh in ("data=1", "expert=2,tensor=4; tokens=; heads=expert,tensor"):
-        there = ShardedDecoder(checkpoint.config, as_placement(mesh), "float32", quantization)
+        there = ShardedDecoder(checkpoint.config, as_placement(mesh), "float32", quantization=quantization)
         assert_equal(checkpoint.load(there), exact)
     wanted = logits(meant, "data=1")
     assert np.abs(logits(eight, SPLIT, "float8_e4m3fn") - wanted).max() <= 1e-5 * np.abs(wanted).max()
@@ -135,7 +135,7 @@ def test_blocks_of_weights_that_files_hold_exact_have_the_scale_of_their_output(
     path = write(tmp_path / "exact", tensors(GOLDENS / CASE), quantization_config=CONFIG)
     checkpoint = Checkpoint(path)
     one, blocks = Quantization(WeightDtype.FLOAT8), Quantization(WeightDtype.FLOAT8, block=12)
-    there = ShardedDecoder(checkpoint.config, as_placement(SPLIT), "float32", one)
+    there = ShardedDecoder(checkpoint.config, as_placement(SPLIT), "float32", quantization=one)
     assert_equal(checkpoint.load(there), checkpoint.load(replace(there, quantization=blocks)))
 
 
@@ -174,7 +174,7 @@ def values(decoder: ShardedDecoder) -> list[Any]:
 
 @pytest.mark.parametrize("case", ["jamba_e8_top2", "qwen3_next_e8_top2", "deepseek_v3_e8_top2_groups_yarn"])
 def test_all_but_matrices_and_small_parameters_of_recurrences_are_in_eight_bits(case: str) -> None:
-    there = ShardedDecoder(Checkpoint(GOLDENS / case).config, as_placement("data=1"), "float32", INT8)
+    there = ShardedDecoder(Checkpoint(GOLDENS / case).config, as_placement("data=1"), "float32", quantization=INT8)
     found = {path[4:]: isinstance(param.get_value(), Quantised) for path, param in nnx.to_flat_state(there.parameters)}
     exact = {name for name, in_eight_bits in found.items() if not in_eight_bits and name}
     recurrent = ("convolution", "decay", "strength", "select", "step", "log_rates", "skip")
@@ -192,7 +192,7 @@ def test_a_program_holds_no_copy_of_the_weights(quantization: Quantization) -> N
     experts = MoEConfig(8, 2, 256, router=RouterConfig(norm=1), shared=SharedExpertConfig(256, gated=False))
     model = ModelConfig(128, 256, (LayerConfig(attention, experts),) * 24, 1e-6, 64)
     placement = as_placement("expert=2")
-    there = ShardedDecoder(model, placement, "bfloat16", quantization)
+    there = ShardedDecoder(model, placement, "bfloat16", quantization=quantization)
     memory = Programs(there).decode_step(8, 64, Route.whole(ScatterCombine(placement))).memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 0.3 * held_bytes(there.parameters)
@@ -206,7 +206,7 @@ def test_there_is_no_gradient(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no gradient: train with exact weights"):
             jax.grad(lambda scales, read=read: read(replace(value, scales=scales)))(value.scales)
     placement = as_placement("data=1")
-    there = ShardedDecoder(Checkpoint(ADDER).config, placement, "float32", INT8)
+    there = ShardedDecoder(Checkpoint(ADDER).config, placement, "float32", quantization=INT8)
     with pytest.raises(ConfigError, match="no gradient: train with exact weights"):
         Trainer(there, optax.sgd(1.0), lambda _: None, Route.whole(ScatterCombine(placement)))  # type: ignore[arg-type,return-value]
 
@@ -246,7 +246,7 @@ def test_other_dtypes_are_refused_in_words() -> None:
 
 
 def test_what_is_drawn_is_held_in_eight_bits_too() -> None:
-    there = ShardedDecoder(Checkpoint(ADDER).config, as_placement("data=1"), "float32", INT8)
+    there = ShardedDecoder(Checkpoint(ADDER).config, as_placement("data=1"), "float32", quantization=INT8)
     for path, param in nnx.to_flat_state(there.init(0)):
         if isinstance(value := param.get_value(), Quantised):
             over = tuple(dim for dim, size in enumerate(value.scales.shape) if size == 1)

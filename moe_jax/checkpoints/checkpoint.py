@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,13 @@ class Checkpoint:
                     f"{self.path} holds weights in orbax format, which cannot be read in eight bits: "
                     "give the checkpoint that they were converted from, or moe-jax convert --to huggingface"
                 )
-            parameters = orbax_store.restore(self.path / ORBAX, decoder.parameters)
+            stacked = replace(decoder, scan_layers=True)
+            parameters = orbax_store.restore(self.path / ORBAX, stacked.parameters)
             loading.check_finite(parameters)
-            return parameters
+            return decoder.unstacked(parameters)
         with TensorFiles(self.path) as files:
             sources = self.family.sources_in(files.shapes())
-            wanted = list(regions(decoder.config, decoder.parameters, sources))
+            wanted = list(regions(decoder, sources))
             tensors = files if self._scales is None else Dequantised(files, self._scales)
             loading.check(wanted, tensors, self._is_unused)
             return loading.load(decoder.parameters, wanted, tensors, decoder.quantization)
@@ -186,7 +188,7 @@ def family_of(raw_config: dict[str, Any]) -> Family:
 
 
 def regions_of(family: Family, decoder: ShardedDecoder) -> Iterator[Region]:
-    return regions(decoder.config, decoder.parameters, family.sources)
+    return regions(decoder, family.sources)
 
 
 def check_exact(parameters: Parameters) -> None:

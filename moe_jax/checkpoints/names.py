@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from moe_jax.config import ModelConfig
-from moe_jax.models import Parameters, group_layers
+from moe_jax.models import ShardedDecoder
 
 Path = tuple[Any, ...]
 Index = tuple[int | slice, ...]
@@ -150,10 +149,10 @@ class Region:
         return tuple(slice(first, first + size) for first, size in zip(self.start, self.shape, strict=True))
 
 
-def regions(config: ModelConfig, parameters: Parameters, sources: Mapping[str, Source]) -> Iterator[Region]:
+def regions(decoder: ShardedDecoder, sources: Mapping[str, Source]) -> Iterator[Region]:
     """Every tensor that the checkpoint of this model has, parameter by parameter, layer by layer."""
-    groups = group_layers(config.layers)
-    shapes = {path: param.shape for path, param in nnx.to_flat_state(parameters)}
+    groups = decoder.groups
+    shapes = {path: param.shape for path, param in nnx.to_flat_state(decoder.parameters)}
     for path, shape in shapes.items():
         match path:
             case ("stacks", int(group), "unit", int(block), *rest):
@@ -164,7 +163,7 @@ def regions(config: ModelConfig, parameters: Parameters, sources: Mapping[str, S
                     yield from _regions(source, path, shape, repeat, layer, rows)
             case ("embedding" | "head", _):
                 (name,), (_, *rest) = sources[".".join(map(str, path))].names, shape
-                held = (config.vocab_size, *rest)
+                held = (decoder.config.vocab_size, *rest)
                 at = tuple(slice(0, size) for size in held)
                 entry = Entry(name, held, None, at, held, tuple(range(len(held))))
                 yield Region(path, (0,) * len(shape), shape, [entry])

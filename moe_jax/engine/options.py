@@ -49,7 +49,8 @@ class Options:
 
     def sizes(self, decoder: ShardedDecoder) -> Sizes:
         slots = -(-self.max_batch_size // decoder.placement.size(Role.TOKENS))
-        prompts, block = min(PROMPTS, slots), decoder.config.block
+        prompts = min(max(self.prefill_tokens // SHORT_PROMPT, FEW_PROMPTS), slots)
+        block = decoder.config.block
         # A full prompt of which only its own tokens are told is given one more, which has a position where blocks have.
         longest = self.max_length + (decoder.config.diffusion is not None)
         prompt_rows = min(max(self.prefill_tokens, 2 * slots), prompts * self.max_length)
@@ -116,8 +117,8 @@ class Options:
         return Engine(BlockScheduler(limits), executor, sizes, decoder.placement, BlockWriter)
 
 
-PROMPTS = 8
-"""Prompts that a token shard takes into one step, at most."""
+FEW_PROMPTS, SHORT_PROMPT = 8, 64
+"""A token shard takes no more prompts into one step than these few, or than its prompt tokens are short prompts."""
 
 
 def _one_sequence(window: int | None, sizes: Sizes) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.config import Activation, Weighted
 from moe_jax.layers.activation import gated
-from moe_jax.layers.grouped_walk import Blocks, block_size
+from moe_jax.layers.grouped_walk import block_size, rows_at_once, visit_blocks
 from moe_jax.layers.parameter import InPlace
 from moe_jax.sharding.collectives import vary_alike
 
@@ -73,27 +73,41 @@ def walk_experts(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _walk(walker: Walker, inputs: Inputs, assigned: Assigned, gate_up: InPlace, down: InPlace) -> Array:
     x, weights, held = inputs
-    (rows, k), experts = weights.shape, assigned.sizes.shape[0]
-    size = min(block_size(rows * k, experts * walker.share), rows)
-    blocks = Blocks.of(jnp.cumsum(assigned.sizes) - assigned.sizes, assigned.sizes, size, rows * k)
+    (rows, k), (order, sizes, _) = weights.shape, assigned
+    everywhere = sizes.shape[0] * walker.share
+    starts, size = jnp.cumsum(sizes) - sizes, min(block_size(rows * k, everywhere), rows)
 
-    def visit(i: Array, y: Array) -> Array:
-        expert, first, own = blocks.block(i)
-        assignments = lax.dynamic_slice_in_dim(assigned.order, first, size)
+    def outputs(held: Held, assignments: Array, own: Array) -> tuple[Int32[Array, "B"], Float[Array, "B D"]]:
+        """The rows of some assignments to one expert, and what it adds to them."""
         row, weight = assignments // k, weights.reshape(-1)[assignments, None]
         block = x[row]
         if walker.weighted is Weighted.INPUT:
             block, weight = block * weight.astype(x.dtype), jnp.ones_like(weight)
-        gates_ups = block @ gate_up.part(expert)
+        gates_ups = block @ held.gate_up
         if held.gate_up_bias is not None:
-            gates_ups += held.gate_up_bias[expert]
-        out = gated(walker.activation, *jnp.split(gates_ups, 2, axis=1)) @ down.part(expert)
+            gates_ups += held.gate_up_bias
+        out = gated(walker.activation, *jnp.split(gates_ups, 2, axis=1)) @ held.down
         if held.down_bias is not None:
-            out += held.down_bias[expert]
-        return y.at[row].add(jnp.where(own[:, None], out * weight, 0))
+            out += held.down_bias
+        return row, jnp.where(own[:, None], out * weight, 0)
 
-    y, *_ = vary_alike(jnp.zeros(x.shape, jnp.float32), x, weights, assigned.sizes, held.gate_up)
-    return lax.fori_loop(0, blocks.count, visit, y).astype(x.dtype)
+    def one(expert: Array) -> Held:
+        biases = (None if bias is None else bias[expert] for bias in held[2:])
+        return Held(gate_up.part(expert), down.part(expert), *biases)
+
+    def visit(held: Held, first: Array, own: Array, y: Array) -> Array:
+        row, out = outputs(held, lax.dynamic_slice_in_dim(order, first, size), own)
+        return y.at[row].add(out)
+
+    y, *_ = vary_alike(jnp.zeros(x.shape, jnp.float32), x, weights, sizes, held.gate_up)
+    at_once = rows_at_once(rows * k, everywhere) if gate_up.alone else 0
+    if at_once:
+        at = starts[:, None] + jnp.arange(at_once)
+        own = jnp.arange(at_once) < sizes[:, None]
+        row, out = jax.vmap(outputs)(held, order.at[at].get(mode="clip"), own)
+        y = y.at[row.reshape(-1)].add(out.reshape(-1, x.shape[1]))
+    left = jnp.maximum(sizes - at_once, 0)
+    return visit_blocks(starts + at_once, left, size, rows * k, one, visit, y).astype(x.dtype)
 
 
 def _forward(walker: Walker, *args: Any) -> tuple[Array, tuple[Inputs, Assigned]]:

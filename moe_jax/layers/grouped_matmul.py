@@ -73,7 +73,7 @@ def grouped_matmul(
       in_place: the same weights in their stack, from which they need not be cut then.
     """
     rows, weights, group_sizes = vary_alike(rows, weights, group_sizes)
-    return _grouped_matmul(by, rows, weights, group_sizes, in_place or InPlace.alone(weights))
+    return _grouped_matmul(by, rows, weights, group_sizes, in_place or InPlace.of_one(weights))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

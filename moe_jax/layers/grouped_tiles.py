@@ -23,7 +23,6 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import WeightDtype
-from moe_jax.layers.grouped_walk import Blocks
 from moe_jax.layers.parameter import InPlace
 from moe_jax.layers.quantised import Quantised
 from moe_jax.sharding.collectives import vary_alike
@@ -46,8 +45,6 @@ class Tiles:
         """Weights in eight bits are converted tile by tile, and scales applied to the products."""
         (count, inputs), (_, groups, _, outputs) = rows.shape, weights.stack.shape
         size, most = tile_rows(count, groups), tiles(count, groups)
-        blocks = Blocks.of(jnp.cumsum(sizes) - sizes, sizes, size, count)
-        spans = jax.vmap(blocks.span)(jnp.arange(most))
         kernel = partial(_product, size=size, inputs=inputs, outputs=outputs)
         arrays = jax.tree.leaves(weights.stack)
         if isinstance(stack := weights.stack, Quantised):
@@ -55,7 +52,7 @@ class Tiles:
             step = INPUTS if block == inputs else math.gcd(INPUTS, block)
             kernel = partial(kernel, kind=stack.kind, block=block, step=step)
         grid, layer = (most, pl.cdiv(outputs, OUTPUTS)), vary_alike(weights.layer[None], rows)[0]
-        return self._call(kernel, grid, (count, outputs), rows, *spans, layer, rows, *arrays)
+        return self._call(kernel, grid, (count, outputs), rows, *_spans(sizes, size, most), layer, rows, *arrays)
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
@@ -81,6 +78,17 @@ def tile_rows(rows: int, groups: int) -> int:
 def tiles(rows: int, groups: int) -> int:
     """As many tiles as any sizes of the groups need."""
     return rows // tile_rows(rows, groups) + min(groups, rows)
+
+
+def _spans(
+    sizes: Int32[Array, "G"], size: int, most: int
+) -> tuple[Int32[Array, "T"], Int32[Array, "T"], Int32[Array, "T"]]:
+    """Of each tile its group, its first row, and the row after its last; no rows for a tile beyond the last."""
+    ends, tiles_of = jnp.cumsum(sizes), (sizes + size - 1) // size
+    tile_ends, tile = jnp.cumsum(tiles_of), jnp.arange(most)
+    group = jnp.minimum(jnp.sum(tile_ends <= tile[:, None], axis=1), len(sizes) - 1)
+    first = ends[group] - sizes[group] + (tile - tile_ends[group] + tiles_of[group]) * size
+    return group, first, jnp.minimum(first + size, ends[group])
 
 
 def _product(

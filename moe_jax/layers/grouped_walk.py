@@ -5,16 +5,21 @@ M  rows, group after group     G  groups     D  inputs     F  outputs     B  row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.layers.parameter import InPlace
-from moe_jax.sharding.collectives import vary_alike
+from moe_jax.sharding.collectives import argsort, vary_alike
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 8, 128
+SMALLEST_BLOCK, LARGEST_BLOCK = 8, 64
+
+Part = TypeVar("Part")
+Carry = TypeVar("Carry")
 
 
 @dataclass(frozen=True)
@@ -28,34 +33,33 @@ class Walk:
 
     def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
         count, groups = rows.shape[0], sizes.shape[0]
-        starts, at_once = jnp.cumsum(sizes) - sizes, _rows_at_once(count, groups)
+        starts, at_once = jnp.cumsum(sizes) - sizes, rows_at_once(count, groups)
         shape = count, weights.stack.shape[-1]
         out = _first_rows(rows, weights.whole(), starts, at_once) if at_once else _zeros(shape, rows)
-        left = jnp.maximum(sizes - at_once, 0)
-        blocks = Blocks.of(starts + at_once, left, block_size(count, groups), count)
+        size = block_size(count, groups)
 
-        def visit(i: Array, out: Array) -> Array:
-            group, first, own = blocks.block(i)
-            product = lax.dynamic_slice_in_dim(rows, first, blocks.size) @ weights.part(group)
-            before = lax.dynamic_slice_in_dim(out, first, blocks.size)
+        def visit(weight: Array, first: Array, own: Array, out: Array) -> Array:
+            product = lax.dynamic_slice_in_dim(rows, first, size) @ weight
+            before = lax.dynamic_slice_in_dim(out, first, size)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], product, before), first, 0)
 
-        return lax.fori_loop(0, blocks.count, visit, out)
+        left = jnp.maximum(sizes - at_once, 0)
+        return visit_blocks(starts + at_once, left, size, count, weights.part, visit, out)
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
     ) -> Float[Array, "G D F"]:
         count, groups = rows.shape[0], sizes.shape[0]
-        blocks = Blocks.of(jnp.cumsum(sizes) - sizes, sizes, block_size(count, groups), count)
+        size = block_size(count, groups)
 
-        def visit(i: Array, out: Array) -> Array:
-            group, first, own = blocks.block(i)
+        def visit(group: Array, first: Array, own: Array, out: Array) -> Array:
             inputs, outputs = (
-                jnp.where(own[:, None], lax.dynamic_slice_in_dim(x, first, blocks.size), 0) for x in (rows, grad)
+                jnp.where(own[:, None], lax.dynamic_slice_in_dim(x, first, size), 0) for x in (rows, grad)
             )
             return out.at[group].add(inputs.T @ outputs)
 
-        return lax.fori_loop(0, blocks.count, visit, _zeros((groups, rows.shape[1], grad.shape[1]), rows))
+        zeros = _zeros((groups, rows.shape[1], grad.shape[1]), rows)
+        return visit_blocks(jnp.cumsum(sizes) - sizes, sizes, size, count, lambda group: group, visit, zeros)
 
 
 def block_size(rows: int, groups: int) -> int:
@@ -64,11 +68,40 @@ def block_size(rows: int, groups: int) -> int:
     return min(max(1 << (even_share - 1).bit_length(), SMALLEST_BLOCK), LARGEST_BLOCK, rows)
 
 
-def _rows_at_once(rows: int, groups: int) -> int:
+def rows_at_once(rows: int, groups: int) -> int:
     """How many rows of each group one batched matmul takes: half more than an even share, or none where shares are
     small, and reading the weights of groups without rows would cost more, or so large that blocks cost no more."""
     even_share = rows // groups
     return -(-even_share * 3 // 16) * 8 if 2 <= even_share < LARGEST_BLOCK else 0
+
+
+def visit_blocks(
+    starts: Int32[Array, "G"],
+    sizes: Int32[Array, "G"],
+    size: int,
+    rows: int,
+    part: Callable[[Array], Part],
+    visit: Callable[[Part, Int32[Array, ""], Bool[Array, "B"], Carry], Carry],
+    carry: Carry,
+) -> Carry:
+    """`visit(part(g), first, own, carry)` for each block of `size` rows of each group g: the first of the rows to read,
+    moved up to fit into all `rows`, and which of them are the block's own. Groups without rows cost nothing, and the
+    others' part is made once."""
+    with_rows, lasts = argsort(sizes == 0), starts + sizes
+
+    def of_group(i: Array, carry: Carry) -> Carry:
+        group = with_rows[i]
+        start, last, own_part = starts[group], lasts[group], part(group)
+
+        def block(b: Array, carry: Carry) -> Carry:
+            begin = start + b * size
+            first = jnp.minimum(begin, rows - size)
+            row = first + jnp.arange(size)
+            return visit(own_part, first, (row >= begin) & (row < last), carry)
+
+        return lax.fori_loop(0, (last - start + size - 1) // size, block, carry)
+
+    return lax.fori_loop(0, jnp.sum(sizes > 0), of_group, carry)
 
 
 def _first_rows(rows: Array, weights: Array, starts: Array, count: int) -> Float[Array, "M F"]:
@@ -78,43 +111,6 @@ def _first_rows(rows: Array, weights: Array, starts: Array, count: int) -> Float
     row = jnp.arange(rows.shape[0])
     group = jnp.sum(starts[None, 1:] <= row[:, None], axis=1)
     return products.at[group, row - starts[group]].get(mode="clip")
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Each group's rows in blocks of `size`, the last one partly filled."""
-
-    starts: Int32[Array, "G"]
-    """Each group's first row."""
-    sizes: Int32[Array, "G"]
-    block_ends: Int32[Array, "G"]
-    """The block after each group's last."""
-    size: int
-    rows: int
-    """Of all groups, and any beyond."""
-
-    @classmethod
-    def of(cls, starts: Array, sizes: Array, size: int, rows: int) -> Blocks:
-        return cls(starts, sizes, jnp.cumsum((sizes + size - 1) // size), size, rows)
-
-    @property
-    def count(self) -> Int32[Array, ""]:
-        return self.block_ends[-1]
-
-    def span(self, i: Array) -> tuple[Int32[Array, ""], Int32[Array, ""], Int32[Array, ""]]:
-        """Of block i its group, its first row, and the row after its last; no rows for a block beyond the last."""
-        group = jnp.minimum(jnp.sum(self.block_ends <= i), len(self.sizes) - 1)
-        blocks_left = self.block_ends[group] - i
-        blocks_before = (self.sizes[group] + self.size - 1) // self.size - blocks_left
-        start = self.starts[group] + blocks_before * self.size
-        return group, start, jnp.minimum(start + self.size, self.starts[group] + self.sizes[group])
-
-    def block(self, i: Array) -> tuple[Int32[Array, ""], Int32[Array, ""], Bool[Array, "B"]]:
-        """Block i: its group, the first of the `size` rows to read (moved up to fit), and which of them are its own."""
-        group, start, end = self.span(i)
-        first = jnp.minimum(start, self.rows - self.size)
-        row = first + jnp.arange(self.size)
-        return group, first, (row >= start) & (row < end)
 
 
 def _zeros(shape: tuple[int, ...], like: Array) -> Array:

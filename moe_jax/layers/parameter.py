@@ -80,9 +80,14 @@ class InPlace:
     layer: Int32[Array, ""]
 
     @classmethod
-    def alone(cls, parameter: Shaped[Array, "E ..."]) -> InPlace:
+    def of_one(cls, parameter: Shaped[Array, "E ..."]) -> InPlace:
         """A stack of one."""
         return cls(parameter[None], jnp.zeros((), jnp.int32))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other layer, so that the whole lies in place too; in eight bits it must be converted."""
+        return self.stack.shape[0] == 1 and not isinstance(self.stack, Quantised)
 
     def part(self, index: Int32[Array, ""]) -> Shaped[Array, "..."]:
         return self.stack[self.layer, index]
@@ -116,7 +121,7 @@ def in_place(parameter: nnx.Param) -> InPlace:
         case Quantised() as value:
             return InPlace(value.map(lambda whole: whole[None]), jnp.zeros((), jnp.int32))
         case value:
-            return InPlace.alone(value)
+            return InPlace.of_one(value)
 
 
 def placed(parameters: nnx.State, placement: Placement, quantization: Quantization | None = None) -> nnx.State:

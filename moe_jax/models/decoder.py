@@ -5,6 +5,7 @@ T  own rows     B  those of them that this device keeps     D  hidden
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ from moe_jax.layers import (
     parameter,
     row_norm,
 )
-from moe_jax.models.grouping import Group, group_layers
+from moe_jax.models.grouping import Group
 
 Caches = list[list[Cache | States]]
 """A cache for each layer of the unit of each group, of the kind that it takes, its arrays stacked over the repeats."""
@@ -132,10 +133,10 @@ class Stack(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, groups: Sequence[Group], *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.embedding_scale, self.unit_head = config.embedding_scale, config.unit_head
         self.embedding = Vocabulary(config, dtype=dtype, rngs=rngs)
-        self.stacks = nnx.List([Stack(group, config, dtype=dtype, rngs=rngs) for group in group_layers(config.layers)])
+        self.stacks = nnx.List([Stack(group, config, dtype=dtype, rngs=rngs) for group in groups])
         self.norm = row_norm(config.norm, config.hidden, config.norm_eps, dtype=dtype)
         self.head = (
             None if config.tied_embeddings else Vocabulary(config, bias=config.head_bias, dtype=dtype, rngs=rngs)

@@ -27,6 +27,11 @@ class Group:
         return self.first + repeat * len(self.unit) + index
 
 
+def each_apart(layers: Sequence[LayerConfig]) -> tuple[Group, ...]:
+    """No loop over layers: all of them are one unit."""
+    return (Group(0, tuple(layers), 1),)
+
+
 def group_layers(layers: Sequence[LayerConfig]) -> tuple[Group, ...]:
     """Cut the layers, in order, into groups; at each cut the unit is taken that saves the most layers."""
     groups: list[Group] = []

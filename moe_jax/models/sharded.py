@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -20,7 +21,7 @@ from moe_jax.layers import PagedCache, SlotStates, Step, parameter
 from moe_jax.layers.states import STATE_DTYPE
 from moe_jax.models.batch import Batch
 from moe_jax.models.decoder import Caches, Decoder
-from moe_jax.models.grouping import group_layers
+from moe_jax.models.grouping import Group, each_apart, group_layers
 from moe_jax.sharding import (
     EXACT,
     Encoding,
@@ -56,6 +57,9 @@ class ShardedDecoder:
     config: ModelConfig
     placement: Placement
     dtype: str
+    scan_layers: bool = True
+    """Whether layers that are alike are one loop: a program of one layer, whatever their number, but each layer's
+    weights are copied out of the stack in every step. Experts' are not."""
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
@@ -64,8 +68,15 @@ class ShardedDecoder:
         check_fit(self.config, self.placement)
 
     @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        return (group_layers if self.scan_layers else each_apart)(self.config.layers)
+
+    @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, Parameters]:
-        return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, dtype=self.dtype, rngs=nnx.Rngs(0))))
+        return nnx.split(nnx.eval_shape(lambda: self._drawn(nnx.Rngs(0))))
+
+    def _drawn(self, rngs: nnx.Rngs) -> Decoder:
+        return Decoder(self.config, self.groups, dtype=self.dtype, rngs=rngs)
 
     def rows_of(self, layer: LayerConfig, encoding: Encoding = EXACT) -> RowBytes:
         """What a layer's feed-forward block moves of each row."""
@@ -108,12 +119,33 @@ class ShardedDecoder:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.parameters)
 
         def draw(key: Array) -> Parameters:
-            drawn = nnx.state(Decoder(self.config, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
+            drawn = nnx.state(self._drawn(nnx.Rngs(params=key)))
             if self.quantization is None:
                 return drawn
             return parameter.quantised(drawn, self.parameters, self.quantization)
 
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+
+    def unstacked(self, stacked: Parameters) -> Parameters:
+        """The same parameters from those of a decoder that scans its layers, whose arrays are given up."""
+        if self.scan_layers:
+            return stacked
+        groups = group_layers(self.config.layers)
+
+        def each() -> Iterator[tuple[Any, nnx.Variable]]:
+            for path, param in nnx.to_flat_state(stacked):
+                match path:
+                    case ("stacks", int(group), "unit", int(block), *rest):
+                        stack = param.get_value()
+                        for repeat in range(groups[group].repeats):
+                            layer = groups[group].layer(repeat, block)
+                            own = lax.slice_in_dim(stack, repeat, repeat + 1)
+                            yield ("stacks", 0, "unit", layer, *rest), param.replace(own)
+                        stack.delete()
+                    case _:
+                        yield path, param
+
+        return nnx.from_flat_state(each())
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
@@ -141,7 +173,7 @@ class ShardedDecoder:
             of_window, widths = pages[attention.window], attention.cached_widths
             return PagedCache(*(abstract(repeats, attention.kv_heads, of_window, page, width) for width in widths))
 
-        return [[cache(group.repeats, layer) for layer in group.unit] for group in group_layers(self.config.layers)]
+        return [[cache(group.repeats, layer) for layer in group.unit] for group in self.groups]
 
     def empty_caches(self, pages: Mapping[int | None, int], page: int, slots: int) -> Caches:
         """Zeroed caches, as `abstract_caches`."""

@@ -17,7 +17,6 @@ from moe_jax.config import RecurrentConfig
 from moe_jax.errors import ConfigError
 from moe_jax.layers import Load, Stateless, Step, Uncached
 from moe_jax.models import Batch, Caches, Decoder, Parameters, ShardedDecoder
-from moe_jax.models.grouping import group_layers
 from moe_jax.sharding import EXACT, Role, Route
 from moe_jax.sharding.collectives import sum_devices
 from moe_jax.training.examples import NOT_A_TARGET, Examples
@@ -40,10 +39,9 @@ def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, 
     if route.combine.encoding != EXACT:
         raise ConfigError("losses need rows that are gathered exactly: rounding has no gradient")
     batch = examples.batch
-    groups = group_layers(decoder.config.layers)
     caches: Caches = [
         [Stateless() if isinstance(layer.attention, RecurrentConfig) else Uncached() for layer in group.unit]
-        for group in groups
+        for group in decoder.groups
     ]
     axes, kept = (here.axes(Role.TOKENS) for here in (decoder.placement, route.residual.blocks))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -80,7 +81,7 @@ def test_large_exports_are_split_and_indexed(tmp_path: Path) -> None:
     there = decoder(checkpoint, "expert=8")
     parameters = checkpoint.load(there)
     shutil.copy(GOLDENS / ONE / "config.json", tmp_path)
-    parts = regions(there.config, there.parameters, checkpoint.family.sources)
+    parts = regions(there, checkpoint.family.sources)
     export(tmp_path, parts, parameters, np.dtype(np.float32), largest_file=40_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     assert not list(tmp_path.glob("part-*"))
@@ -96,6 +97,18 @@ def test_orbax_restores_onto_another_mesh(tmp_path: Path) -> None:
     assert_equal(parameters, load(GOLDENS / ONE, "data=1"))
     for got, wanted in zip(jax.tree.leaves(parameters), jax.tree.leaves(there.parameters), strict=True):
         assert got.sharding == wanted.sharding
+
+
+@pytest.mark.parametrize("case", ["qwen3_next_e8_top2", "step3p5_gqa8_e4_top3"])
+def test_orbax_restores_layers_apart_as_safetensors_do(case: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(GOLDENS / case)
+    stacked = decoder(checkpoint, "data=2,expert=2,tensor=2")
+    checkpoint.save_orbax(tmp_path / "out", checkpoint.load(stacked))
+    apart = replace(stacked, scan_layers=False)
+    restored = Checkpoint(tmp_path / "out").load(apart)
+    assert_equal(restored, checkpoint.load(apart))
+    for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(apart.parameters), strict=True):
+        assert (got.shape, got.sharding) == (wanted.shape, wanted.sharding)
 
 
 def test_weights_come_in_the_dtype_asked_for_but_the_router_in_float32() -> None:

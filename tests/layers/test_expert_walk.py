@@ -17,7 +17,7 @@ from moe_jax.layers.experts import sorted_form
 from moe_jax.layers.grouped_walk import Walk
 from moe_jax.layers.parameter import InPlace
 
-ROWS, EXPERTS, CHOICES, HIDDEN, WIDTH, LAYERS, LAYER = 24, 4, 3, 8, 6, 3, 1
+ROWS, EXPERTS, CHOICES, HIDDEN, WIDTH = 24, 4, 3, 8, 6
 HELD_ELSEWHERE = EXPERTS
 KINDS = [
     (SwiGLUConfig(), Weighted.OUTPUT, False),
@@ -43,17 +43,18 @@ def chosen(how: str) -> np.ndarray:
     }[how]
 
 
-def drawn(bias: bool) -> tuple[Inputs, InPlace, InPlace]:
+def drawn(bias: bool, layers: int = 3) -> tuple[Inputs, InPlace, InPlace]:
+    """Of the last of some layers."""
     keys = iter(jax.random.split(jax.random.key(0), 6))
 
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(next(keys), shape)
 
-    gate_up, down = normal(LAYERS, EXPERTS, HIDDEN, 2 * WIDTH), normal(LAYERS, EXPERTS, WIDTH, HIDDEN)
+    gate_up, down = normal(layers, EXPERTS, HIDDEN, 2 * WIDTH), normal(layers, EXPERTS, WIDTH, HIDDEN)
     biases = (normal(EXPERTS, 2 * WIDTH), normal(EXPERTS, HIDDEN)) if bias else (None, None)
-    held = Held(gate_up[LAYER], down[LAYER], *biases)
+    held = Held(gate_up[-1], down[-1], *biases)
     inputs = Inputs(normal(ROWS, HIDDEN), jnp.abs(normal(ROWS, CHOICES)), held)
-    return inputs, InPlace(gate_up, jnp.array(LAYER)), InPlace(down, jnp.array(LAYER))
+    return inputs, InPlace(gate_up, jnp.array(layers - 1)), InPlace(down, jnp.array(layers - 1))
 
 
 def assigned(experts: np.ndarray) -> Assigned:
@@ -79,10 +80,11 @@ def plain(inputs: Inputs, experts: np.ndarray, activation: Activation, weighted:
 
 @pytest.mark.parametrize("how", ["all here", "by chance", "none here", "all to the first", "one to the last"])
 @pytest.mark.parametrize(("activation", "weighted", "bias"), KINDS, ids=["plain", "biased", "inputs-weighted"])
+@pytest.mark.parametrize("layers", [1, 3], ids=["alone", "stacked"])
 def test_outputs_and_gradients_are_those_of_a_plain_loop(
-    activation: Activation, weighted: Weighted, bias: bool, how: str
+    activation: Activation, weighted: Weighted, bias: bool, how: str, layers: int
 ) -> None:
-    experts, (inputs, *in_place) = chosen(how), drawn(bias)
+    experts, (inputs, *in_place) = chosen(how), drawn(bias, layers)
     walker = Walker(activation, weighted, 1, partial(sorted_form, Walk(), activation, weighted))
     which = assigned(experts)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moe_jax.config import WeightDtype
 from moe_jax.layers.grouped_matmul import Products, Ragged, grouped_matmul
 from moe_jax.layers.grouped_tiles import SMALLEST_TILE, Tiles, tile_rows, tiles
-from moe_jax.layers.grouped_walk import LARGEST_BLOCK, Blocks, Walk, block_size
+from moe_jax.layers.grouped_walk import LARGEST_BLOCK, Walk, block_size, visit_blocks
 from moe_jax.layers.parameter import InPlace
 from moe_jax.layers.quantised import Quantised
 
@@ -124,8 +124,9 @@ def test_gradients_equal_those_of_a_dense_expansion(by: Products, sizes: list[in
 
 def test_work_grows_with_the_rows_and_not_with_the_groups() -> None:
     def visited_rows(rows: int, sizes: list[int]) -> int:
-        ends, size = jnp.cumsum(jnp.array(sizes)), block_size(rows, len(sizes))
-        return int(Blocks.of(ends - jnp.array(sizes), jnp.array(sizes), size, rows).count) * size
+        of_group, size = jnp.array(sizes), block_size(rows, len(sizes))
+        starts = jnp.cumsum(of_group) - of_group
+        return int(visit_blocks(starts, of_group, size, rows, lambda group: None, lambda *args: args[-1] + size, 0))
 
     # Every group partly fills its last block: at most one block each is wasted, and idle groups cost nothing.
     assert visited_rows(4096, [512] * 8) == 4096
