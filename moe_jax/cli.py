@@ -21,6 +21,7 @@ from moe_jax.bundled import ADDER
 from moe_jax.calibration import measure
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.checkpoint import check_new
+from moe_jax.config import WeightDtype
 from moe_jax.distributed import Alone, Crew, join
 from moe_jax.errors import ConfigError, MoEJaxError, RequestError
 from moe_jax.evaluation import evaluate, held_out
@@ -76,6 +77,9 @@ ResidualOption = Annotated[
     ResidualName, typer.Option(help="What heads devices keep of their rows: split is sequence parallelism.")
 ]
 GatherDtypeOption = Annotated[GatherDtype, typer.Option(help="How rows are sent to feed-forward blocks.")]
+WeightDtypeOption = Annotated[
+    WeightDtype, typer.Option(help="Of the matrices of attention and feed-forwards; exact is the dtype of computation.")
+]
 Dtype = Annotated[str | None, typer.Option(help="Of weights and computation.", show_default="as saved")]
 ScanLayers = Annotated[
     bool, typer.Option(help="Compile layers that are alike once; steps are faster if each is compiled for itself.")
@@ -125,6 +129,7 @@ def generate(
     residual: ResidualOption = ResidualName.AUTO,
     gather_dtype: GatherDtypeOption = GatherDtype.EXACT,
     dtype: Dtype = None,
+    weight_dtype: WeightDtypeOption = WeightDtype.EXACT,
     max_tokens: Annotated[int, typer.Option(help="The most tokens to generate for each.")] = 16,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
@@ -174,6 +179,7 @@ def generate(
             model,
             mesh=mesh,
             dtype=dtype,
+            weight_dtype=weight_dtype.value,
             hardware=hardware,
             scan_layers=scan_layers,
             combine=combine.value,
@@ -269,6 +275,7 @@ def evaluate_both(
     mesh: Mesh = None,
     gather_dtype: GatherDtypeOption = GatherDtype.EXACT,
     dtype: Dtype = None,
+    weight_dtype: WeightDtypeOption = WeightDtype.EXACT,
     problems: Annotated[int, typer.Option(help="How many held-out additions.", min=1)] = 256,
     as_json: Json = False,
 ) -> None:
@@ -276,7 +283,14 @@ def evaluate_both(
     asked = held_out(problems)
     results = {}
     for name in (CombineName.SCATTER, CombineName.REDUCE):
-        llm = LLM(model, mesh=mesh, dtype=dtype, combine=name.value, gather_dtype=gather_dtype.value)
+        llm = LLM(
+            model,
+            mesh=mesh,
+            dtype=dtype,
+            weight_dtype=weight_dtype.value,
+            combine=name.value,
+            gather_dtype=gather_dtype.value,
+        )
         results[name.value] = evaluate(llm, asked, progress=sys.stderr.isatty())
     agree = results["scatter"].answers == results["reduce"].answers
     scores = {name: result.exact_match for name, result in results.items()}
@@ -338,6 +352,7 @@ def plan(
     residual: ResidualOption = ResidualName.AUTO,
     gather_dtype: GatherDtypeOption = GatherDtype.EXACT,
     dtype: Dtype = None,
+    weight_dtype: WeightDtypeOption = WeightDtype.EXACT,
     rows: Annotated[int, typer.Option(help="Sequences on each token shard.", min=1)] = 8,
     counts: Annotated[
         str | None, typer.Option(help="Sequences on each token shard, as in '5,9,0,3'.", show_default="as --rows")
@@ -354,7 +369,8 @@ def plan(
     else:
         jax.config.update("jax_platforms", "cpu")
         placement, options = target_placement(target, mesh), COMPILER_OPTIONS
-    decoder = ShardedDecoder(checkpoint.config, placement, dtype or checkpoint.dtype, scan_layers)
+    quantization = checkpoint.quantization(weight_dtype.value)
+    decoder = ShardedDecoder(checkpoint.config, placement, dtype or checkpoint.dtype, scan_layers, quantization)
     length = checked_length(checkpoint.config, max_length)
     policy = decoder.policy(as_hardware(hardware or target), combine.value, residual.value, gather_dtype.value)
     shards = placement.size(Role.TOKENS)

@@ -51,6 +51,8 @@ class LLM:
       mesh: `"data=2,expert=4"` (axes left out have size 1), axis sizes, a mesh or a `Placement`; by default all devices
         on `expert`.
       dtype: of weights, cache and computation; by default what the checkpoint says.
+      weight_dtype: of the matrices of attention and feed-forwards: `"exact"` (in `dtype`), or in eight bits, `"int8"`
+        or `"float8_e4m3fn"`, with a scale for each output, or those of a checkpoint that has them in float8.
       combine: `"auto"`, `"scatter"`, `"reduce"`, `"ragged"`, `"all-to-all"`, or a class derived from
         `moe_jax.sharding.Combine`.
       residual: where attention heads are split over devices, whether each keeps the `"whole"` rows of its token shard
@@ -84,6 +86,7 @@ class LLM:
         *,
         mesh: str | Mapping[str, int] | Mesh | Placement | None = None,
         dtype: DTypeLike | None = None,
+        weight_dtype: str = "exact",
         combine: str | Strategy = "auto",
         residual: str | type[Residual] = "auto",
         gather_dtype: str = "exact",
@@ -104,10 +107,12 @@ class LLM:
         options = Options(
             self.max_length, max_batch_size, prefill_tokens, decode_steps, cache_pages, cache_memory, prefix_cache
         )
-        decoder = ShardedDecoder(self.config, as_placement(mesh), _name(dtype or self._checkpoint.dtype), scan_layers)
+        dtype = _name(dtype or self._checkpoint.dtype)
+        quantization = self._checkpoint.quantization(weight_dtype)
+        decoder = ShardedDecoder(self.config, as_placement(mesh), dtype, scan_layers, quantization)
         self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
         model = f"{self._checkpoint.path.resolve()}, {_digest(self.config)}"
-        self.identity = f"{model}, {decoder.dtype}, {gather_dtype}, {self.max_length}"
+        self.identity = f"{model}, {_written(decoder)}, {gather_dtype}, {self.max_length}"
         """What tokens depend on besides a request's own parameters, as far as it was said here."""
         self._programs = Programs(decoder)
         self._crew = crew or Alone()
@@ -306,11 +311,16 @@ def _facts(decoder: ShardedDecoder, options: Options, hardware: Hardware, *route
         "the model": f"{shortened(decoder.config)} ({_digest(decoder.config)})",
         "the hardware": str(hardware),
         "the mesh": str(decoder.placement),
-        "the dtype": decoder.dtype,
+        "the dtype": _written(decoder),
         "scan_layers": str(decoder.scan_layers),
         "the route": ", ".join(map(str, route)),
         "the options": str(options),
     }
+
+
+def _written(decoder: ShardedDecoder) -> str:
+    """The dtype, and how weights are held where it is not in that."""
+    return decoder.dtype if decoder.quantization is None else f"{decoder.dtype}, {decoder.quantization}"
 
 
 def _digest(config: ModelConfig) -> str:

@@ -189,6 +189,17 @@ def test_host(tmp_path: Path) -> None:
             check_time(part)
 
 
+def test_quantization(tmp_path: Path) -> None:
+    model = ROOT / "tests" / "goldens" / "qwen3_moe_gqa4_e8_top2"
+    printed, shown, messages = bench("quantization", tmp_path, "--model", str(model))
+    check_plot(tmp_path, "quantization", messages)
+    assert "weights, KiB" in shown
+    found = {result["weight_dtype"]: result for result in printed["results"]}
+    exact, float8, int8 = (found[dtype] for dtype in ("exact", "float8_e4m3fn", "int8"))
+    assert int8["weight_bytes"] == float8["weight_bytes"] < 0.5 * exact["weight_bytes"]
+    assert exact["median"] == 0 < int8["median"] < float8["median"] < 0.3
+
+
 def test_the_page_on_scaling_says_what_is_predicted() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text()
     found = list(scaling.cells(["Qwen3-30B-A3B", "DeepSeek-V3"], [("h100", 8)]))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from moe_jax import cli
+from moe_jax.config import WeightDtype
 from moe_jax.sharding.encoding import ENCODINGS
 from moe_jax.sharding.hardware import KNOWN, as_hardware, save
 from moe_jax.sharding.policy import STRATEGIES
@@ -72,6 +73,14 @@ def test_generate_json(run: Run) -> None:
     assert printed["route"] == "ReduceCombine"
     assert printed["collectives_per_step"] == {"all-gather": 8, "all-reduce": 4}
     assert printed["tokens_per_second"] > 0
+
+
+def test_plan_counts_weights_in_eight_bits(run: Run) -> None:
+    exact, eight = (
+        run("plan", "--mesh", "expert=2", "--weight-dtype", dtype, "--json").json["weight_bytes"]
+        for dtype in (WeightDtype.EXACT, WeightDtype.INT8)
+    )
+    assert 0.5 * exact < eight < 0.55 * exact
 
 
 def test_eval_scores_both_combines_alike(run: Run) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 from tokenizers import Tokenizer
 
 from moe_jax.checkpoints import export, loading, orbax_store
@@ -29,7 +30,9 @@ from moe_jax.checkpoints.fields import TEXT, Fields
 from moe_jax.checkpoints.names import Region, regions
 from moe_jax.checkpoints.quantization import FIELD, Dequantised, read_quantization
 from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
+from moe_jax.config import Quantization, WeightDtype, as_weight_dtype
 from moe_jax.errors import CheckpointError
+from moe_jax.layers.quantised import Quantised
 from moe_jax.models import Parameters, ShardedDecoder
 
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
@@ -84,13 +87,33 @@ class Checkpoint:
         """The dtype that the weights were saved in, as config.json says."""
         return str(self._of_text.get("dtype") or self._of_text.get("torch_dtype") or "bfloat16")
 
-    def load(self, decoder: ShardedDecoder) -> Parameters:
-        """The weights, on the decoder's mesh and in its dtype.
+    def quantization(self, weight_dtype: str) -> Quantization | None:
+        """How weights are held where a user asks for this dtype: `exact`, or one of eight bits. Those that the files
+        have in the same one keep the files' scales.
 
         Raises:
-          CheckpointError: weights missing, damaged, not finite, or not those that config.json describes.
+          ConfigError: no such dtype.
+        """
+        dtype = as_weight_dtype(weight_dtype)
+        if dtype is WeightDtype.EXACT:
+            return None
+        if self._scales is None or dtype is not WeightDtype.FLOAT8:
+            return Quantization(dtype)
+        return Quantization(dtype, self._scales.neighbours)
+
+    def load(self, decoder: ShardedDecoder) -> Parameters:
+        """The weights, on the decoder's mesh, in its dtype or as its quantization says.
+
+        Raises:
+          CheckpointError: weights missing, damaged, not finite, or not those that config.json describes; or in orbax
+            format, which is restored as it was saved.
         """
         if (self.path / ORBAX).is_dir():
+            if decoder.quantization is not None:
+                raise CheckpointError(
+                    f"{self.path} holds weights in orbax format, which cannot be read in eight bits: "
+                    "give the checkpoint that they were converted from, or moe-jax convert --to huggingface"
+                )
             stacked = replace(decoder, scan_layers=True)
             parameters = orbax_store.restore(self.path / ORBAX, stacked.parameters)
             loading.check_finite(parameters)
@@ -100,7 +123,7 @@ class Checkpoint:
             wanted = list(regions(decoder, sources))
             tensors = files if self._scales is None else Dequantised(files, self._scales)
             loading.check(wanted, tensors, self._is_unused)
-            return loading.load(decoder.parameters, wanted, tensors)
+            return loading.load(decoder.parameters, wanted, tensors, decoder.quantization)
 
     def _is_unused(self, tensor: str) -> bool:
         """Whether a tensor may be there without being read: a tied head, and layers after the last, which guess further
@@ -114,12 +137,22 @@ class Checkpoint:
         return bool(extra and layer and int(layer[1]) >= len(self.config.layers))
 
     def save_orbax(self, path: str | Path, parameters: Parameters) -> None:
-        """Write this model with the given weights to a new directory, in orbax format."""
+        """Write this model with the given weights to a new directory, in orbax format.
+
+        Raises:
+          CheckpointError: weights in eight bits.
+        """
+        check_exact(parameters)
         with self._new_directory(path) as new:
             orbax_store.save(new / ORBAX, parameters)
 
     def save_hugging_face(self, path: str | Path, decoder: ShardedDecoder, parameters: Parameters) -> None:
-        """Write this model with the given weights to a new directory, in Hugging Face layout."""
+        """Write this model with the given weights to a new directory, in Hugging Face layout.
+
+        Raises:
+          CheckpointError: weights in eight bits.
+        """
+        check_exact(parameters)
         with self._new_directory(path) as new:
             self.write_tensors(new, decoder, parameters)
 
@@ -156,6 +189,12 @@ def family_of(raw_config: dict[str, Any]) -> Family:
 
 def regions_of(family: Family, decoder: ShardedDecoder) -> Iterator[Region]:
     return regions(decoder, family.sources)
+
+
+def check_exact(parameters: Parameters) -> None:
+    """Raise `CheckpointError` for weights in eight bits."""
+    if any(isinstance(param.get_value(), Quantised) for _, param in nnx.to_flat_state(parameters)):
+        raise CheckpointError("weights in eight bits are not saved: load them exact to convert them")
 
 
 def check_new(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from flax import nnx
 from jax import lax
 from tqdm import tqdm
 
-from moe_jax.checkpoints.names import Index, Path, Region
+from moe_jax.checkpoints.names import Path, Region
 from moe_jax.checkpoints.quantization import Tensors
+from moe_jax.checkpoints.reading import Reader, Spans, reader_of
+from moe_jax.config import Quantization
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, zeros
 
@@ -52,8 +55,13 @@ def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], 
         )
 
 
-def load(abstract: Parameters, regions: Iterable[Region], files: Tensors) -> Parameters:
+def load(
+    abstract: Parameters, regions: Iterable[Region], files: Tensors, quantization: Quantization | None = None
+) -> Parameters:
     """Fill parameters of the given shapes, dtypes and shardings from the files.
+
+    Args:
+      quantization: of the parameters that are held in eight bits.
 
     Raises:
       CheckpointError: a weight is NaN or infinite, in the file or in the parameter's dtype.
@@ -63,11 +71,13 @@ def load(abstract: Parameters, regions: Iterable[Region], files: Tensors) -> Par
     in_parts = zeros({path: shape for path, _, shape in flat if not _is_whole(by_path[path], shape)})
     hidden = jax.process_index() > 0 or None
     loaded, whole = {}, {}
-    for path, _, shape in tqdm(flat, desc="loading", unit=" parameters", disable=hidden, leave=False):
+    for path, param, shape in tqdm(flat, desc="loading", unit=" parameters", disable=hidden, leave=False):
+        reader = reader_of(param, quantization, files)
         if path in in_parts:
-            loaded[path] = _filled(in_parts.pop(path), by_path[path], files)
+            loaded[path] = _filled(in_parts.pop(path), by_path[path], reader, files)
         else:
-            loaded[path] = whole[path] = _load_region(by_path[path][0], shape, files).block_until_ready()
+            region = _load_region(by_path[path][0], shape, reader)
+            loaded[path] = whole[path] = jax.block_until_ready(region)
     for path, finite in _finite(whole).items():
         _check_region(finite, by_path[path][0], files)
     return nnx.from_flat_state((path, param.replace(loaded[path])) for path, param, _ in flat)
@@ -87,27 +97,32 @@ def _refuse(names: Sequence[str]) -> None:
 
 
 @jax.jit
-def _finite(arrays: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+def _finite(values: dict[Path, Any]) -> dict[Path, jax.Array]:
     """Of each, whether all its numbers are: one program for all."""
-    return jax.tree.map(lambda array: jnp.isfinite(array).all(), arrays)
+    return {path: _all_finite(value) for path, value in values.items()}
 
 
-def _is_whole(regions: Sequence[Region], abstract: jax.ShapeDtypeStruct) -> bool:
+def _all_finite(value: Any) -> jax.Array:
+    return jnp.isfinite(value[...]).all()
+
+
+def _is_whole(regions: Sequence[Region], abstract: Any) -> bool:
     """Whether there is one region, which is all of the parameter."""
     return len(regions) == 1 and regions[0].shape == abstract.shape
 
 
-def _filled(whole: jax.Array, regions: Sequence[Region], files: Tensors) -> jax.Array:
+def _filled(whole: Any, regions: Sequence[Region], reader: Reader, files: Tensors) -> Any:
     """A parameter with its regions written into it."""
     for region in regions:
-        whole, finite = _put(whole, _load_region(region, whole, files), region.start)
+        whole, finite = _put(whole, _load_region(region, whole, reader), region.start)
         _check_region(finite, region, files)
     return whole
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, part: jax.Array, start: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    return lax.dynamic_update_slice(whole, part, start), jnp.isfinite(part).all()
+def _put(whole: Any, part: Any, start: tuple[int, ...]) -> tuple[Any, jax.Array]:
+    """Scales have the regions of their numbers."""
+    return jax.tree.map(partial(lax.dynamic_update_slice, start_indices=start), whole, part), _all_finite(part)
 
 
 def _check_region(finite: jax.Array, region: Region, files: Tensors) -> None:
@@ -118,41 +133,27 @@ def _check_region(finite: jax.Array, region: Region, files: Tensors) -> None:
         raise CheckpointError(f"weights among {', '.join(names[:8])} are too large for the dtype: choose a wider one")
 
 
-def _load_region(region: Region, parameter: jax.ShapeDtypeStruct | jax.Array, files: Tensors) -> jax.Array:
-    """The region as an array of its own, split as the parameter is."""
-    shards, last, host = [], None, np.empty(0)
-    for device, index in parameter.sharding.addressable_devices_indices_map(region.shape).items():
+def _load_region(region: Region, parameter: Any, reader: Reader) -> Any:
+    """The region as a value of its own, split as the parameter is."""
+    leaves, structure = jax.tree.flatten(parameter)
+    shapes = [_region_of(leaf.shape, region, parameter.shape) for leaf in leaves]
+    last, hosts, shards = None, (), [[] for _ in leaves]
+    for device, index in leaves[0].sharding.addressable_devices_indices_map(region.shape).items():
         if index != last:
-            last, host = index, _read_part(region, index or (), parameter.dtype, files)
-        shards.append(jax.device_put(host, device))
-    return jax.make_array_from_single_device_arrays(region.shape, parameter.sharding, shards)
+            last, hosts = index, reader.read(region, _spans(index or (), region.shape))
+        for of_leaf, host in zip(shards, hosts, strict=True):
+            of_leaf.append(jax.device_put(host, device))
+    arrays = [
+        jax.make_array_from_single_device_arrays(shape, leaf.sharding, of_leaf)
+        for shape, leaf, of_leaf in zip(shapes, leaves, shards, strict=True)
+    ]
+    return structure.unflatten(arrays)
 
 
-def _read_part(region: Region, index: tuple[slice, ...], dtype: np.dtype, files: Tensors) -> np.ndarray:
-    """The part `index` of a region; zero where no tensor reaches (padding of the vocabulary)."""
-    spans = [range(*part.indices(size)) for part, size in zip(index, region.shape, strict=True)]
-    out = np.zeros([len(span) for span in spans], dtype)
-    for entry in region.entries:
-        overlap = _overlap(entry.at, spans)
-        if overlap is not None:
-            source, target = overlap
-            with np.errstate(over="ignore"):
-                out[target] = entry.to_piece(files.read(entry.name))[source]
-    return out
+def _region_of(leaf: tuple[int, ...], region: Region, parameter: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what belongs to a region: regions have all inputs, of which scales have few."""
+    return tuple(part if own == size else own for own, part, size in zip(leaf, region.shape, parameter, strict=True))
 
 
-def _overlap(at: Index, spans: Sequence[range]) -> tuple[Index, Index] | None:
-    """Where a piece that lies at `at` meets `spans`: the part of the piece, and its place in the spans."""
-    source: list[slice] = []
-    target: list[int | slice] = []
-    for place, span in zip(at, spans, strict=True):
-        first, stop = (place, place + 1) if isinstance(place, int) else (place.start, place.stop)
-        low, high = max(first, span.start), min(stop, span.stop)
-        if low >= high:
-            return None
-        if isinstance(place, int):
-            target.append(low - span.start)
-        else:
-            source.append(slice(low - first, high - first))
-            target.append(slice(low - span.start, high - span.start))
-    return tuple(source), tuple(target)
+def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> Spans:
+    return [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]

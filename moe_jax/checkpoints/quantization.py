@@ -1,4 +1,5 @@
-"""Weights in eight bits with a scale for each block, as DeepSeek and Qwen publish them: read as the numbers they mean.
+"""Weights in eight bits with a scale for each block, as DeepSeek and Qwen publish them: read as the numbers they mean,
+or as they are.
 
 A weight `[O, I]` of float8_e4m3fn has beside it `..._scale_inv`, float32 `[ceil(O / A), ceil(I / B)]` for blocks of
 `[A, B]`; the number meant is weight times scale (DeepSeek-V3, arXiv:2412.19437, section 3.3).
@@ -6,7 +7,8 @@ A weight `[O, I]` of float8_e4m3fn has beside it `..._scale_inv`, float32 `[ceil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,10 +43,16 @@ class BlockScales:
         """Of the scales of a weight."""
         return tuple(-(-size // of) for size, of in zip(weight, self.block, strict=True))
 
-    def apply(self, weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        for dim, of in enumerate(self.block):
-            scales = np.repeat(scales, of, axis=dim).take(range(weight.shape[dim]), axis=dim)
-        return weight.astype(np.float32) * scales
+    @property
+    def neighbours(self) -> int:
+        """Of so many neighbours along either dimension, beginning at a multiple of it, all have the same scale."""
+        return math.gcd(*self.block)
+
+    def spread(self, scales: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The scale of each number of a weight of this shape."""
+        for dim, (of, size) in enumerate(zip(self.block, shape, strict=True)):
+            scales = np.repeat(scales, of, axis=dim)[(slice(None),) * dim + (slice(size),)]
+        return scales
 
 
 def read_quantization(fields: Fields) -> BlockScales | None:
@@ -86,9 +94,21 @@ class Dequantised:
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._files.read(name)
-        if self._held[name][1] != EIGHT_BITS:
-            return tensor
-        return self._scales.apply(tensor, self._files.read(name + SCALES))
+        return tensor.astype(np.float32) * self.scales(name) if self._in_eight_bits(name) else tensor
+
+    def all_in_eight_bits(self, names: Iterable[str]) -> bool:
+        return all(map(self._in_eight_bits, names))
+
+    def numbers(self, name: str) -> np.ndarray:
+        """The bits of a weight in eight bits."""
+        return self._files.read(name).view(np.int8)
+
+    def scales(self, name: str) -> np.ndarray:
+        """Of each of its numbers."""
+        return self._scales.spread(self._files.read(name + SCALES), self._held[name][0])
+
+    def _in_eight_bits(self, name: str) -> bool:
+        return self._held[name][1] == EIGHT_BITS
 
     def _is_scale(self, name: str) -> bool:
         of = self._held.get(name.removesuffix(SCALES)) if name.endswith(SCALES) else None

@@ -46,6 +46,7 @@ from moe_jax.config.rope import (
     RopeScaling,
     YarnScaling,
 )
+from moe_jax.config.weights import Quantization, WeightDtype, as_weight_dtype
 
 __all__ = [
     "VOCAB_MULTIPLE",
@@ -73,6 +74,7 @@ __all__ = [
     "Norm",
     "OutputGate",
     "QKNorm",
+    "Quantization",
     "RecurrentConfig",
     "RopeConfig",
     "RopeScaling",
@@ -82,7 +84,9 @@ __all__ = [
     "SparseMixerConfig",
     "SwiGLUConfig",
     "TemperatureConfig",
+    "WeightDtype",
     "Weighted",
     "Window",
     "YarnScaling",
+    "as_weight_dtype",
 ]

@@ -6,6 +6,7 @@ S  lines of a grid   C  their chunk   n  positions of a block   G  H / K   v  wi
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -18,7 +19,7 @@ from moe_jax.config import AttentionConfig, Norm, OutputGate, QKNorm, Window
 from moe_jax.layers import parameter
 from moe_jax.layers.cache import Block, Cache, Cached
 from moe_jax.layers.norm import HeadNorm, ProjectionNorm, UnitHeadNorm
-from moe_jax.layers.parameter import HeadNumber, once, one_head, only_head
+from moe_jax.layers.parameter import HeadNumber, once, one_head, only_head, product
 from moe_jax.layers.rope import Rotary
 from moe_jax.layers.softmax import Seen, weighted_values
 from moe_jax.layers.step import Grid, Packing, Step
@@ -32,14 +33,29 @@ class HeadProjection(nnx.Module):
     """Rows to heads: `[T, D] -> [T, H, d]`."""
 
     def __init__(
-        self, hidden: int, heads: int, head_dim: int, split: Role, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        hidden: int,
+        heads: int,
+        head_dim: int,
+        split: Role,
+        *,
+        bias: bool,
+        exact: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.weight = parameter.normal(rngs, (hidden, heads, head_dim), (None, split, None), fan_in=hidden, dtype=dtype)
+        """An `exact` one is small, and never held in eight bits."""
+        shape, dims = (hidden, heads, head_dim), (None, split, None)
+        self.weight = (
+            parameter.normal(rngs, shape, dims, fan_in=hidden, dtype=dtype)
+            if exact
+            else parameter.matrix(rngs, shape, dims, inputs=(0,), dtype=dtype)
+        )
         self.bias = parameter.zeros((heads, head_dim), (split, None), dtype=dtype) if bias else None
 
     def __call__(self, x: Float[Array, "T D"], only: HeadNumber | None = None) -> Float[Array, "T H d"]:
         """All heads held here, or only one of them."""
-        out = jnp.einsum("td,dhk->thk", x, one_head(self.weight[...], only, axis=1))
+        out = product("td,dhk->thk", x, self.weight, partial(one_head, only=only, axis=1))
         return out if self.bias is None else out + one_head(self.bias[...], only, axis=0)
 
 
@@ -58,8 +74,8 @@ class Attention(nnx.Module):
         self.scale = config.scale or width**-0.5
         self.sinks = parameter.zeros((heads,), (Role.HEADS,), dtype=dtype) if config.sinks else None
         self.gate = output_gate(config.output_gate, hidden, heads, value_width, dtype=dtype, rngs=rngs)
-        self.output = parameter.normal(
-            rngs, (heads, value_width, hidden), (Role.HEADS, None, None), fan_in=heads * value_width, dtype=dtype
+        self.output = parameter.matrix(
+            rngs, (heads, value_width, hidden), (Role.HEADS, None, None), inputs=(0, 1), dtype=dtype
         )
         self.output_bias = parameter.zeros((hidden,), (None,), dtype=dtype) if config.output_bias else None
 
@@ -72,7 +88,7 @@ class Attention(nnx.Module):
             out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
         if self.gate is not None:
             out *= jax.nn.sigmoid(self.gate(x))
-        part = jnp.einsum("thv,hvd->td", out, self.output[...])
+        part = product("thv,hvd->td", out, self.output)
         if self.output_bias is not None:
             part += once(self.output_bias[...], placement, Role.HEADS)
         return step.residual.heads_partial_sum(part), cache

@@ -18,7 +18,7 @@ from moe_jax.config import DecayConfig, DeltaConfig, HeadGate
 from moe_jax.layers import parameter
 from moe_jax.layers.attention import HeadProjection
 from moe_jax.layers.norm import HeadNorm
-from moe_jax.layers.parameter import only_head
+from moe_jax.layers.parameter import only_head, product
 from moe_jax.layers.recurrences import Delta, delta_rule
 from moe_jax.layers.short_convolution import ShortConvolution
 from moe_jax.layers.states import States
@@ -39,7 +39,9 @@ class Decay(nnx.Module):
     ) -> None:
         self.floor = config.floor
         each = width if config.each_channel else 1
-        self.projection = HeadProjection(hidden, heads, each, Role.HEADS, bias=False, dtype=dtype, rngs=rngs)
+        self.projection = HeadProjection(
+            hidden, heads, each, Role.HEADS, bias=False, exact=True, dtype=dtype, rngs=rngs
+        )
         self.log_rate = parameter.zeros((heads,), (Role.HEADS,), dtype=jnp.float32)
         self.bias = parameter.zeros((heads, each), (Role.HEADS, None), dtype=jnp.float32)
 
@@ -62,11 +64,11 @@ class DeltaAttention(nnx.Module):
         self.key_convolution = ShortConvolution((key_heads, keys), config.kernel, Role.KV_HEADS, **like)
         self.value_convolution = ShortConvolution((heads, values), config.kernel, Role.HEADS, **like)
         self.decay = Decay(config.decay, hidden, heads, keys, **like)
-        self.strength = HeadProjection(hidden, heads, 1, Role.HEADS, bias=False, **like)
+        self.strength = HeadProjection(hidden, heads, 1, Role.HEADS, bias=False, exact=True, **like)
         self.gate = HeadProjection(hidden, heads, values, Role.HEADS, bias=False, **like)
         self.norm = HeadNorm(values, eps, dtype=dtype)
-        self.output = parameter.normal(
-            rngs, (heads, values, hidden), (Role.HEADS, None, None), fan_in=heads * values, dtype=dtype
+        self.output = parameter.matrix(
+            rngs, (heads, values, hidden), (Role.HEADS, None, None), inputs=(0, 1), dtype=dtype
         )
 
     def __call__(self, x: Float[Array, "T D"], step: Step, states: S, layer: Int32[Array, ""]) -> tuple[PartialSum, S]:
@@ -89,7 +91,7 @@ class DeltaAttention(nnx.Module):
             shape = (*value.shape[1:2], self.config.key_width, self.config.value_width)
             out, states = states.advance(layer, rows, shape, step, delta_rule)
         out = self.norm(out) * GATES[self.config.gate](self.gate(x).astype(jnp.float32))
-        part = jnp.einsum("thv,hvd->td", out.astype(x.dtype), self.output[...])
+        part = product("thv,hvd->td", out.astype(x.dtype), self.output)
         return step.residual.heads_partial_sum(part), states
 
 

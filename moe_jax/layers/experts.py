@@ -31,11 +31,11 @@ class Experts(nnx.Module):
 
     def __init__(self, config: MoEConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         experts, width = config.experts, config.width
-        self.gate_up = parameter.normal(
-            rngs, (experts, hidden, 2, width), (Role.EXPERTS, None, None, Role.FFN), fan_in=hidden, dtype=dtype
+        self.gate_up = parameter.matrix(
+            rngs, (experts, hidden, 2, width), (Role.EXPERTS, None, None, Role.FFN), inputs=(1,), dtype=dtype
         )
-        self.down = parameter.normal(
-            rngs, (experts, width, hidden), (Role.EXPERTS, Role.FFN, None), fan_in=width, dtype=dtype
+        self.down = parameter.matrix(
+            rngs, (experts, width, hidden), (Role.EXPERTS, Role.FFN, None), inputs=(1,), dtype=dtype
         )
         self.activation, self.weighted = config.activation, config.weighted
         of_width, of_hidden = (Role.EXPERTS, None, Role.FFN), (Role.EXPERTS, None)

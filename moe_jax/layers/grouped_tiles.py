@@ -10,6 +10,7 @@ XLA did not finish compiling a decode step with it within four minutes (jax 0.10
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int32
 
+from moe_jax.config import WeightDtype
 from moe_jax.layers.parameter import InPlace
+from moe_jax.layers.quantised import Quantised
 from moe_jax.sharding.collectives import vary_alike
 
 SMALLEST_TILE, LARGEST_TILE = 16, 64
@@ -41,12 +44,18 @@ class Tiles:
     """Run the kernels step by step on any device: slow, for tests."""
 
     def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
+        """Weights in eight bits are converted tile by tile, and scales applied to the products."""
         (count, inputs), (_, groups, _, outputs) = rows.shape, weights.stack.shape
         size = tile_rows(count // self.expected, groups)
         most = count // size + min(groups, count)
         kernel = partial(_product, size=size, inputs=inputs, outputs=outputs)
+        arrays = jax.tree.leaves(weights.stack)
+        if isinstance(stack := weights.stack, Quantised):
+            block = inputs // stack.scales.shape[2]
+            step = INPUTS if block == inputs else math.gcd(INPUTS, block)
+            kernel = partial(kernel, kind=stack.kind, block=block, step=step)
         grid, layer = (most, pl.cdiv(outputs, OUTPUTS)), vary_alike(weights.layer[None], rows)[0]
-        return self._call(kernel, grid, (count, outputs), *_spans(sizes, size, most), layer, rows, weights.stack)
+        return self._call(kernel, grid, (count, outputs), rows, *_spans(sizes, size, most), layer, rows, *arrays)
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
@@ -55,10 +64,9 @@ class Tiles:
         ends = jnp.cumsum(sizes)
         kernel = partial(_outer, inputs=inputs, outputs=outputs)
         grid = (len(sizes), pl.cdiv(inputs, INPUTS), pl.cdiv(outputs, OUTPUTS))
-        return self._call(kernel, grid, (len(sizes), inputs, outputs), ends - sizes, ends, rows, grad)
+        return self._call(kernel, grid, (len(sizes), inputs, outputs), grad, ends - sizes, ends, rows, grad)
 
-    def _call(self, kernel: Any, grid: tuple[int, ...], shape: tuple[int, ...], *args: Array) -> Array:
-        like = args[-1]
+    def _call(self, kernel: Any, grid: tuple[int, ...], shape: tuple[int, ...], like: Array, *args: Array) -> Array:
         out = jax.ShapeDtypeStruct(shape, like.dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
         params = triton.CompilerParams(num_warps=4, num_stages=3)
         return pl.pallas_call(kernel, out, grid=grid, interpret=self.interpret, compiler_params=params)(*args)
@@ -81,9 +89,28 @@ def _spans(
     return group, first, jnp.minimum(first + size, ends[group])
 
 
-def _product(groups: Any, firsts: Any, ends: Any, layer: Any, rows: Any, weights: Any, out: Any, **sizes: int) -> None:
-    """One tile of the products: `size` rows of one group, and OUTPUTS columns."""
-    size, inputs, outputs = sizes["size"], sizes["inputs"], sizes["outputs"]
+def _product(
+    groups: Any,
+    firsts: Any,
+    ends: Any,
+    layer: Any,
+    rows: Any,
+    weights: Any,
+    *refs: Any,
+    size: int,
+    inputs: int,
+    outputs: int,
+    kind: WeightDtype = WeightDtype.EXACT,
+    block: int = 1,
+    step: int = INPUTS,
+) -> None:
+    """One tile of the products: `size` rows of one group, and OUTPUTS columns.
+
+    Weights in eight bits, of a `kind`, are followed by their scales, one for each `block` of inputs, into which a
+    `step` falls whole.
+    """
+    *scales, out = refs
+    width = max(step, SMALLEST_TILE)
     tile, column = pl.program_id(0), pl.program_id(1) * OUTPUTS
     group, first, end = groups[tile], firsts[tile], ends[tile]
     own = first + jnp.arange(size) < end
@@ -91,14 +118,17 @@ def _product(groups: Any, firsts: Any, ends: Any, layer: Any, rows: Any, weights
 
     @pl.when(first < end)
     def compute() -> None:
-        def add(step: Array, total: Array) -> Array:
-            at = step * INPUTS
-            within = at + jnp.arange(INPUTS) < inputs
-            x = _load(rows.at[pl.ds(first, size), pl.ds(at, INPUTS)], own, within)
-            w = _load(weights.at[layer[0], group, pl.ds(at, INPUTS), pl.ds(column, OUTPUTS)], within, columns)
-            return total + jnp.dot(x, w, preferred_element_type=jnp.float32)
+        def add(number: Array, total: Array) -> Array:
+            at = number * step
+            within = (jnp.arange(width) < step) & (at + jnp.arange(width) < inputs)
+            x = _load(rows.at[pl.ds(first, size), pl.ds(at, width)], own, within)
+            w = _load(weights.at[layer[0], group, pl.ds(at, width), pl.ds(column, OUTPUTS)], within, columns)
+            part = jnp.dot(x, _converted(w, kind, x.dtype), preferred_element_type=jnp.float32)
+            for of_blocks in scales:
+                part *= _row(of_blocks.at[layer[0], group, at // block, pl.ds(column, OUTPUTS)], columns)
+            return total + part
 
-        total = lax.fori_loop(0, pl.cdiv(inputs, INPUTS), add, jnp.zeros((size, OUTPUTS), jnp.float32))
+        total = lax.fori_loop(0, pl.cdiv(inputs, step), add, jnp.zeros((size, OUTPUTS), jnp.float32))
         _store(out.at[pl.ds(first, size), pl.ds(column, OUTPUTS)], total, own, columns)
 
 
@@ -123,7 +153,22 @@ def _outer(starts: Any, ends: Any, rows: Any, grad: Any, out: Any, **sizes: int)
 
 def _load(part: Any, first: Array, second: Array) -> Array:
     """A rectangle of an array, zero where either dimension's mask is off."""
-    return triton.load(part, mask=first[:, None] & second[None, :], other=0.0)
+    zero = 0 if jnp.issubdtype(part.dtype, jnp.integer) else 0.0
+    return triton.load(part, mask=first[:, None] & second[None, :], other=zero)
+
+
+def _converted(weights: Array, kind: WeightDtype, dtype: Any) -> Array:
+    """Triton converts float8_e4m3fn on GPUs since Hopper only, but its bits are those of a float16 with fewer: a sign,
+    four of the five of the exponent, whose zero is 8 less, and three of the ten after it."""
+    if kind is not WeightDtype.FLOAT8:
+        return weights.astype(dtype)
+    bits = weights.astype(jnp.int16)
+    half = lax.bitcast_convert_type(((bits & 0x80) << 8) | ((bits & 0x7F) << 7), jnp.float16)
+    return (half.astype(jnp.float32) * 2**8).astype(dtype)
+
+
+def _row(part: Any, mask: Array) -> Array:
+    return triton.load(part, mask=mask, other=0.0)[None, :]
 
 
 def _store(part: Any, value: Array, first: Array, second: Array) -> None:

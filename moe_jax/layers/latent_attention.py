@@ -26,7 +26,7 @@ from moe_jax.layers import parameter
 from moe_jax.layers.attention import HeadProjection, output_gate, products
 from moe_jax.layers.cache import Block, Cache, Cached
 from moe_jax.layers.norm import RMSNorm
-from moe_jax.layers.parameter import once
+from moe_jax.layers.parameter import once, product
 from moe_jax.layers.rope import Rotary
 from moe_jax.layers.softmax import Seen, weighted_values
 from moe_jax.layers.step import Grid, Packing, Step
@@ -40,11 +40,11 @@ class Down(nnx.Module):
     """Rows to latents: `[T, D] -> [T, r]`. Whole on every device."""
 
     def __init__(self, hidden: int, rank: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.weight = parameter.normal(rngs, (hidden, rank), (None, None), fan_in=hidden, dtype=dtype)
+        self.weight = parameter.matrix(rngs, (hidden, rank), (None, None), inputs=(0,), dtype=dtype)
         self.bias = parameter.zeros((rank,), (None,), dtype=dtype) if bias else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T r"]:
-        out = x @ self.weight[...]
+        out = product("td,dr->tr", x, self.weight)
         return out if self.bias is None else out + self.bias[...]
 
 
@@ -63,14 +63,12 @@ class LatentAttention(nnx.Module):
             self.query_up = HeadProjection(query_rank, heads, query_width, Role.HEADS, **query_like)
         self.down = Down(hidden, rank + config.rotated_width, **like)
         self.norm = RMSNorm(rank, config.eps, dtype=dtype)
-        self.key_value = parameter.normal(
-            rngs, (rank, heads, config.plain_width + out), (None, Role.HEADS, None), fan_in=rank, dtype=dtype
+        self.key_value = parameter.matrix(
+            rngs, (rank, heads, config.plain_width + out), (None, Role.HEADS, None), inputs=(0,), dtype=dtype
         )
         self.rotary = Rotary(config.rope, config.rotated_width)
         self.gate = output_gate(config.output_gate, hidden, heads, out, dtype=dtype, rngs=rngs)
-        self.output = parameter.normal(
-            rngs, (heads, out, hidden), (Role.HEADS, None, None), fan_in=heads * out, dtype=dtype
-        )
+        self.output = parameter.matrix(rngs, (heads, out, hidden), (Role.HEADS, None, None), inputs=(0, 1), dtype=dtype)
         self.output_bias = parameter.zeros((hidden,), (None,), dtype=dtype) if config.bias else None
 
     def __call__(self, x: Float[Array, "T D"], step: Step, cache: C, layer: Int32[Array, ""]) -> tuple[PartialSum, C]:
@@ -84,7 +82,7 @@ class LatentAttention(nnx.Module):
             out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
         if self.gate is not None:
             out *= jax.nn.sigmoid(self.gate(x))
-        part = jnp.einsum("thv,hvd->td", out, self.output[...])
+        part = product("thv,hvd->td", out, self.output)
         if self.output_bias is not None:
             part += once(self.output_bias[...], placement, Role.HEADS)
         return step.residual.heads_partial_sum(part), cache
@@ -106,7 +104,7 @@ class LatentAttention(nnx.Module):
 
     def expanded(self, query: Float[Array, "S C H _"], cached: Cached, seen: Seen) -> Float[Array, "S C H v"]:
         def look(block: Block) -> tuple[Array, Array]:
-            made = jnp.einsum("snr,rhw->hsnw", block.values[0], self.key_value[...])
+            made = product("snr,rhw->hsnw", block.values[0], self.key_value)
             keys, values = jnp.split(made, [self.config.plain_width], axis=-1)
             shared = jnp.broadcast_to(block.keys, (*keys.shape[:3], block.keys.shape[3]))
             return products(query, jnp.concatenate([keys, shared], axis=-1)) * self.config.scale, values
@@ -114,16 +112,16 @@ class LatentAttention(nnx.Module):
         return weighted_values(query, cached, look, seen, (query.shape[2], self.config.value_width))
 
     def absorbed(self, query: Float[Array, "S C H _"], cached: Cached, seen: Seen) -> Float[Array, "S C H v"]:
-        to_keys, to_values = jnp.split(self.key_value[...], [self.config.plain_width], axis=-1)
-        plain, turned = jnp.split(query, [self.config.plain_width], axis=-1)
-        in_latents = jnp.einsum("schn,rhn->schr", plain, to_keys)
+        width = self.config.plain_width
+        plain, turned = jnp.split(query, [width], axis=-1)
+        in_latents = product("schn,rhn->schr", plain, self.key_value, lambda whole: whole[..., :width])
 
         def look(block: Block) -> tuple[Array, Array]:
             scores = products(in_latents, block.values) + products(turned, block.keys)
             return scores * self.config.scale, block.values
 
         weighted = weighted_values(query, cached, look, seen, cached.value_shape)
-        return jnp.einsum("schr,rhv->schv", weighted, to_values)
+        return product("schr,rhv->schv", weighted, self.key_value, lambda whole: whole[..., width:])
 
     def _query(self, x: Float[Array, "T D"], positions: Int32[Array, "T"]) -> Float[Array, "T H _"]:
         """Of this device's heads, the plain part and then the rotated one."""

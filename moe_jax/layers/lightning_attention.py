@@ -19,6 +19,7 @@ from moe_jax.config import LightningConfig
 from moe_jax.layers import parameter
 from moe_jax.layers.attention import HeadProjection
 from moe_jax.layers.norm import GroupNorm, HeadNorm
+from moe_jax.layers.parameter import product
 from moe_jax.layers.recurrences import Linear, linear_attention
 from moe_jax.layers.rope import Rotary
 from moe_jax.layers.states import States
@@ -43,8 +44,8 @@ class LightningAttention(nnx.Module):
         self.key_norm = HeadNorm(width, eps, dtype=dtype) if config.qk_norm else None
         self.rotary = Rotary(config.rope, width) if config.rope else None
         self.norm = GroupNorm(config.norm_groups, heads, width, eps, dtype=dtype)
-        self.output = parameter.normal(
-            rngs, (heads, width, hidden), (Role.HEADS, None, None), fan_in=heads * width, dtype=dtype
+        self.output = parameter.matrix(
+            rngs, (heads, width, hidden), (Role.HEADS, None, None), inputs=(0, 1), dtype=dtype
         )
 
     def __call__(self, x: Float[Array, "T D"], step: Step, states: S, layer: Int32[Array, ""]) -> tuple[PartialSum, S]:
@@ -60,7 +61,7 @@ class LightningAttention(nnx.Module):
             rows = Linear(query * width**-0.5, key, value, decay)
             out, states = states.advance(layer, rows, (query.shape[1], width, width), step, linear_attention)
         out = self.norm(out, placement) * jax.nn.sigmoid(self.gate(x).astype(jnp.float32))
-        part = jnp.einsum("thk,hkd->td", out.astype(x.dtype), self.output[...])
+        part = product("thk,hkd->td", out.astype(x.dtype), self.output)
         return step.residual.heads_partial_sum(part), states
 
     def _decay(self, placement: Placement, layer: Int32[Array, ""]) -> Float[Array, "H"]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from moe_jax.config import MambaConfig
 from moe_jax.layers import parameter
 from moe_jax.layers.norm import RMSNorm
-from moe_jax.layers.parameter import once
+from moe_jax.layers.parameter import once, product
 from moe_jax.layers.recurrences import Selection, selective_scan
 from moe_jax.layers.short_convolution import ShortConvolution
 from moe_jax.layers.states import States
@@ -32,13 +32,27 @@ class Channels(nnx.Module):
     """Rows to channels: `[T, D] -> [T, H]`."""
 
     def __init__(
-        self, inputs: int, channels: int, *, bias: bool, bias_dtype: DTypeLike, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        channels: int,
+        *,
+        bias: bool,
+        bias_dtype: DTypeLike,
+        exact: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.weight = parameter.normal(rngs, (inputs, channels), (None, Role.HEADS), fan_in=inputs, dtype=dtype)
+        """An `exact` one is small, and never held in eight bits."""
+        shape, dims = (inputs, channels), (None, Role.HEADS)
+        self.weight = (
+            parameter.normal(rngs, shape, dims, fan_in=inputs, dtype=dtype)
+            if exact
+            else parameter.matrix(rngs, shape, dims, inputs=(0,), dtype=dtype)
+        )
         self.bias = parameter.zeros((channels,), (Role.HEADS,), dtype=bias_dtype) if bias else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T H"]:
-        out = x @ self.weight[...]
+        out = product("td,dh->th", x, self.weight)
         return out if self.bias is None else out + self.bias[...]
 
 
@@ -58,10 +72,10 @@ class Mamba(nnx.Module):
         self.step_norm, self.into_norm, self.out_norm = (
             RMSNorm(each, eps, dtype=dtype) for each in (rank, width, width)
         )
-        self.step = Channels(rank, channels, bias=True, bias_dtype=jnp.float32, **like)
+        self.step = Channels(rank, channels, bias=True, bias_dtype=jnp.float32, exact=True, **like)
         self.log_rates = parameter.zeros((channels, width), (Role.HEADS, None), dtype=jnp.float32)
         self.skip = parameter.ones((channels,), (Role.HEADS,), dtype=jnp.float32)
-        self.output = parameter.normal(rngs, (channels, hidden), (Role.HEADS, None), fan_in=channels, dtype=dtype)
+        self.output = parameter.matrix(rngs, (channels, hidden), (Role.HEADS, None), inputs=(0,), dtype=dtype)
         self.output_bias = parameter.zeros((hidden,), (None,), dtype=dtype) if config.bias else None
 
     def __call__(self, x: Float[Array, "T D"], step: Step, states: S, layer: Int32[Array, ""]) -> tuple[PartialSum, S]:
@@ -73,7 +87,7 @@ class Mamba(nnx.Module):
             scan = partial(selective_scan, rates=-jnp.exp(self.log_rates[...]))
             out, states = states.advance(layer, rows, (seen.shape[1], self.config.width), step, scan)
         out = (out + self.skip[...] * seen) * jax.nn.silu(self.gate(x).astype(jnp.float32))
-        part = out.astype(x.dtype) @ self.output[...]
+        part = product("th,hd->td", out.astype(x.dtype), self.output)
         if self.output_bias is not None:
             part += once(self.output_bias[...], placement, Role.HEADS)
         return step.residual.heads_partial_sum(part), states

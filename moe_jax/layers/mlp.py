@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from moe_jax.config import Activation, DenseConfig, SharedExpertConfig
 from moe_jax.layers import parameter
 from moe_jax.layers.activation import gated
+from moe_jax.layers.parameter import product
 from moe_jax.sharding import Combine, Role, Rows
 
 
@@ -22,15 +23,13 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, hidden: int, width: int, activation: Activation, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.activation = activation
-        self.gate_up = parameter.normal(
-            rngs, (hidden, 2, width), (None, None, Role.PARTIAL), fan_in=hidden, dtype=dtype
-        )
-        self.down = parameter.normal(rngs, (width, hidden), (Role.PARTIAL, None), fan_in=width, dtype=dtype)
+        self.gate_up = parameter.matrix(rngs, (hidden, 2, width), (None, None, Role.PARTIAL), inputs=(0,), dtype=dtype)
+        self.down = parameter.matrix(rngs, (width, hidden), (Role.PARTIAL, None), inputs=(0,), dtype=dtype)
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """This device's part of the output."""
-        gate, up = jnp.moveaxis(jnp.einsum("nd,dpf->npf", x, self.gate_up[...]), 1, 0)
-        return gated(self.activation, gate, up) @ self.down[...]
+        gate, up = jnp.moveaxis(product("nd,dpf->npf", x, self.gate_up), 1, 0)
+        return product("nf,fd->nd", gated(self.activation, gate, up), self.down)
 
 
 class DenseMLP(nnx.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,8 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
 
+from moe_jax.config import Quantization
+from moe_jax.layers.quantised import Quantised, quantise
 from moe_jax.sharding import Placement, Role
 
 Dims = tuple[Role | None, ...]
@@ -21,6 +25,26 @@ HeadNumber = Int32[Array, ""] | int
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, *, fan_in: int, dtype: DTypeLike) -> nnx.Param:
     """A normally distributed parameter of variance `1 / fan_in`. `dims` names what splits each dimension."""
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), dims=dims)
+
+
+def matrix(
+    rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, *, inputs: tuple[int, ...], dtype: DTypeLike
+) -> nnx.Param:
+    """A normally distributed parameter that rows are multiplied with, by `product` or where it lies: it may be held in
+    eight bits. `inputs` are the dimensions that products sum over."""
+    fan_in = math.prod(shape[dim] for dim in inputs)
+    drawn = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
+    return nnx.Param(drawn, dims=dims, inputs=tuple(dim - len(shape) for dim in inputs))
+
+
+def product(
+    equation: str, x: Float[Array, "..."], parameter: nnx.Param, part: Callable[[Array], Array] = lambda whole: whole
+) -> Float[Array, "..."]:
+    """`einsum(equation, x, part(parameter))`, in the dtype of `x`. `part` takes some of the outputs."""
+    value = parameter.get_value()
+    if isinstance(value, Quantised):
+        return value.map(lambda each: part(each[...])).product(equation, x)
+    return jnp.einsum(equation, x, part(value[...]))
 
 
 def zeros(shape: tuple[int, ...], dims: Dims, *, dtype: DTypeLike) -> nnx.Param:
@@ -52,7 +76,7 @@ def once(bias: Array, placement: Placement, role: Role) -> Array:
 class InPlace:
     """A layer's parameter in the stack of those of many layers, of which parts can be read without the whole."""
 
-    stack: Shaped[Array, "L E ..."]
+    stack: Shaped[Array, "L E ..."] | Quantised
     layer: Int32[Array, ""]
 
     @classmethod
@@ -62,8 +86,8 @@ class InPlace:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other layer, so that the whole lies in place too."""
-        return self.stack.shape[0] == 1
+        """Whether there is no other layer, so that the whole lies in place too; in eight bits it must be converted."""
+        return self.stack.shape[0] == 1 and not isinstance(self.stack, Quantised)
 
     def part(self, index: Int32[Array, ""]) -> Shaped[Array, "..."]:
         return self.stack[self.layer, index]
@@ -89,15 +113,64 @@ class Cut:
 
 def in_place(parameter: nnx.Param) -> InPlace:
     """Where a parameter lies."""
-    value = parameter.get_value()
-    return value.in_place if isinstance(value, Cut) else InPlace.of_one(value)
+    match parameter.get_value():
+        case Cut() as cut:
+            return cut.in_place
+        case Quantised(numbers=Cut() as cut) as value:
+            return InPlace(value.map(lambda cut: cut.in_place.stack), cut.in_place.layer)
+        case Quantised() as value:
+            return InPlace(value.map(lambda whole: whole[None]), jnp.zeros((), jnp.int32))
+        case value:
+            return InPlace.of_one(value)
 
 
-def placed(parameters: nnx.State, placement: Placement) -> nnx.State:
+def placed(parameters: nnx.State, placement: Placement, quantization: Quantization | None = None) -> nnx.State:
     """The shapes, dtypes and, from their labels, shardings of parameters, whether they are arrays or abstract."""
 
     def place(param: nnx.Param) -> nnx.Variable:
-        sharding = placement.sharding(param.get_metadata("dims"), param.shape)
-        return param.replace(jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=sharding))
+        dims, inputs = param.get_metadata("dims"), inputs_of(param)
+        if quantization is None or inputs is None:
+            return param.replace(_placed(param.shape, param.dtype, dims, placement))
+        numbers = _placed(param.shape, jnp.int8, dims, placement)
+        shape = _shape_of_scales(param.shape, dims, inputs, placement, quantization.block)
+        whole = tuple(role if size > 1 else None for role, size in zip(dims, shape[-len(dims) :], strict=True))
+        scales = _placed(shape, jnp.float32, whole, placement)
+        return param.replace(Quantised(numbers, scales, quantization.dtype, param.dtype))
 
     return jax.tree.map(place, parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def inputs_of(parameter: nnx.Variable) -> tuple[int, ...] | None:
+    """The dimensions that products sum over, as counted from the last; `None` for what is never in eight bits."""
+    return parameter.get_metadata().get("inputs")
+
+
+def quantised(parameters: nnx.State, like: nnx.State, quantization: Quantization) -> nnx.State:
+    """Arrays as `placed` says that they are held."""
+
+    def convert(param: nnx.Param, wanted: nnx.Param) -> nnx.Variable:
+        inputs, value = inputs_of(param), wanted.get_value()
+        if inputs is None:
+            return param
+        assert isinstance(value, Quantised)
+        numbers, scales = quantise(param[...].astype(jnp.float32), inputs, quantization)
+        return param.replace(replace(value, numbers=numbers, scales=jnp.broadcast_to(scales, value.scales.shape)))
+
+    return jax.tree.map(convert, parameters, like, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _placed(shape: tuple[int, ...], dtype: DTypeLike, dims: Dims, placement: Placement) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(dims, shape))
+
+
+def _shape_of_scales(
+    shape: tuple[int, ...], dims: Dims, inputs: tuple[int, ...], placement: Placement, block: int | None
+) -> tuple[int, ...]:
+    """One for all inputs: the same on all devices, however these are split. Or one for each block of the last, cut
+    smaller where a block would reach into another device's part."""
+    sizes, (*_, last) = list(shape), inputs
+    if block is None:
+        return tuple(1 if dim - len(shape) in inputs else size for dim, size in enumerate(shape))
+    role = dims[last]
+    sizes[last] //= math.gcd(block, shape[last] // (1 if role is None else placement.size(role)))
+    return tuple(sizes)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, RecurrentConfig
+from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, Quantization, RecurrentConfig
 from moe_jax.errors import ConfigError
 from moe_jax.layers import PagedCache, SlotStates, Step, parameter
 from moe_jax.layers.states import STATE_DTYPE
@@ -47,7 +47,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class ShardedDecoder:
-    """A model config on a placement, in a compute dtype. Holds no arrays.
+    """A model config on a placement, in a compute dtype, its matrices in eight bits if a quantization says so. Holds no
+    arrays.
 
     Raises:
       PlacementError: the model cannot be split this way.
@@ -60,6 +61,7 @@ class ShardedDecoder:
     scan_layers: bool = True
     """Whether layers that are alike are one loop: a program of one layer, whatever their number, but each layer's
     weights are copied out of the stack in every step. Experts' are not."""
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if str(self.dtype) not in DTYPES:
@@ -104,7 +106,7 @@ class ShardedDecoder:
     @cached_property
     def parameters(self) -> Parameters:
         """Every parameter's shape, dtype and sharding."""
-        return parameter.placed(self._abstract[1], self.placement)
+        return parameter.placed(self._abstract[1], self.placement, self.quantization)
 
     @property
     def parameter_specs(self) -> Any:
@@ -115,7 +117,10 @@ class ShardedDecoder:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.parameters)
 
         def draw(key: Array) -> Parameters:
-            return nnx.state(Decoder(self.config, self.groups, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
+            drawn = nnx.state(Decoder(self.config, self.groups, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
+            if self.quantization is None:
+                return drawn
+            return parameter.quantised(drawn, self.parameters, self.quantization)
 
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
 

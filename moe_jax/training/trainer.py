@@ -15,6 +15,7 @@ from jaxtyping import Array, Int32
 from tqdm import tqdm
 
 from moe_jax.checkpoints.orbax_store import Steps
+from moe_jax.errors import ConfigError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import Route
 from moe_jax.training.examples import Examples
@@ -35,6 +36,9 @@ class Trainer:
 
     A run that was killed goes on from its newest saved state and sees the examples that an unbroken run would have
     seen.
+
+    Raises:
+      ConfigError: a decoder whose weights are in eight bits.
     """
 
     decoder: ShardedDecoder
@@ -44,6 +48,10 @@ class Trainer:
     route: Route
     balance_weight: float = 0.01
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.decoder.quantization is not None:
+            raise ConfigError("weights in eight bits have no gradient: train with exact weights")
 
     def run(self, directory: Path, steps: int, *, save_every: int = 200, progress: bool = False) -> TrainingState:
         """Train up to step number `steps`, counted from the very beginning, keeping states in `directory`."""

@@ -42,7 +42,8 @@ def tensors(path: Path) -> Tensors:
 
 
 def assert_equal(one: Parameters, other: Parameters) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other)
+    for (path, a), (_, b) in zip(nnx.to_flat_state(one), nnx.to_flat_state(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=str(path))
 
 
 @pytest.fixture

@@ -17,15 +17,32 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
+from moe_jax.config import WeightDtype
 from moe_jax.layers.grouped_matmul import grouped_matmul, products_on
 from moe_jax.layers.parameter import InPlace
+from moe_jax.layers.quantised import Quantised
 from moe_jax.sharding import make_mesh
 from moe_jax.sharding.targets import COMPILER_OPTIONS, target_devices
 
 G, D, F, L = 16, 2048, 768, 4
+KINDS = {
+    "exact": (WeightDtype.EXACT, 0),
+    "int8": (WeightDtype.INT8, 1),
+    "float8": (WeightDtype.FLOAT8, 1),
+    "float8 in blocks": (WeightDtype.FLOAT8, D // 128),
+}
 
 
-def compiled(function: Callable[..., jax.Array], *shapes: jax.ShapeDtypeStruct, target: str) -> Compiled:
+def held(weights: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """In the dtype of rows, or in eight bits with a scale for each output, or for blocks of 128 inputs."""
+    kind, blocks = KINDS[weights]
+    if kind is WeightDtype.EXACT:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    scales = jax.ShapeDtypeStruct((*shape[:2], blocks, shape[3]), jnp.float32)
+    return Quantised(jax.ShapeDtypeStruct(shape, jnp.int8), scales, kind, dtype)
+
+
+def compiled(function: Callable[..., jax.Array], *shapes: Any, target: str) -> Compiled:
     mesh = make_mesh("expert=1", target_devices(target, 1))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
     return jax.jit(mapped).trace(*shapes).lower().compile(dict(COMPILER_OPTIONS))
@@ -47,16 +64,16 @@ def main() -> None:
         case = json.loads(line)
         by = products_on(target_devices(case["target"], 1)[0])
         rows = jax.ShapeDtypeStruct((case["rows"], D), case["dtype"])
-        stack = jax.ShapeDtypeStruct((L, G, D, D), case["dtype"])
+        stack = held(case["weights"], (L, G, D, D), case["dtype"])
         sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
 
         def one(rows: jax.Array, stack: jax.Array, sizes: jax.Array, by: Any = by) -> jax.Array:
             return grouped_matmul(rows, stack[0, :, :, :F], sizes, by)
 
-        def layers(rows: jax.Array, stack: jax.Array, sizes: jax.Array, by: Any = by) -> jax.Array:
-            def layer(rows: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def layers(rows: jax.Array, stack: Any, sizes: jax.Array, by: Any = by) -> jax.Array:
+            def layer(rows: jax.Array, at: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
                 index, weights = at
-                return grouped_matmul(rows, weights, sizes, by, InPlace(stack, index)), None
+                return grouped_matmul(rows, weights[...], sizes, by, InPlace(stack, index)), None
 
             return lax.scan(layer, rows, (jnp.arange(L), stack))[0]
 

@@ -14,12 +14,16 @@ import pytest
 COMPILER = Path(sys.prefix) / "gpu-compiler"
 HALF, SINGLE = "bfloat16", "float32"
 CASES = [
-    (of, target, dtype, rows)
+    (of, target, dtype, rows, "exact")
     for target in ("h100", "a100", "b200")
     for dtype in (HALF, SINGLE)
     for of, rows in (("one", 2048), ("one", 64), ("one", 8), ("layers", 64))
+] + [
+    ("layers", target, HALF, 64, weights)
+    for target in ("h100", "a100")
+    for weights in ("int8", "float8", "float8 in blocks")
 ]
-Case = tuple[str, str, str, int]
+Case = tuple[str, str, str, int, str]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,8 @@ def compiled() -> dict[Case, dict[str, Any]]:
     assert COMPILER.is_dir(), "the GPU compiler is not installed: run `make test`, or see its rule in the Makefile"
     paths = [str(COMPILER), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    asked = "\n".join(json.dumps(dict(zip(("of", "target", "dtype", "rows"), case, strict=True))) for case in CASES)
+    named = [dict(zip(("of", "target", "dtype", "rows", "weights"), case, strict=True)) for case in CASES]
+    asked = "\n".join(map(json.dumps, named))
     command = [sys.executable, str(Path(__file__).with_name("compile_grouped_matmul.py"))]
     done = subprocess.run(command, env=environment, check=True, input=asked, stdout=subprocess.PIPE, text=True)
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))

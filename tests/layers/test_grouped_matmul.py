@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.config import WeightDtype
 from moe_jax.layers.grouped_matmul import Products, Ragged, grouped_matmul
 from moe_jax.layers.grouped_tiles import SMALLEST_TILE, Tiles, tile_rows
 from moe_jax.layers.grouped_walk import LARGEST_BLOCK, Walk, visit_blocks
 from moe_jax.layers.parameter import InPlace
+from moe_jax.layers.quantised import Quantised
 
 ROWS, GROUPS, INPUTS, OUTPUTS = 40, 5, 8, 6
 WAYS = (Walk(expected=4), Ragged(), Tiles(expected=4, interpret=True))
@@ -81,6 +83,23 @@ def test_weights_are_found_in_the_stack_of_layers(by: Products) -> None:
         rows, weights, jnp.array(sizes), by, InPlace(stack, jnp.array(1))
     )
     np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-5)
+
+
+@ways
+@pytest.mark.parametrize("kind", [WeightDtype.INT8, WeightDtype.FLOAT8])
+@pytest.mark.parametrize("blocks", [1, 3, 24])
+def test_weights_in_eight_bits_are_those_that_they_mean(by: Products, kind: WeightDtype, blocks: int) -> None:
+    """Every number of either kind, beside scales of outputs and of blocks as large as a tile's inputs, and smaller."""
+    random, inputs = np.random.default_rng(0), 192
+    bits = np.arange(256, dtype=np.uint8)[np.arange(256) % 128 != 127]  # float8's two NaNs
+    numbers = random.permutation(np.resize(bits, 2 * GROUPS * inputs * OUTPUTS)).reshape(2, GROUPS, inputs, OUTPUTS)
+    scales = random.uniform(0.5, 2, (2, GROUPS, blocks, OUTPUTS)).astype(np.float32)
+    weights = numbers.view(kind.value).astype(np.float32) * np.repeat(scales, inputs // blocks, axis=2)
+    rows, sizes = random.normal(size=(ROWS, inputs)).astype(np.float32), [3, 0, 20, 1, 2]
+    stack = Quantised(jnp.asarray(numbers.view(np.int8)), jnp.asarray(scales), kind, "float32")
+    got = grouped_matmul_jit(rows, jnp.zeros(weights.shape[1:]), jnp.array(sizes), by, InPlace(stack, jnp.array(1)))
+    wanted = loop(rows, weights[1], sizes)
+    np.testing.assert_allclose(got, wanted, atol=2e-6 * np.abs(wanted).max())
 
 
 @ways
