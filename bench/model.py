@@ -13,12 +13,12 @@ from moe_jax.models.sharded import DTYPES
 from moe_jax.sharding import Placement
 
 
-def options(parser: ArgumentParser, *, heads: int = 8, **sizes: int) -> ArgumentParser:
-    """The same parser, with the options that say which model; `sizes` are the defaults: layers, hidden, experts and
-    width, that of an expert."""
+def options(parser: ArgumentParser, **sizes: int) -> ArgumentParser:
+    """The same parser, with the options that say which model; `sizes` are the defaults: layers, hidden, experts,
+    width, that of an expert, and, if not 8, attention heads."""
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--model", type=Path, metavar="DIR", help="its config.json instead of the sizes below")
-    for name, default in {**sizes, "heads": heads}.items():
+    for name, default in ({"heads": 8} | sizes).items():
         parser.add_argument(f"--{name}", type=script.positive, default=default, help="of the synthetic model")
     return parser
 
