@@ -46,11 +46,7 @@ class HeadProjection(nnx.Module):
     ) -> None:
         """An `exact` one is small, and never held in eight bits."""
         shape, dims = (hidden, heads, head_dim), (None, split, None)
-        self.weight = (
-            parameter.normal(rngs, shape, dims, fan_in=hidden, dtype=dtype)
-            if exact
-            else parameter.matrix(rngs, shape, dims, inputs=(0,), dtype=dtype)
-        )
+        self.weight = parameter.matrix(rngs, shape, dims, inputs=(0,), dtype=dtype, exact=exact)
         self.bias = parameter.zeros((heads, head_dim), (split, None), dtype=dtype) if bias else None
 
     def __call__(self, x: Float[Array, "T D"], only: HeadNumber | None = None) -> Float[Array, "T H d"]:

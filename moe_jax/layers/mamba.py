@@ -44,11 +44,7 @@ class Channels(nnx.Module):
     ) -> None:
         """An `exact` one is small, and never held in eight bits."""
         shape, dims = (inputs, channels), (None, Role.HEADS)
-        self.weight = (
-            parameter.normal(rngs, shape, dims, fan_in=inputs, dtype=dtype)
-            if exact
-            else parameter.matrix(rngs, shape, dims, inputs=(0,), dtype=dtype)
-        )
+        self.weight = parameter.matrix(rngs, shape, dims, inputs=(0,), dtype=dtype, exact=exact)
         self.bias = parameter.zeros((channels,), (Role.HEADS,), dtype=bias_dtype) if bias else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T H"]:

@@ -24,17 +24,26 @@ HeadNumber = Int32[Array, ""] | int
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, *, fan_in: int, dtype: DTypeLike) -> nnx.Param:
     """A normally distributed parameter of variance `1 / fan_in`. `dims` names what splits each dimension."""
-    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype), dims=dims)
+    return nnx.Param(_drawn(rngs, shape, fan_in, dtype), dims=dims)
 
 
 def matrix(
-    rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, *, inputs: tuple[int, ...], dtype: DTypeLike
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    dims: Dims,
+    *,
+    inputs: tuple[int, ...],
+    dtype: DTypeLike,
+    exact: bool = False,
 ) -> nnx.Param:
     """A normally distributed parameter that rows are multiplied with, by `product` or where it lies: it may be held in
-    eight bits. `inputs` are the dimensions that products sum over."""
-    fan_in = math.prod(shape[dim] for dim in inputs)
-    drawn = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
-    return nnx.Param(drawn, dims=dims, inputs=tuple(dim - len(shape) for dim in inputs))
+    eight bits, if it is not to be `exact`. `inputs` are the dimensions that products sum over."""
+    drawn = _drawn(rngs, shape, math.prod(shape[dim] for dim in inputs), dtype)
+    return nnx.Param(drawn, dims=dims, inputs=None if exact else tuple(dim - len(shape) for dim in inputs))
+
+
+def _drawn(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> Array:
+    return jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
 
 
 def product(
