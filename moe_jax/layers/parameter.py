@@ -89,9 +89,9 @@ class InPlace:
     layer: Int32[Array, ""]
 
     @classmethod
-    def of_one(cls, parameter: Shaped[Array, "E ..."]) -> InPlace:
+    def of_one(cls, parameter: Shaped[Array, "E ..."] | Quantised) -> InPlace:
         """A stack of one."""
-        return cls(parameter[None], jnp.zeros((), jnp.int32))
+        return cls(jax.tree.map(lambda whole: whole[None], parameter), jnp.zeros((), jnp.int32))
 
     @property
     def alone(self) -> bool:
@@ -127,8 +127,6 @@ def in_place(parameter: nnx.Param) -> InPlace:
             return cut.in_place
         case Quantised(numbers=Cut() as cut) as value:
             return InPlace(value.map(lambda cut: cut.in_place.stack), cut.in_place.layer)
-        case Quantised() as value:
-            return InPlace(value.map(lambda whole: whole[None]), jnp.zeros((), jnp.int32))
         case value:
             return InPlace.of_one(value)
 

@@ -22,6 +22,8 @@ from moe_jax.errors import ConfigError
 
 A = TypeVar("A", np.ndarray, jax.Array)
 
+NO_GRADIENT = "weights in eight bits have no gradient: train with exact weights"
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -108,4 +110,4 @@ def _without_gradient(
 
 @_without_gradient.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
-    raise ConfigError("weights in eight bits have no gradient: train with exact weights")
+    raise ConfigError(NO_GRADIENT)

@@ -2,7 +2,7 @@
 
 from moe_jax.models.batch import Batch, Lines, PageRange, Segment, Shape, pack
 from moe_jax.models.decoder import Caches, Decoder
-from moe_jax.models.grouping import Group, each_apart, group_layers
+from moe_jax.models.grouping import Group, group_layers
 from moe_jax.models.sharded import Parameters, ShardedDecoder, zeros
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Segment",
     "Shape",
     "ShardedDecoder",
-    "each_apart",
     "group_layers",
     "pack",
     "zeros",

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from moe_jax.checkpoints.orbax_store import Steps
 from moe_jax.errors import ConfigError
+from moe_jax.layers.quantised import NO_GRADIENT
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import Route
 from moe_jax.training.examples import Examples
@@ -51,7 +52,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         if self.decoder.quantization is not None:
-            raise ConfigError("weights in eight bits have no gradient: train with exact weights")
+            raise ConfigError(NO_GRADIENT)
 
     def run(self, directory: Path, steps: int, *, save_every: int = 200, progress: bool = False) -> TrainingState:
         """Train up to step number `steps`, counted from the very beginning, keeping states in `directory`."""
