@@ -1,11 +1,12 @@
 """From the tensors of a checkpoint to sharded parameters, a region at a time.
 
-Host memory holds what the devices hold (where the host is the device) and one layer of one parameter, never a whole
-model.
+Host memory holds what the devices hold (where the host is the device) and one layer of one parameter, or a small
+parameter, never a whole model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
@@ -18,15 +19,18 @@ from flax import nnx
 from jax import lax
 from tqdm import tqdm
 
-from moe_jax.checkpoints.names import Path, Region
+from moe_jax.checkpoints.names import Path, Region, joined_regions
 from moe_jax.checkpoints.quantization import Tensors
 from moe_jax.checkpoints.reading import Reader, Spans, reader_of
 from moe_jax.config import Quantization
 from moe_jax.errors import CheckpointError
+from moe_jax.layers.quantised import Quantised
 from moe_jax.models import Parameters, zeros
 
 FLOATS = ("F32", "BF16", "F16")
 MOST_PROBLEMS_SHOWN = 20
+SMALL = 2**22
+"""Bytes up to which a parameter is put together on the host, which needs no program to be compiled for its shape."""
 
 
 def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], bool]) -> None:
@@ -66,8 +70,9 @@ def load(
     Raises:
       CheckpointError: a weight is NaN or infinite, in the file or in the parameter's dtype.
     """
-    by_path = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
     flat = [(path, param, param.get_value()) for path, param in nnx.to_flat_state(abstract)]
+    of_path = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
+    by_path = {path: _joined_if_small(of_path[path], shape) for path, _, shape in flat}
     in_parts = zeros({path: shape for path, _, shape in flat if not _is_whole(by_path[path], shape)})
     hidden = jax.process_index() > 0 or None
     loaded, whole = {}, {}
@@ -104,6 +109,13 @@ def _finite(values: dict[Path, Any]) -> dict[Path, jax.Array]:
 
 def _all_finite(value: Any) -> jax.Array:
     return jnp.isfinite(value[...]).all()
+
+
+def _joined_if_small(regions: list[Region], abstract: Any) -> list[Region]:
+    """A small parameter's regions as one; not those in eight bits, as the file may hold some regions so, others not."""
+    if isinstance(abstract, Quantised) or math.prod(abstract.shape) * abstract.dtype.itemsize > SMALL:
+        return regions
+    return [joined_regions(regions, abstract.shape)]
 
 
 def _is_whole(regions: Sequence[Region], abstract: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,6 +143,20 @@ class Region:
     start: tuple[int, ...]
     shape: tuple[int, ...]
     entries: list[Entry]
+
+
+def joined_regions(parts: Sequence[Region], shape: tuple[int, ...]) -> Region:
+    """All of a parameter of this shape, from the regions that it is made of."""
+    entries = [
+        replace(entry, at=tuple(_shifted(place, first) for place, first in zip(entry.at, part.start, strict=True)))
+        for part in parts
+        for entry in part.entries
+    ]
+    return Region(parts[0].path, (0,) * len(shape), shape, entries)
+
+
+def _shifted(place: int | slice, by: int) -> int | slice:
+    return place + by if isinstance(place, int) else slice(place.start + by, place.stop + by)
 
 
 def regions(decoder: ShardedDecoder, sources: Mapping[str, Source]) -> Iterator[Region]:

@@ -17,8 +17,8 @@ Tree = TypeVar("Tree")
 
 def save(path: Path, tree: Any) -> None:
     """Write a tree of arrays to the new directory `path`, which appears only when it is complete."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), _flat(tree))
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(_flat(tree)))
 
 
 def restore(path: Path, abstract: Tree) -> Tree:
@@ -27,8 +27,8 @@ def restore(path: Path, abstract: Tree) -> Tree:
     Raises:
       CheckpointError: nothing there, or other arrays than `abstract` has.
     """
-    with _explained(path), ocp.StandardCheckpointer() as checkpointer:
-        return _like(abstract, checkpointer.restore(path.absolute(), _flat(abstract)))
+    with _explained(path), ocp.Checkpointer(_handler()) as checkpointer:
+        return _like(abstract, checkpointer.restore(path.absolute(), args=_wanted(abstract)))
 
 
 class Steps:
@@ -36,7 +36,8 @@ class Steps:
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
         self._directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=_handler())
 
     def __enter__(self) -> Steps:
         return self
@@ -46,7 +47,7 @@ class Steps:
 
     def save(self, step: int, tree: Any) -> None:
         """Begin to write; a state that a kill cuts short is never restored."""
-        self._manager.save(step, args=ocp.args.StandardSave(_flat(tree)))
+        self._manager.save(step, args=ocp.args.PyTreeSave(_flat(tree)))
 
     def restore_newest(self, abstract: Tree) -> Tree | None:
         """The newest complete state, as `restore` gives it; `None` if there is none. If it is damaged, removing its
@@ -55,7 +56,19 @@ class Steps:
         if newest is None:
             return None
         with _explained(self._directory / str(newest)):
-            return _like(abstract, self._manager.restore(newest, args=ocp.args.StandardRestore(_flat(abstract))))
+            return _like(abstract, self._manager.restore(newest, args=_wanted(abstract)))
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    """One replica of an array writes it: to share that, orbax would cut each array by a program of its own."""
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _wanted(abstract: Any) -> ocp.args.PyTreeRestore:
+    flat = _flat(abstract)
+    return ocp.args.PyTreeRestore(flat, restore_args=ocp.checkpoint_utils.construct_restore_args(flat))
 
 
 @contextmanager

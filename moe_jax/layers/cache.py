@@ -7,8 +7,7 @@ T  rows     S  lines of a grid     N  pages of a line     n  positions of a bloc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import jax
@@ -50,8 +49,6 @@ class Cached(Protocol):
 
 View: TypeAlias = Callable[[Grid], Cached]
 UNWRITTEN = 2**30
-BLOCK = 8
-"""Pages of a block, on CPU."""
 
 
 class Cache(Protocol):
@@ -73,6 +70,8 @@ class PagedCache:
 
     keys: Float[Array, "G K P p d"]
     values: Float[Array, "G K P p v"]
+    block: int | None = field(default=None, metadata={"static": True})
+    """How many pages of a line are looked at together; `None` for all."""
 
     def write(
         self, layer: Int32[Array, ""], keys: Heads, values: Heads, packing: Packing, window: int | None
@@ -81,7 +80,8 @@ class PagedCache:
         within = packing.positions - table.firsts.at[packing.lines].get(mode="clip")
         page = table.pages.at[packing.lines, within // size].get(mode="fill", fill_value=pages)
         at = (layer, slice(None), page, within % size)
-        cache = PagedCache(self.keys.at[at].set(keys, mode="drop"), self.values.at[at].set(values, mode="drop"))
+        written = (part.at[at].set(new, mode="drop") for part, new in ((self.keys, keys), (self.values, values)))
+        cache = PagedCache(*written, self.block)
 
         def view(grid: Grid) -> Cached:
             lines = packing.lines_of(grid)
@@ -93,11 +93,7 @@ class PagedCache:
 
 
 class CachedPages(NamedTuple):
-    """Pages of a cache, for each line of a grid.
-
-    A CPU looks at a few of them at a time, and only as far as the longest line has come. Other devices gather all at
-    once: a loop of which they do not know the end would have them wait for the host.
-    """
+    """Pages of a cache, for each line of a grid: all at once, or in blocks as far as the longest line has come."""
 
     cache: PagedCache
     layer: Int32[Array, ""]
@@ -112,23 +108,22 @@ class CachedPages(NamedTuple):
         return self.cache.values.shape[1], self.cache.values.shape[-1]
 
     def fold(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
+        if self.cache.block is None:
+            return take(self._block(self.pages, self.firsts), start)
         leaves, tree = jax.tree.flatten(start)
         start = jax.tree.unflatten(
             tree, vary_alike(*leaves, self.cache.keys, self.cache.values, self.ends)[: len(leaves)]
         )
-        return lax.platform_dependent(start, cpu=partial(self.in_blocks, take), default=partial(self.at_once, take))
+        return self._in_blocks(self.cache.block, take, start)
 
-    def at_once(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
-        return take(self._block(self.pages, self.firsts), start)
-
-    def in_blocks(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
-        positions = BLOCK * self.cache.keys.shape[3]
-        most = -(-self.pages.shape[1] // BLOCK)
-        pages = jnp.pad(self.pages, ((0, 0), (0, most * BLOCK - self.pages.shape[1])))
+    def _in_blocks(self, size: int, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
+        positions = size * self.cache.keys.shape[3]
+        most = -(-self.pages.shape[1] // size)
+        pages = jnp.pad(self.pages, ((0, 0), (0, most * size - self.pages.shape[1])))
         needed = jnp.max((self.ends - self.firsts + positions - 1) // positions)
 
         def body(number: Int32[Array, ""], sums: Sums) -> Sums:
-            own = lax.dynamic_slice_in_dim(pages, number * BLOCK, BLOCK, axis=1)
+            own = lax.dynamic_slice_in_dim(pages, number * size, size, axis=1)
             return take(self._block(own, self.firsts + number * positions), sums)
 
         return lax.fori_loop(0, jnp.minimum(needed, most), body, start)

@@ -169,7 +169,8 @@ class ShardedDecoder:
                 heads, *rest = attention.state_shape
                 return SlotStates(tuple(recent), abstract(repeats, heads, slots, *rest, dtype=STATE_DTYPE))
             of_window, widths = pages[attention.window], attention.cached_widths
-            return PagedCache(*(abstract(repeats, attention.kv_heads, of_window, page, width) for width in widths))
+            pools = (abstract(repeats, attention.kv_heads, of_window, page, width) for width in widths)
+            return PagedCache(*pools, placement.pages_at_once)
 
         return [[cache(group.repeats, layer) for layer in group.unit] for group in self.groups]
 

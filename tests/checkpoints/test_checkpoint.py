@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_goldens import GOLDENS, MAIN_CASES
 
-from moe_jax.checkpoints import Checkpoint
+from moe_jax.checkpoints import Checkpoint, loading
 from moe_jax.checkpoints.export import export
 from moe_jax.checkpoints.names import regions
 from moe_jax.errors import CheckpointError
@@ -64,6 +64,14 @@ def test_to_orbax_and_back_gives_the_tensors_that_came_in(case: str, tmp_path: P
         assert got[name].dtype == value.dtype
         np.testing.assert_array_equal(got[name], value, err_msg=name)
     assert Checkpoint(tmp_path / "out").config == checkpoint.config
+
+
+@pytest.mark.parametrize("case", [ONE, "qwen3_5_moe_text_e4_top3"])
+def test_large_parameters_are_filled_region_by_region(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = "data=2,expert=2,tensor=2"
+    together = load(GOLDENS / case, mesh)
+    monkeypatch.setattr(loading, "SMALL", 0)
+    assert_equal(load(GOLDENS / case, mesh), together)
 
 
 def test_of_a_model_that_takes_pictures_the_text_is_read(tmp_path: Path) -> None:
@@ -153,8 +161,11 @@ def test_long_lists_of_mismatches_are_cut(copy: Path) -> None:
         load(copy)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weights_that_are_not_finite_are_refused_by_name(copy: Path, bad: float) -> None:
+@pytest.mark.parametrize(("bad", "small"), [(np.nan, loading.SMALL), (np.inf, 0)])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    copy: Path, bad: float, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "SMALL", small)
     rewrite(copy, lambda held: held[GATE].__setitem__((2, 3), bad))
     with pytest.raises(CheckpointError, match=f"NaN or infinite in {GATE}: "):
         load(copy)

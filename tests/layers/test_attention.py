@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,11 @@ import pytest
 from moe_jax.config import RopeConfig, TemperatureConfig, Window
 from moe_jax.layers import Grid, Packing, Table
 from moe_jax.layers.attention import attend, first_seen
-from moe_jax.layers.cache import BLOCK, UNWRITTEN, Block, Cached, CachedPages, PagedCache, Uncached
+from moe_jax.layers.cache import UNWRITTEN, Block, Cached, CachedPages, PagedCache, Uncached
 from moe_jax.layers.rope import Rotary
 from moe_jax.layers.temperature import growth
 
-LINES, KV_HEADS, HEADS, WIDTH, PAGE, PAGES = 3, 2, 4, 4, 2, 7
+LINES, KV_HEADS, HEADS, WIDTH, PAGE, PAGES, BLOCK = 3, 2, 4, 4, 2, 7, 8
 ONE, TWO = Grid(1, 1), Grid(2, 2)
 
 
@@ -86,24 +85,20 @@ def test_without_a_cache_only_this_step_is_seen() -> None:
 
 def whole(cached: Cached) -> Block:
     """All that there is, in one block."""
-    fold: Any = cached.at_once if isinstance(cached, CachedPages) else cached.fold
-    return fold(lambda block, _: block, None)
+    return cached.fold(lambda block, _: block, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("at_once", [True, False], ids=["at_once", "in_blocks"])
+@pytest.mark.parametrize("block", [None, BLOCK], ids=["at_once", "in_blocks"])
 @pytest.mark.parametrize("sinks", [None, jnp.array([-1.0, 0.5, 2, 9])], ids=["", "sinks"])
-def test_attend_is_grouped_softmax_attention(
-    at_once: bool, sinks: jax.Array | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attend_is_grouped_softmax_attention(block: int | None, sinks: jax.Array | None) -> None:
     """Over lines that end in the first block of pages, at its end, and in the third; and one without rows."""
     ends, chunk, pages = jnp.array([3, BLOCK * PAGE, 2 * BLOCK * PAGE + 5, 0]), 2, 3 * BLOCK - 1
-    monkeypatch.setattr(CachedPages, "fold", CachedPages.at_once if at_once else CachedPages.in_blocks)
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
     query, keys = draw(0, len(ends), chunk, HEADS, WIDTH), draw(1, 2, KV_HEADS, 100, PAGE, WIDTH)
     values = draw(2, 2, KV_HEADS, 100, PAGE, WIDTH).at[:, :, 99].set(jnp.nan)
     table = jax.random.permutation(jax.random.key(3), 99)[: len(ends) * pages].reshape(-1, pages)
     table = jnp.where(jnp.arange(pages) * PAGE < ends[:, None], table, 99)
-    cached = CachedPages(PagedCache(keys, values), jnp.array(1), table, jnp.zeros(len(ends), int), ends)
+    cached = CachedPages(PagedCache(keys, values, block), jnp.array(1), table, jnp.zeros(len(ends), int), ends)
     own = ends[:, None, None] - jnp.array([[2], [1]])
     got = attend(query, cached, lambda positions: positions[:, None] <= own, WIDTH**-0.5, sinks)
     for line, row, head in np.ndindex(3, chunk, HEADS):
