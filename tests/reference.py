@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     return (jax.nn.silu(x @ gate_up[..., 0, :]) * (x @ gate_up[..., 1, :])) @ down
 
 
+@partial(jax.jit, static_argnames="config")
 def moe(x: jax.Array, weights: Weights, config: MoEConfig) -> jax.Array:
     scores = jax.nn.softmax(x @ weights["router.weight"])
     lowest_kept = jnp.sort(scores)[:, -config.top_k, None]
@@ -32,5 +34,6 @@ def moe(x: jax.Array, weights: Weights, config: MoEConfig) -> jax.Array:
     return out
 
 
+@jax.jit
 def dense(x: jax.Array, weights: Weights) -> jax.Array:
     return swiglu(x, weights["swiglu.gate_up"], weights["swiglu.down"])

@@ -3,7 +3,7 @@
 Numbers are of issues and pull requests of sgl-project/sglang where no other project is named.
 
     23729                   test_a_block_is_summed_once_on_its_way_through_the_model
-    23431, 23734            layers/test_every_placement.py::test_blocks_and_gradients_equal_those_of_one_device
+    23431, 23734            layers/test_every_placement.py::test_blocks_equal_those_of_one_device
     24785                   test_a_dense_first_layer_is_reduced_once_when_rows_are_packed
     37187                   test_every_family_is_compared_on_many_placements
     27189, 36879            sharding/test_collectives.py::test_mistakes_are_errors_while_tracing

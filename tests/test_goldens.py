@@ -107,9 +107,22 @@ CASES += [
     ("mixtral_gqa8_e16_top4_sharded", PLACEMENTS["dp4_ep4_tp2"], "all-to-all", "split"),
 ]
 
-DECODED_APART = {(case, mesh) for case, mesh, *_ in CASES if mesh == PLACEMENTS[ON[0][0]]}
-"""Where prompts are computed first, and then all decode, as engines mostly do: two programs to compile. Elsewhere long
-prompts run beside, so that decode rows lie among those of prompts in every step, and there is one."""
+DECODED_APART = [
+    (case, PLACEMENTS[ON[0][0]])
+    for case in (
+        FIRST,
+        "mimo_v2_flash_gqa4_e8_top2",
+        "deepseek_v3_e8_top2_groups_yarn",
+        "qwen3_next_e8_top2",
+        "bailing_hybrid_e8_top2",
+        "bailing_moe_linear_e8_top2",
+        "jamba_e8_top2",
+        "llada2_moe_gqa4_e8_top2_groups",
+    )
+]
+"""One for each way to remember: prompts are computed first, and then all decode, as engines mostly do, which is two
+programs to compile. Elsewhere long prompts run beside, so that in every step decode rows lie among those of prompts,
+and there is one."""
 
 
 @pytest.mark.parametrize("case", PLAIN)

@@ -100,7 +100,7 @@ def test_attend_is_grouped_softmax_attention(block: int | None, sinks: jax.Array
     table = jnp.where(jnp.arange(pages) * PAGE < ends[:, None], table, 99)
     cached = CachedPages(PagedCache(keys, values, block), jnp.array(1), table, jnp.zeros(len(ends), int), ends)
     own = ends[:, None, None] - jnp.array([[2], [1]])
-    got = attend(query, cached, lambda positions: positions[:, None] <= own, WIDTH**-0.5, sinks)
+    got = jax.jit(lambda: attend(query, cached, lambda positions: positions[:, None] <= own, WIDTH**-0.5, sinks))()
     for line, row, head in np.ndindex(3, chunk, HEADS):
         kv, upto = head // (HEADS // KV_HEADS), int(ends[line]) - 1 + row
         its_keys, its_values = (

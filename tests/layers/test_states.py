@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from placements import placement
@@ -54,8 +55,16 @@ def adding(lines: Any, state: Any) -> tuple[Any, Any]:
 RECURRENCE: Recurrence = adding
 
 
+def recalled(states: SlotStates | Stateless, rows: jax.Array, packed: Packing) -> Any:
+    return jax.jit(lambda: states.recall(LAYER, 0, rows, SEEN, step(packed)))()
+
+
+def advanced(states: SlotStates | Stateless, rows: jax.Array, packed: Packing) -> Any:
+    return jax.jit(lambda: states.advance(LAYER, rows, (1,), step(packed), RECURRENCE))()
+
+
 def test_rows_find_the_inputs_before_them() -> None:
-    found, after = states().recall(LAYER, 0, ROWS, SEEN, step(packing()))
+    found, after = recalled(states(), ROWS, packing())
     assert found[:5, 0].tolist() == [[30, 31, 1], [0, 0, 2], [0, 2, 3], [2, 3, 4], [40, 41, 5]]
     assert after.recent[0][1, 0].tolist() == [[3, 4], [20, 21], [31, 1], [41, 5]]
     assert not after.recent[0][0].any()
@@ -63,7 +72,7 @@ def test_rows_find_the_inputs_before_them() -> None:
 
 def test_a_state_goes_from_line_to_line_and_stays_in_its_slot() -> None:
     """Slot 0 begins anew whatever it held; slot 1 takes no part."""
-    output, after = states().advance(LAYER, ROWS, (1,), step(packing()), RECURRENCE)
+    output, after = advanced(states(), ROWS, packing())
     assert output[:5, 0].tolist() == [301, 2, 5, 9, 405]
     assert after.state[1, 0].tolist() == [9, 200, 301, 405]
     assert not after.state[0].any()
@@ -72,10 +81,10 @@ def test_a_state_goes_from_line_to_line_and_stays_in_its_slot() -> None:
 def test_lines_that_have_ended_change_nothing() -> None:
     """As the loop over decode steps marks them: their rows are no line's."""
     packed = replace(packing(), lines=packing().lines.at[0].set(LINES))
-    _, recalled = states().recall(LAYER, 0, ROWS, SEEN, step(packed))
-    _, advanced = states().advance(LAYER, ROWS, (1,), step(packed), RECURRENCE)
-    assert recalled.recent[0][1, 0, 2].tolist() == [30, 31]
-    assert advanced.state[1, 0, 2] == 300
+    _, after_recall = recalled(states(), ROWS, packed)
+    _, after_advance = advanced(states(), ROWS, packed)
+    assert after_recall.recent[0][1, 0, 2].tolist() == [30, 31]
+    assert after_advance.state[1, 0, 2] == 300
 
 
 def test_without_states_each_line_is_a_sequence() -> None:
@@ -89,8 +98,8 @@ def test_without_states_each_line_is_a_sequence() -> None:
     }
     packed = Packing(**ints, tables=(), grids=(Grid(2, length),))
     rows = jnp.asarray(np.random.default_rng(0).integers(9, size=(2 * length, 1)), jnp.float32)
-    output, _ = Stateless().advance(LAYER, rows, (1,), step(packed), RECURRENCE)
+    output, _ = advanced(Stateless(), rows, packed)
     np.testing.assert_array_equal(output.reshape(2, length), np.cumsum(rows.reshape(2, length), axis=1))
-    found, _ = Stateless().recall(LAYER, 0, rows, SEEN, step(packed))
+    found, _ = recalled(Stateless(), rows, packed)
     assert found[length, 0].tolist() == [0, 0, rows[length, 0]]
     assert found[length - 1, 0].tolist() == rows[length - 3 : length, 0].tolist()
