@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,9 +22,11 @@ WINDOWED = GOLDENS / "qwen2_moe_gqa4_e12_top2_window"
 
 BEGINNING = np.random.default_rng(0).integers(0, 97, 48).tolist()
 PROMPTS = [BEGINNING[:length] for length in (1, 15, 16, 17, 33, 48)] + [[7], [5, 9, 13], [*BEGINNING[:20], 1, 2, 3]]
+ALIKE: dict[str, Any] = {"logit_bias": {0: 0.0}}
+"""A bias of nothing, so that only the programs of requests that draw are compiled."""
 PARAMS = [
-    SamplingParams(temperature=0, max_tokens=16),
-    SamplingParams(temperature=0, max_tokens=3),
+    SamplingParams(temperature=0, max_tokens=16, **ALIKE),
+    SamplingParams(temperature=0, max_tokens=3, **ALIKE),
     SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=10),
     SamplingParams(temperature=1.5, top_k=12, repetition_penalty=1.3, frequency_penalty=0.5, seed=6, max_tokens=16),
 ]
@@ -109,7 +112,7 @@ TestCrowd.settings = settings(
 
 def test_the_crowd_was_crowded() -> None:
     """What the machine above is to try does happen: shared beginnings, and two on a shard that want seven pages."""
-    llm, params = crowded(), SamplingParams(temperature=0, max_tokens=16)
+    llm, params = crowded(), PARAMS[0]
     prompts = [*PROMPTS, *PROMPTS, *([number, *BEGINNING[:39]] for number in range(8))]
     outputs = [output.token_ids for output in llm.generate(prompts, params)]
     assert outputs == [output.token_ids for output in lonely().generate(prompts, params)]
@@ -120,7 +123,7 @@ def test_the_crowd_was_crowded() -> None:
 
 def test_nothing_is_compiled_after_warm_up() -> None:
     """500 requests of all kinds; any compilation of JAX's counts, not only that of steps."""
-    llm = LLM(GOLDENS / "qwen3_moe_gqa4_e8_top2", mesh="data=2", dtype="float32", max_batch_size=4, prefill_tokens=32)
+    llm = LLM(GOLDENS / "qwen3_moe_gqa4_e8_top2", mesh="data=2", dtype="float32", max_batch_size=2, prefill_tokens=32)
     llm.warm_up()
     random = np.random.default_rng(1)
     prompts = [random.integers(0, 97, random.integers(1, 60)).tolist() for _ in range(500)]

@@ -40,7 +40,7 @@ def test_a_crowd_is_as_each_alone(checkpoint: Path) -> None:
     """Prompts of several lines and several steps, beside others that decode; slots taken over; pages for less than two
     of the longest, so that requests are preempted and computed anew; lines that end within a dispatch."""
     crowded = LLM(
-        checkpoint, mesh="data=2,tensor=2", dtype="float32", max_batch_size=4, prefill_tokens=100, decode_steps=4,
+        checkpoint, mesh="data=2,tensor=2", dtype="float32", max_batch_size=4, prefill_tokens=32, decode_steps=4,
         cache_pages=PAGES,
     )  # fmt: skip
     lonely = LLM(checkpoint, mesh="data=1", dtype="float32", max_batch_size=1, prefill_tokens=32, decode_steps=1)
