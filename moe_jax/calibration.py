@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
-from scipy.optimize import nnls
 
 from moe_jax.errors import PlacementError
 from moe_jax.sharding import Hardware, Placement
@@ -43,6 +42,8 @@ class Measured:
 
     def fit(self) -> Hardware:
         """The known record of this kind of device, its launch and local bandwidth those that err least, relatively."""
+        from scipy.optimize import nnls  # here, as it takes half a second to import
+
         kind = jax.devices()[0].device_kind
         known = of_kind(kind)
         devices = self.samples[0].move.devices if known.shared else 1

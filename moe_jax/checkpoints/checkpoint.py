@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer
 
-from moe_jax.checkpoints import export, loading, orbax_store
+from moe_jax.checkpoints import export, loading
 from moe_jax.checkpoints.families import FAMILIES, Family
 from moe_jax.checkpoints.fields import TEXT, Fields
 from moe_jax.checkpoints.names import Region, regions
@@ -114,6 +114,8 @@ class Checkpoint:
                     f"{self.path} holds weights in orbax format, which cannot be read in eight bits: "
                     "give the checkpoint that they were converted from, or moe-jax convert --to huggingface"
                 )
+            from moe_jax.checkpoints import orbax_store  # here, as orbax takes half a second to import
+
             stacked = replace(decoder, scan_layers=True)
             parameters = orbax_store.restore(self.path / ORBAX, stacked.parameters)
             loading.check_finite(parameters)
@@ -142,6 +144,8 @@ class Checkpoint:
         Raises:
           CheckpointError: weights in eight bits.
         """
+        from moe_jax.checkpoints import orbax_store
+
         check_exact(parameters)
         with self._new_directory(path) as new:
             orbax_store.save(new / ORBAX, parameters)

@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 from tqdm import tqdm
 
-from moe_jax.checkpoints.orbax_store import Steps
 from moe_jax.errors import ConfigError
 from moe_jax.layers.quantised import NO_GRADIENT
 from moe_jax.models import Parameters, ShardedDecoder
@@ -56,6 +55,8 @@ class Trainer:
 
     def run(self, directory: Path, steps: int, *, save_every: int = 200, progress: bool = False) -> TrainingState:
         """Train up to step number `steps`, counted from the very beginning, keeping states in `directory`."""
+        from moe_jax.checkpoints.orbax_store import Steps  # here, as orbax takes half a second to import
+
         with Steps(directory) as saved:
             state = saved.restore_newest(self.abstract_state()) or self.initial_state()
             first, update = int(state.step), jax.jit(self.update, donate_argnums=0)

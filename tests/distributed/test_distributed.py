@@ -149,10 +149,11 @@ def test_four_processes_give_the_tokens_of_one(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "victim"), [("joined", 1), ("[[", 1), ("[[", 0)], ids=["loading", "in_mid_run", "leader_in_mid_run"]
+    ("moment", "victim", "size"),
+    [("joined", 1, 2), ("[[", 1, 3), ("[[", 0, 2)],
+    ids=["loading", "in_mid_run", "leader_in_mid_run"],
 )
-def test_all_end_where_one_dies(start: Start, moment: str, victim: int) -> None:
-    size = 3 if victim else 2
+def test_all_end_where_one_dies(start: Start, moment: str, victim: int, size: int) -> None:
     processes = start(members(size, f"data={size},expert=2", "forever"))
     processes[0].wait_for(moment)
     processes[victim].wait_for("joined")

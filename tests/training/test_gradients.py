@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from blocks import by_name
-from test_goldens import GOLDENS, MAIN_CASES
+from test_goldens import FAMILIES, GOLDENS
 
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.models import ShardedDecoder
@@ -19,7 +19,7 @@ LENGTH = 12
 """Tokens of each of four sequences."""
 
 
-@pytest.mark.parametrize("case", MAIN_CASES)
+@pytest.mark.parametrize("case", [other or case for case, other in FAMILIES.items()])
 def test_the_gradient_of_every_parameter_is_finite_and_not_zero(case: str) -> None:
     checkpoint = Checkpoint(GOLDENS / case)
     decoder = ShardedDecoder(checkpoint.config, PLACEMENT, "float32")
