@@ -123,17 +123,21 @@ class Attention(nnx.Module):
         self, query: Float[Array, "T H d"], cached: Cached, grid: Grid, packing: Packing
     ) -> Float[Array, "S C H v"]:
         """Each row sees the positions up to the last of its block, which may be its own, within the window."""
-        own, config = packing.to_grid(packing.positions, grid)[..., None], self.config
-        last = last_seen(own, config.block)
-
-        def seen(positions: Int32[Array, "S n"]) -> Bool[Array, "S C n"]:
-            before = positions[:, None] <= last
-            if config.window is None:
-                return before
-            return before & (positions[:, None] >= first_seen(own, config.window, config.window_kind))
-
+        config = self.config
         sinks = None if self.sinks is None else self.sinks[...]
-        return attend(packing.to_grid(query, grid), cached, seen, self.scale, sinks)
+
+        def of_lines(cached: Cached, query: Float[Array, "S C H d"], own: Int32[Array, "S C"]) -> Array:
+            last = last_seen(own[..., None], config.block)
+
+            def seen(positions: Int32[Array, "S n"]) -> Bool[Array, "S C n"]:
+                before = positions[:, None] <= last
+                if config.window is None:
+                    return before
+                return before & (positions[:, None] >= first_seen(own[..., None], config.window, config.window_kind))
+
+            return attend(query, cached, seen, self.scale, sinks)
+
+        return cached.by_lines(of_lines, packing.to_grid(query, grid), packing.to_grid(packing.positions, grid))
 
 
 def output_gate(

@@ -13,10 +13,11 @@ from typing import NamedTuple, Protocol, Self, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from moe_jax.layers.step import Grid, Packing
 from moe_jax.sharding.collectives import vary_alike
+from moe_jax.sharding.mesh import Device
 
 Heads = Float[Array, "T K d"]
 
@@ -35,11 +36,15 @@ Sums = TypeVar("Sums")
 
 
 class Cached(Protocol):
-    """What the rows of a grid may look at."""
+    """What the rows of a grid, or of some of its lines, may look at."""
 
     @property
     def value_shape(self) -> tuple[int, int]:
         """K and v."""
+        ...
+
+    def by_lines(self, attend: Attend, *rows: Shaped[Array, "S ..."]) -> Float[Array, "S C H v"]:
+        """`attend(cached, *rows)`, for all lines together or for some after the other."""
         ...
 
     def fold(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
@@ -47,8 +52,25 @@ class Cached(Protocol):
         ...
 
 
+Attend: TypeAlias = Callable[..., Float[Array, "S C H v"]]
 View: TypeAlias = Callable[[Grid], Cached]
 UNWRITTEN = 2**30
+
+
+class Portion(NamedTuple):
+    """What attention takes of a grid at a time."""
+
+    lines: int
+    pages: int
+
+
+def portion_on(device: Device) -> Portion | None:
+    """What suits the devices that a program is compiled for; `None` for everything at once.
+
+    A CPU takes little, and only as far as there are lines, and as the longest of them has come. Others would wait for
+    the host in a loop of which they do not know the end.
+    """
+    return Portion(lines=32, pages=4) if device.platform == "cpu" else None
 
 
 class Cache(Protocol):
@@ -70,8 +92,7 @@ class PagedCache:
 
     keys: Float[Array, "G K P p d"]
     values: Float[Array, "G K P p v"]
-    block: int | None = field(default=None, metadata={"static": True})
-    """How many pages of a line are looked at together; `None` for all."""
+    portion: Portion | None = field(default=None, metadata={"static": True})
 
     def write(
         self, layer: Int32[Array, ""], keys: Heads, values: Heads, packing: Packing, window: int | None
@@ -81,7 +102,7 @@ class PagedCache:
         page = table.pages.at[packing.lines, within // size].get(mode="fill", fill_value=pages)
         at = (layer, slice(None), page, within % size)
         written = (part.at[at].set(new, mode="drop") for part, new in ((self.keys, keys), (self.values, values)))
-        cache = PagedCache(*written, self.block)
+        cache = PagedCache(*written, self.portion)
 
         def view(grid: Grid) -> Cached:
             lines = packing.lines_of(grid)
@@ -93,7 +114,7 @@ class PagedCache:
 
 
 class CachedPages(NamedTuple):
-    """Pages of a cache, for each line of a grid: all at once, or in blocks as far as the longest line has come."""
+    """Pages of a cache, for each line of a grid; lines without rows come last."""
 
     cache: PagedCache
     layer: Int32[Array, ""]
@@ -107,16 +128,27 @@ class CachedPages(NamedTuple):
     def value_shape(self) -> tuple[int, int]:
         return self.cache.values.shape[1], self.cache.values.shape[-1]
 
-    def fold(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
-        if self.cache.block is None:
-            return take(self._block(self.pages, self.firsts), start)
-        leaves, tree = jax.tree.flatten(start)
-        start = jax.tree.unflatten(
-            tree, vary_alike(*leaves, self.cache.keys, self.cache.values, self.ends)[: len(leaves)]
-        )
-        return self._in_blocks(self.cache.block, take, start)
+    def by_lines(self, attend: Attend, *rows: Shaped[Array, "S ..."]) -> Float[Array, "S C H v"]:
+        portion, lines = self.cache.portion, self.ends.shape[0]
+        if portion is None or lines <= portion.lines:
+            return attend(self, *rows)
+        of_lines = (self.pages, self.firsts, self.ends, *rows)
 
-    def _in_blocks(self, size: int, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
+        def some(number: Int32[Array, ""], out: Array) -> Array:
+            first = number * portion.lines
+            pages, firsts, ends, *own = (lax.dynamic_slice_in_dim(part, first, portion.lines) for part in of_lines)
+            attended = attend(self._replace(pages=pages, firsts=firsts, ends=ends), *own)
+            return lax.dynamic_update_slice_in_dim(out, attended, first, 0)
+
+        shape = jax.eval_shape(attend, self, *rows)
+        out, *_ = vary_alike(jnp.zeros(shape.shape, shape.dtype), *of_lines, self.cache.keys, self.cache.values)
+        used = jnp.max(jnp.where(self.ends > 0, jnp.arange(1, lines + 1), 0))
+        return lax.fori_loop(0, (used + portion.lines - 1) // portion.lines, some, out)
+
+    def fold(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
+        if self.cache.portion is None:
+            return take(self._block(self.pages, self.firsts), start)
+        size = self.cache.portion.pages
         positions = size * self.cache.keys.shape[3]
         most = -(-self.pages.shape[1] // size)
         pages = jnp.pad(self.pages, ((0, 0), (0, most * size - self.pages.shape[1])))
@@ -126,7 +158,9 @@ class CachedPages(NamedTuple):
             own = lax.dynamic_slice_in_dim(pages, number * size, size, axis=1)
             return take(self._block(own, self.firsts + number * positions), sums)
 
-        return lax.fori_loop(0, jnp.minimum(needed, most), body, start)
+        leaves, tree = jax.tree.flatten(start)
+        alike = vary_alike(*leaves, self.cache.keys, self.cache.values, self.ends)[: len(leaves)]
+        return lax.fori_loop(0, jnp.minimum(needed, most), body, jax.tree.unflatten(tree, alike))
 
     def _block(self, pages: Int32[Array, "S _"], firsts: Int32[Array, "S"]) -> Block:
         keys, values = (_gather(part, self.layer, pages) for part in (self.cache.keys, self.cache.values))
@@ -168,6 +202,9 @@ class Whole(NamedTuple):
     @property
     def value_shape(self) -> tuple[int, int]:
         return self.block.values.shape[0], self.block.values.shape[-1]
+
+    def by_lines(self, attend: Attend, *rows: Shaped[Array, "S ..."]) -> Float[Array, "S C H v"]:
+        return attend(self, *rows)
 
     def fold(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
         return take(self.block, start)

@@ -73,39 +73,28 @@ def walk_experts(
 def _walk(walker: Walker, inputs: Inputs, assigned: Assigned, gate_up: InPlace, down: InPlace) -> Array:
     x, weights, held = inputs
     (rows, k), (order, sizes, _) = weights.shape, assigned
-    starts, size = jnp.cumsum(sizes) - sizes, min(walker.by.block_size(rows * k, len(sizes)), rows)
+    block = min(walker.by.block_size(rows * k, len(sizes)), rows)
 
-    def outputs(held: Held, assignments: Array, own: Array) -> tuple[Int32[Array, "B"], Float[Array, "B D"]]:
-        """The rows of some assignments to one expert, and what it adds to them."""
+    def part(expert: Array) -> Held:
+        biases = (None if bias is None else bias[expert] for bias in held[2:])
+        return Held(gate_up.part(expert), down.part(expert), *biases)
+
+    def visit(held: Held, first: Array, own: Array, y: Array) -> Array:
+        assignments = lax.dynamic_slice_in_dim(order, first, block)
         row, weight = assignments // k, weights.reshape(-1)[assignments, None]
-        block = x[row]
+        inputs = x[row]
         if walker.weighted is Weighted.INPUT:
-            block, weight = block * weight.astype(x.dtype), jnp.ones_like(weight)
-        gates_ups = block @ held.gate_up
+            inputs, weight = inputs * weight.astype(x.dtype), jnp.ones_like(weight)
+        gates_ups = inputs @ held.gate_up
         if held.gate_up_bias is not None:
             gates_ups += held.gate_up_bias
         out = gated(walker.activation, *jnp.split(gates_ups, 2, axis=1)) @ held.down
         if held.down_bias is not None:
             out += held.down_bias
-        return row, jnp.where(own[:, None], out * weight, 0)
-
-    def one(expert: Array) -> Held:
-        biases = (None if bias is None else bias[expert] for bias in held[2:])
-        return Held(gate_up.part(expert), down.part(expert), *biases)
-
-    def visit(held: Held, first: Array, own: Array, y: Array) -> Array:
-        row, out = outputs(held, lax.dynamic_slice_in_dim(order, first, size), own)
-        return y.at[row].add(out)
+        return y.at[row].add(jnp.where(own[:, None], out * weight, 0))
 
     y, *_ = vary_alike(jnp.zeros(x.shape, jnp.float32), x, weights, sizes, held.gate_up)
-    at_once = walker.by.rows_at_once(rows * k, len(sizes)) if gate_up.alone else 0
-    if at_once:
-        at = starts[:, None] + jnp.arange(at_once)
-        own = jnp.arange(at_once) < sizes[:, None]
-        row, out = jax.vmap(outputs)(held, order.at[at].get(mode="clip"), own)
-        y = y.at[row.reshape(-1)].add(out.reshape(-1, x.shape[1]))
-    left = jnp.maximum(sizes - at_once, 0)
-    return visit_blocks(starts + at_once, left, size, rows * k, one, visit, y).astype(x.dtype)
+    return visit_blocks(jnp.cumsum(sizes) - sizes, sizes, block, rows * k, part, visit, y).astype(x.dtype)
 
 
 def _forward(walker: Walker, *args: Any) -> tuple[Array, tuple[Inputs, Assigned]]:

@@ -1,4 +1,4 @@
-"""Grouped matmuls as XLA's CPU backend does them well: batched where groups are even, block by block where not.
+"""Grouped matmuls as XLA's CPU backend does them well: block by block.
 
 M  rows, group after group     G  groups     D  inputs     F  outputs     B  rows of a block
 """
@@ -24,9 +24,8 @@ Carry = TypeVar("Carry")
 
 @dataclass(frozen=True)
 class Walk:
-    """One batched matmul of the first rows of every group, then a loop over blocks of one group each (as MegaBlocks
-    has them, arXiv:2211.15841), as many as the sizes leave at run time. `jax.lax.ragged_dot` multiplies every row with
-    every group's weights on a CPU.
+    """A loop over blocks of rows of one group each (as MegaBlocks has them, arXiv:2211.15841), as many as the sizes
+    leave at run time. `jax.lax.ragged_dot` multiplies every row with every group's weights on a CPU.
 
     Where such a loop ends, XLA's GPU programs are said to ask the host each round (not measured): see `grouped_tiles`.
     """
@@ -35,19 +34,16 @@ class Walk:
     """One row in so many is thought to belong to a group."""
 
     def product(self, rows: Float[Array, "M D"], weights: InPlace, sizes: Int32[Array, "G"]) -> Float[Array, "M F"]:
-        count, groups = rows.shape[0], sizes.shape[0]
-        starts, at_once = jnp.cumsum(sizes) - sizes, self.rows_at_once(count, groups)
-        shape = count, weights.stack.shape[-1]
-        out = _first_rows(rows, weights.whole(), starts, at_once) if at_once else _zeros(shape, rows)
-        size = self.block_size(count, groups)
+        count = rows.shape[0]
+        size = self.block_size(count, len(sizes))
 
         def visit(weight: Array, first: Array, own: Array, out: Array) -> Array:
             product = lax.dynamic_slice_in_dim(rows, first, size) @ weight
             before = lax.dynamic_slice_in_dim(out, first, size)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], product, before), first, 0)
 
-        left = jnp.maximum(sizes - at_once, 0)
-        return visit_blocks(starts + at_once, left, size, count, weights.part, visit, out)
+        out = _zeros((count, weights.stack.shape[-1]), rows)
+        return visit_blocks(jnp.cumsum(sizes) - sizes, sizes, size, count, weights.part, visit, out)
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
@@ -65,15 +61,9 @@ class Walk:
         return visit_blocks(jnp.cumsum(sizes) - sizes, sizes, size, count, lambda group: group, visit, zeros)
 
     def block_size(self, rows: int, groups: int) -> int:
-        """A power of two near an even share of the rows, within the limits."""
-        even_share = max(rows // groups // self.expected, 1)
-        return min(max(1 << (even_share - 1).bit_length(), SMALLEST_BLOCK), LARGEST_BLOCK, rows)
-
-    def rows_at_once(self, rows: int, groups: int) -> int:
-        """How many rows of each group one batched matmul takes: half more than an even share, or none where shares are
-        small, and reading the weights of groups without rows would cost more, or so large that blocks cost no more."""
-        even_share = rows // groups // self.expected
-        return -(-even_share * 3 // 16) * 8 if 2 <= even_share < LARGEST_BLOCK else 0
+        """A quarter more than an even share of the rows, so that few groups need two; within the limits."""
+        eighths = -(-rows * 5 // (groups * self.expected * 32))
+        return min(max(eighths * 8, SMALLEST_BLOCK), LARGEST_BLOCK, rows)
 
 
 def visit_blocks(
@@ -103,15 +93,6 @@ def visit_blocks(
         return lax.fori_loop(0, (last - start + size - 1) // size, block, carry)
 
     return lax.fori_loop(0, jnp.sum(sizes > 0), of_group, carry)
-
-
-def _first_rows(rows: Array, weights: Array, starts: Array, count: int) -> Float[Array, "M F"]:
-    """The products of the first `count` rows of each group; the other rows hold anything."""
-    at = starts[:, None] + jnp.arange(count)
-    products = jnp.einsum("gbd,gdf->gbf", rows.at[at].get(mode="clip"), weights)
-    row = jnp.arange(rows.shape[0])
-    group = jnp.sum(starts[None, 1:] <= row[:, None], axis=1)
-    return products.at[group, row - starts[group]].get(mode="clip")
 
 
 def _zeros(shape: tuple[int, ...], like: Array) -> Array:

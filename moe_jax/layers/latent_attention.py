@@ -91,9 +91,12 @@ class LatentAttention(nnx.Module):
         self, query: Float[Array, "T H _"], cached: Cached, grid: Grid, packing: Packing
     ) -> Float[Array, "S C H v"]:
         """Each row sees the positions up to its own."""
-        own = packing.to_grid(packing.positions, grid)[..., None]
         ordered = self.absorbed if self.absorbs(grid.chunk) else self.expanded
-        return ordered(packing.to_grid(query, grid), cached, lambda positions: positions[:, None] <= own)
+
+        def of_lines(cached: Cached, query: Float[Array, "S C H _"], own: Int32[Array, "S C"]) -> Array:
+            return ordered(query, cached, lambda positions: positions[:, None] <= own[..., None])
+
+        return cached.by_lines(of_lines, packing.to_grid(query, grid), packing.to_grid(packing.positions, grid))
 
     def absorbs(self, chunk: int) -> bool:
         """Whether fewer products are needed to go to the latents than to expand them, for so many queries a line."""

@@ -93,11 +93,6 @@ class InPlace:
         """A stack of one."""
         return cls(jax.tree.map(lambda whole: whole[None], parameter), jnp.zeros((), jnp.int32))
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is no other layer, so that the whole lies in place too; in eight bits it must be converted."""
-        return self.stack.shape[0] == 1 and not isinstance(self.stack, Quantised)
-
     def part(self, index: Int32[Array, ""]) -> Shaped[Array, "..."]:
         return self.stack[self.layer, index]
 

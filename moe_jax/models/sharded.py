@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, Quantization, RecurrentConfig
 from moe_jax.errors import ConfigError
 from moe_jax.layers import PagedCache, SlotStates, Step, parameter
+from moe_jax.layers.cache import portion_on
 from moe_jax.layers.states import STATE_DTYPE
 from moe_jax.models.batch import Batch
 from moe_jax.models.decoder import Caches, Decoder
@@ -170,7 +171,7 @@ class ShardedDecoder:
                 return SlotStates(tuple(recent), abstract(repeats, heads, slots, *rest, dtype=STATE_DTYPE))
             of_window, widths = pages[attention.window], attention.cached_widths
             pools = (abstract(repeats, attention.kv_heads, of_window, page, width) for width in widths)
-            return PagedCache(*pools, placement.pages_at_once)
+            return PagedCache(*pools, portion_on(placement.device))
 
         return [[cache(group.repeats, layer) for layer in group.unit] for group in self.groups]
 

@@ -168,12 +168,6 @@ class Placement:
         return self.mesh.devices.flat[0]
 
     @property
-    def pages_at_once(self) -> int | None:
-        """How many pages of its cache attention does well to look at together, in a loop that ends where the longest
-        sequence does; `None` for all: a loop of which they do not know the end would have GPUs wait for the host."""
-        return 8 if self.device.platform == "cpu" else None
-
-    @property
     def sends_ragged(self) -> bool:
         """Whether the devices can exchange rows whose number is known at run time only: XLA's CPU backend cannot."""
         return self.device.platform != "cpu"

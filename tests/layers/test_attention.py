@@ -12,7 +12,7 @@ import pytest
 from moe_jax.config import RopeConfig, TemperatureConfig, Window
 from moe_jax.layers import Grid, Packing, Table
 from moe_jax.layers.attention import attend, first_seen
-from moe_jax.layers.cache import UNWRITTEN, Block, Cached, CachedPages, PagedCache, Uncached
+from moe_jax.layers.cache import UNWRITTEN, Block, Cached, CachedPages, PagedCache, Portion, Uncached
 from moe_jax.layers.rope import Rotary
 from moe_jax.layers.temperature import growth
 
@@ -88,9 +88,9 @@ def whole(cached: Cached) -> Block:
     return cached.fold(lambda block, _: block, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("block", [None, BLOCK], ids=["at_once", "in_blocks"])
+@pytest.mark.parametrize("portion", [None, Portion(4, BLOCK), Portion(3, BLOCK)], ids=["at_once", "pages", "lines"])
 @pytest.mark.parametrize("sinks", [None, jnp.array([-1.0, 0.5, 2, 9])], ids=["", "sinks"])
-def test_attend_is_grouped_softmax_attention(block: int | None, sinks: jax.Array | None) -> None:
+def test_attend_is_grouped_softmax_attention(portion: Portion | None, sinks: jax.Array | None) -> None:
     """Over lines that end in the first block of pages, at its end, and in the third; and one without rows."""
     ends, chunk, pages = jnp.array([3, BLOCK * PAGE, 2 * BLOCK * PAGE + 5, 0]), 2, 3 * BLOCK - 1
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
@@ -98,9 +98,13 @@ def test_attend_is_grouped_softmax_attention(block: int | None, sinks: jax.Array
     values = draw(2, 2, KV_HEADS, 100, PAGE, WIDTH).at[:, :, 99].set(jnp.nan)
     table = jax.random.permutation(jax.random.key(3), 99)[: len(ends) * pages].reshape(-1, pages)
     table = jnp.where(jnp.arange(pages) * PAGE < ends[:, None], table, 99)
-    cached = CachedPages(PagedCache(keys, values, block), jnp.array(1), table, jnp.zeros(len(ends), int), ends)
+    cached = CachedPages(PagedCache(keys, values, portion), jnp.array(1), table, jnp.zeros(len(ends), int), ends)
     own = ends[:, None, None] - jnp.array([[2], [1]])
-    got = jax.jit(lambda: attend(query, cached, lambda positions: positions[:, None] <= own, WIDTH**-0.5, sinks))()
+
+    def of_lines(cached: Cached, query: jax.Array, own: jax.Array) -> jax.Array:
+        return attend(query, cached, lambda positions: positions[:, None] <= own, WIDTH**-0.5, sinks)
+
+    got = jax.jit(lambda: cached.by_lines(of_lines, query, own))()
     for line, row, head in np.ndindex(3, chunk, HEADS):
         kv, upto = head // (HEADS // KV_HEADS), int(ends[line]) - 1 + row
         its_keys, its_values = (

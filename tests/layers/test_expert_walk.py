@@ -19,8 +19,8 @@ from moe_jax.layers.parameter import InPlace
 
 ROWS, EXPERTS, CHOICES, HIDDEN, WIDTH = 24, 4, 3, 8, 6
 HELD_ELSEWHERE = EXPERTS
-FEW_AT_ONCE = Walk(expected=4)
-"""Takes so few rows of each expert at once that most have more."""
+SMALL_BLOCKS = Walk(expected=4)
+"""So that some experts have more rows than a block."""
 KINDS = [
     (SwiGLUConfig(), Weighted.OUTPUT, False),
     (ClampedSwiGLUConfig(7.0, 1.7), Weighted.OUTPUT, True),
@@ -87,7 +87,7 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(
     activation: Activation, weighted: Weighted, bias: bool, how: str, layers: int
 ) -> None:
     experts, (inputs, *in_place) = chosen(how), drawn(bias, layers)
-    walker = Walker(activation, weighted, FEW_AT_ONCE, partial(sorted_form, Walk(), activation, weighted))
+    walker = Walker(activation, weighted, SMALL_BLOCKS, partial(sorted_form, Walk(), activation, weighted))
     which = assigned(experts)
 
     def loss(outputs: Any) -> Any:

@@ -130,9 +130,10 @@ def test_work_grows_with_the_rows_and_not_with_the_groups() -> None:
 
     # Every group partly fills its last block: at most one block each is wasted, and idle groups cost nothing.
     assert visited_rows(4096, [512] * 8) == 4096
-    assert visited_rows(4096, [4096] + [0] * 127) == 4096
+    assert visited_rows(4096, [4096] + [0] * 127) == 4120
     assert visited_rows(4096, [0] * 128) == 0
-    assert visited_rows(4096, [33] * 64 + [0] * 64) < 2 * 33 * 64
+    assert visited_rows(4096, [32] * 128) == 1.25 * 4096
+    assert visited_rows(4096, [33] * 64 + [0] * 64) == 40 * 64
     assert visited_rows(10**6, [5] * 8) == 8 * LARGEST_BLOCK
 
 
