@@ -6,8 +6,7 @@ far both are from what the machine can do.
     memory     share of the measured bandwidth that a decode step uses, were each weight that its rows visit read once
     compute    share of the measured float32 FLOP/s that a prefill uses, of multiplications with weights alone
 
-The checkpoint is made here, with random weights; moe_jax compiles each of its layers for itself
-(`scan_layers=False`). Called by `python -m bench.decode --against transformers`.
+The checkpoint is made here, with random weights. Called by `python -m bench.decode --against transformers`.
 """
 
 from __future__ import annotations
@@ -142,7 +141,6 @@ def moe_jax(directory: str, sizes: Sizes, prompts: Prompts, placement: Placement
         prefill_tokens=sequences * sizes.prompt,
         decode_steps=16,
         prefix_cache=False,
-        scan_layers=False,
     )
 
     def generate(tokens: int) -> np.ndarray:
