@@ -78,7 +78,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "T D"], step: Step, cache: C, layer: Int32[Array, ""]) -> tuple[PartialSum, C]:
         """This device's heads' part of the output, and the cache with the rows' keys and values written."""
         packing, placement = step.packing, step.residual.placement
-        query, key, value = self._project(x, packing.positions, placement)
+        query, key, value = self._project(x, step)
         view, cache = cache.write(layer, key, value, packing, self.config.window)
         with jax.named_scope("attend"):
             out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
@@ -90,9 +90,10 @@ class Attention(nnx.Module):
         return step.residual.heads_partial_sum(part), cache
 
     def _project(
-        self, x: Float[Array, "T D"], positions: Int32[Array, "T"], placement: Placement
+        self, x: Float[Array, "T D"], step: Step
     ) -> tuple[Float[Array, "T H d"], Float[Array, "T K d"], Float[Array, "T K v"]]:
         """Queries, keys and values, as they meet."""
+        placement = step.residual.placement
         only = only_head(self.config.kv_heads, placement)
         query, key, value = self.query(x), self.key(x, only), self.value(x, only)
         rotated_first = self.config.qk_norm in (QKNorm.ROTATED_HEAD, QKNorm.ROTATED_UNIT)
@@ -101,11 +102,11 @@ class Attention(nnx.Module):
         if self.config.clip is not None:
             query, key, value = (jnp.clip(part, -self.config.clip, self.config.clip) for part in (query, key, value))
         if self.rotary is not None:
-            query, key = self.rotary(query, positions), self.rotary(key, positions)
+            query, key = (self.rotary(part, step.turns[self.rotary]) for part in (query, key))
         if rotated_first:
             query, key = self._normalise(query, key, placement, only)
         if self.config.temperature is not None:
-            query = (query * growth(self.config.temperature, positions)).astype(query.dtype)
+            query = (query * growth(self.config.temperature, step.packing.positions)).astype(query.dtype)
         return query, key, value * self.config.value_scale
 
     def _normalise(

@@ -53,6 +53,9 @@ class Decay(nnx.Module):
 
 
 class DeltaAttention(nnx.Module):
+    rotary: None = None
+    """Positions are told apart by the state."""
+
     def __init__(self, config: DeltaConfig, hidden: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         heads, key_heads, keys, values = config.heads, config.key_heads, config.key_width, config.value_width

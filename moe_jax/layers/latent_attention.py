@@ -74,8 +74,7 @@ class LatentAttention(nnx.Module):
     def __call__(self, x: Float[Array, "T D"], step: Step, cache: C, layer: Int32[Array, ""]) -> tuple[PartialSum, C]:
         """This device's heads' part of the output, and the cache with the rows' latents written."""
         packing, placement = step.packing, step.residual.placement
-        query = self._query(x, packing.positions)
-        latent, rotated = self._latent(x, packing.positions)
+        query, (latent, rotated) = self._query(x, step), self._latent(x, step)
         latent, rotated, _ = vary_alike(latent, rotated, query)
         view, cache = cache.write(layer, rotated, latent, packing, self.config.window)
         with jax.named_scope("attend"):
@@ -126,16 +125,14 @@ class LatentAttention(nnx.Module):
         weighted = weighted_values(query, cached, look, seen, cached.value_shape)
         return product("schr,rhv->schv", weighted, self.key_value, lambda whole: whole[..., width:])
 
-    def _query(self, x: Float[Array, "T D"], positions: Int32[Array, "T"]) -> Float[Array, "T H _"]:
+    def _query(self, x: Float[Array, "T D"], step: Step) -> Float[Array, "T H _"]:
         """Of this device's heads, the plain part and then the rotated one."""
         through_latent = self.config.query_rank is not None
         query = self.query_up(self.query_norm(self.query_down(x))) if through_latent else self.query(x)
         plain, turned = jnp.split(query, [self.config.plain_width], axis=-1)
-        return jnp.concatenate([plain, self.rotary(turned, positions)], axis=-1)
+        return jnp.concatenate([plain, self.rotary(turned, step.turns[self.rotary])], axis=-1)
 
-    def _latent(
-        self, x: Float[Array, "T D"], positions: Int32[Array, "T"]
-    ) -> tuple[Float[Array, "T 1 r"], Float[Array, "T 1 t"]]:
+    def _latent(self, x: Float[Array, "T D"], step: Step) -> tuple[Float[Array, "T 1 r"], Float[Array, "T 1 t"]]:
         """The normalised latent, and the rotated part of the key."""
         latent, turned = jnp.split(self.down(x)[:, None], [self.config.rank], axis=-1)
-        return self.norm(latent), self.rotary(turned, positions)
+        return self.norm(latent), self.rotary(turned, step.turns[self.rotary])

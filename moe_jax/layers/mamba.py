@@ -53,6 +53,9 @@ class Channels(nnx.Module):
 
 
 class Mamba(nnx.Module):
+    rotary: None = None
+    """Positions are told apart by the state."""
+
     def __init__(self, config: MambaConfig, hidden: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
         channels, width, rank = config.channels, config.width, config.rank

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,13 @@ from moe_jax.config import (
 )
 
 
+class Turns(NamedTuple):
+    """By which rows' pairs are turned: the same for all heads, and all layers that rotate alike."""
+
+    cos: Float[Array, "T 1 f"]
+    sin: Float[Array, "T 1 f"]
+
+
 @dataclass(frozen=True)
 class Rotary:
     """Rotates pairs of each head's first numbers by position times frequency, in float32."""
@@ -31,9 +39,12 @@ class Rotary:
     config: RopeConfig
     head_dim: int
 
-    def __call__(self, x: Float[Array, "T H d"], positions: Int32[Array, "T"]) -> Float[Array, "T H d"]:
+    def turns(self, positions: Int32[Array, "T"]) -> Turns:
         angles = positions.astype(jnp.float32)[:, None, None] * self.frequencies
-        cos, sin = jnp.cos(angles) * self.amplitude, jnp.sin(angles) * self.amplitude
+        return Turns(jnp.cos(angles) * self.amplitude, jnp.sin(angles) * self.amplitude)
+
+    def __call__(self, x: Float[Array, "T H d"], turns: Turns) -> Float[Array, "T H d"]:
+        cos, sin = turns
         rotated, rest = jnp.split(x, [2 * len(self.frequencies)], axis=-1)
         first, second = self._pairs(rotated.astype(jnp.float32))
         joined = self._join(first * cos - second * sin, second * cos + first * sin).astype(x.dtype)

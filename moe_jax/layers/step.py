@@ -10,8 +10,8 @@ one sequence, and so their rows, follow each other in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Shaped
 
+from moe_jax.layers.rope import Rotary, Turns
 from moe_jax.sharding import Combine, Residual, Route, Rows
 
 
@@ -101,12 +102,18 @@ class Step:
     combine: Combine
     slots: Int32[Array, "L"]
     """Where what is remembered of each line's sequence is kept; beyond all slots for a line without rows."""
+    turns: Mapping[Rotary, Turns] = field(default_factory=dict)
+    """By which layers turn the rows."""
 
     @classmethod
     def of(cls, rows: Rows, packing: Packing, route: Route, slots: Int32[Array, "L"] | None = None) -> Step:
         """Of the rows of a token shard; without `slots`, each line is a sequence of its own."""
         slots = jnp.arange(packing.starts.shape[0]) if slots is None else slots
         return cls(packing, route.residual.rows(rows), route.residual, route.combine, slots)
+
+    def turned_by(self, rotaries: Iterable[Rotary]) -> Step:
+        """With the turns of each, which are computed once for all layers."""
+        return replace(self, turns={rotary: rotary.turns(self.packing.positions) for rotary in rotaries})
 
     @property
     def capacity(self) -> int:

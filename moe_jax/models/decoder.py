@@ -60,6 +60,7 @@ class Block(nnx.Module):
         mixer = _mixer(layer, model, numbers, dtype=dtype, rngs=rngs)
         recurrent = isinstance(layer.attention, RecurrentConfig)
         self.attention, self.recurrence = (None, mixer) if recurrent else (mixer, None)
+        self.rotary = mixer.rotary
         self.ffn_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
         self.ffn = (
             MoE(layer.ffn, hidden, dtype=dtype, rngs=rngs)
@@ -147,6 +148,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Caches, list[Load]]:
         """The last hidden state of each row, as the head takes it; the caches with the rows written; the load of each
         MoE layer."""
+        rotaries = (block.rotary for stack in self.stacks for block in stack.unit)
+        step = step.turned_by(rotary for rotary in rotaries if rotary is not None)
         x = self.embedding.embed(tokens, step.residual) * self.embedding_scale
         written, loads = [], []
         for stack, unit_caches in zip(self.stacks, caches, strict=True):

@@ -135,7 +135,7 @@ def test_rotated_products_depend_on_distance_only(shift: int) -> None:
     rotary = Rotary(RopeConfig(100.0), head_dim=8)
 
     def product(first: int, second: int) -> jax.Array:
-        return jnp.sum(rotary(x, jnp.array([first])) * rotary(y, jnp.array([second])))
+        return jnp.sum(rotary(x, rotary.turns(jnp.array([first]))) * rotary(y, rotary.turns(jnp.array([second]))))
 
     np.testing.assert_allclose(product(5, 3), product(5 + shift, 3 + shift), rtol=1e-4)
     assert abs(product(5, 3) - product(6, 3)) > 1e-2
