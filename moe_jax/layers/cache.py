@@ -101,8 +101,10 @@ class PagedCache:
         within = packing.positions - table.firsts.at[packing.lines].get(mode="clip")
         page = table.pages.at[packing.lines, within // size].get(mode="fill", fill_value=pages)
         at = (layer, slice(None), page, within % size)
-        written = (part.at[at].set(new, mode="drop") for part, new in ((self.keys, keys), (self.values, values)))
-        cache = PagedCache(*written, self.portion)
+        written_keys, written_values = (
+            part.at[at].set(new, mode="drop") for part, new in ((self.keys, keys), (self.values, values))
+        )
+        cache = PagedCache(written_keys, written_values, self.portion)
 
         def view(grid: Grid) -> Cached:
             lines = packing.lines_of(grid)

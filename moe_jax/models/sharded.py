@@ -169,9 +169,9 @@ class ShardedDecoder:
                 recent = (abstract(repeats, heads, slots, *rest) for heads, *rest in attention.recent_shapes)
                 heads, *rest = attention.state_shape
                 return SlotStates(tuple(recent), abstract(repeats, heads, slots, *rest, dtype=STATE_DTYPE))
-            of_window, widths = pages[attention.window], attention.cached_widths
-            pools = (abstract(repeats, attention.kv_heads, of_window, page, width) for width in widths)
-            return PagedCache(*pools, portion_on(placement.device))
+            pool = (repeats, attention.kv_heads, pages[attention.window], page)
+            keys, values = (abstract(*pool, width) for width in attention.cached_widths)
+            return PagedCache(keys, values, portion_on(placement.device))
 
         return [[cache(group.repeats, layer) for layer in group.unit] for group in self.groups]
 
