@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 from tqdm import tqdm
 
-from moe_jax.checkpoints.names import Path, Region, joined_regions
+from moe_jax.checkpoints.names import Path, Region, whole_region
 from moe_jax.checkpoints.quantization import Tensors
 from moe_jax.checkpoints.reading import Reader, Spans, reader_of
 from moe_jax.config import Quantization
@@ -72,7 +72,7 @@ def load(
     """
     flat = [(path, param, param.get_value()) for path, param in nnx.to_flat_state(abstract)]
     of_path = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
-    by_path = {path: _joined_if_small(of_path[path], shape) for path, _, shape in flat}
+    by_path = {path: _whole_if_small(of_path[path], shape) for path, _, shape in flat}
     in_parts = zeros({path: shape for path, _, shape in flat if not _is_whole(by_path[path], shape)})
     hidden = jax.process_index() > 0 or None
     loaded, whole = {}, {}
@@ -111,11 +111,11 @@ def _all_finite(value: Any) -> jax.Array:
     return jnp.isfinite(value[...]).all()
 
 
-def _joined_if_small(regions: list[Region], abstract: Any) -> list[Region]:
+def _whole_if_small(regions: list[Region], abstract: Any) -> list[Region]:
     """A small parameter's regions as one; not those in eight bits, as the file may hold some regions so, others not."""
     if isinstance(abstract, Quantised) or math.prod(abstract.shape) * abstract.dtype.itemsize > SMALL:
         return regions
-    return [joined_regions(regions, abstract.shape)]
+    return [whole_region(regions, abstract.shape)]
 
 
 def _is_whole(regions: Sequence[Region], abstract: Any) -> bool:
@@ -140,9 +140,10 @@ def _put(whole: Any, part: Any, start: tuple[int, ...]) -> tuple[Any, jax.Array]
 def _check_region(finite: jax.Array, region: Region, files: Tensors) -> None:
     """Waits for the answer, so that no more than one region is on its way."""
     if not finite:
-        names = [entry.name for entry in region.entries]
-        _refuse([name for name in names if not np.isfinite(files.read(name)).all()])
-        raise CheckpointError(f"weights among {', '.join(names[:8])} are too large for the dtype: choose a wider one")
+        largest = {entry.name: np.abs(files.read(entry.name)).max() for entry in region.entries}
+        _refuse([name for name, most in largest.items() if not np.isfinite(most)])
+        name = max(largest, key=lambda name: largest[name])
+        raise CheckpointError(f"weights of {name} are too large for the dtype: choose a wider one")
 
 
 def _load_region(region: Region, parameter: Any, reader: Reader) -> Any:

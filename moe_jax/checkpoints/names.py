@@ -137,7 +137,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Region:
-    """The part of a parameter that is moved at once: one layer of it, gate and up apart, over all experts."""
+    """The part of a parameter that is moved at once: one layer of it, gate and up apart, over all experts; or all."""
 
     path: Path
     start: tuple[int, ...]
@@ -145,7 +145,7 @@ class Region:
     entries: list[Entry]
 
 
-def joined_regions(parts: Sequence[Region], shape: tuple[int, ...]) -> Region:
+def whole_region(parts: Sequence[Region], shape: tuple[int, ...]) -> Region:
     """All of a parameter of this shape, from the regions that it is made of."""
     entries = [
         replace(entry, at=tuple(_shifted(place, first) for place, first in zip(entry.at, part.start, strict=True)))

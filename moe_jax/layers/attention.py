@@ -102,7 +102,7 @@ class Attention(nnx.Module):
         if self.config.clip is not None:
             query, key, value = (jnp.clip(part, -self.config.clip, self.config.clip) for part in (query, key, value))
         if self.rotary is not None:
-            query, key = (self.rotary(part, step.turns[self.rotary]) for part in (query, key))
+            query, key = step.rotate(query, self.rotary), step.rotate(key, self.rotary)
         if rotated_first:
             query, key = self._normalise(query, key, placement, only)
         if self.config.temperature is not None:

@@ -116,7 +116,7 @@ class PagedCache:
 
 
 class CachedPages(NamedTuple):
-    """Pages of a cache, for each line of a grid; lines without rows come last."""
+    """Pages of a cache, for each line of a grid."""
 
     cache: PagedCache
     layer: Int32[Array, ""]
@@ -136,7 +136,7 @@ class CachedPages(NamedTuple):
             return attend(self, *rows)
         of_lines = (self.pages, self.firsts, self.ends, *rows)
 
-        def some(number: Int32[Array, ""], out: Array) -> Array:
+        def body(number: Int32[Array, ""], out: Array) -> Array:
             first = number * portion.lines
             pages, firsts, ends, *own = (lax.dynamic_slice_in_dim(part, first, portion.lines) for part in of_lines)
             attended = attend(self._replace(pages=pages, firsts=firsts, ends=ends), *own)
@@ -145,7 +145,7 @@ class CachedPages(NamedTuple):
         shape = jax.eval_shape(attend, self, *rows)
         out, *_ = vary_alike(jnp.zeros(shape.shape, shape.dtype), *of_lines, self.cache.keys, self.cache.values)
         used = jnp.max(jnp.where(self.ends > 0, jnp.arange(1, lines + 1), 0))
-        return lax.fori_loop(0, (used + portion.lines - 1) // portion.lines, some, out)
+        return lax.fori_loop(0, (used + portion.lines - 1) // portion.lines, body, out)
 
     def fold(self, take: Callable[[Block, Sums], Sums], start: Sums) -> Sums:
         if self.cache.portion is None:

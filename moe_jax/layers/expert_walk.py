@@ -82,10 +82,10 @@ def _walk(walker: Walker, inputs: Inputs, assigned: Assigned, gate_up: InPlace, 
     def visit(held: Held, first: Array, own: Array, y: Array) -> Array:
         assignments = lax.dynamic_slice_in_dim(order, first, block)
         row, weight = assignments // k, weights.reshape(-1)[assignments, None]
-        inputs = x[row]
+        chosen = x[row]
         if walker.weighted is Weighted.INPUT:
-            inputs, weight = inputs * weight.astype(x.dtype), jnp.ones_like(weight)
-        gates_ups = inputs @ held.gate_up
+            chosen, weight = chosen * weight.astype(x.dtype), jnp.ones_like(weight)
+        gates_ups = chosen @ held.gate_up
         if held.gate_up_bias is not None:
             gates_ups += held.gate_up_bias
         out = gated(walker.activation, *jnp.split(gates_ups, 2, axis=1)) @ held.down
@@ -94,7 +94,7 @@ def _walk(walker: Walker, inputs: Inputs, assigned: Assigned, gate_up: InPlace, 
         return y.at[row].add(jnp.where(own[:, None], out * weight, 0))
 
     y, *_ = vary_alike(jnp.zeros(x.shape, jnp.float32), x, weights, sizes, held.gate_up)
-    return visit_blocks(jnp.cumsum(sizes) - sizes, sizes, block, rows * k, part, visit, y).astype(x.dtype)
+    return visit_blocks(sizes, block, rows * k, part, visit, y).astype(x.dtype)
 
 
 def _forward(walker: Walker, *args: Any) -> tuple[Array, tuple[Inputs, Assigned]]:

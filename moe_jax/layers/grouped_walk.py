@@ -5,6 +5,7 @@ M  rows, group after group     G  groups     D  inputs     F  outputs     B  row
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,7 +44,7 @@ class Walk:
             return lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], product, before), first, 0)
 
         out = _zeros((count, weights.stack.shape[-1]), rows)
-        return visit_blocks(jnp.cumsum(sizes) - sizes, sizes, size, count, weights.part, visit, out)
+        return visit_blocks(sizes, size, count, weights.part, visit, out)
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
@@ -58,16 +59,15 @@ class Walk:
             return out.at[group].add(inputs.T @ outputs)
 
         zeros = _zeros((groups, rows.shape[1], grad.shape[1]), rows)
-        return visit_blocks(jnp.cumsum(sizes) - sizes, sizes, size, count, lambda group: group, visit, zeros)
+        return visit_blocks(sizes, size, count, lambda group: group, visit, zeros)
 
     def block_size(self, rows: int, groups: int) -> int:
         """A quarter more than an even share of the rows, so that few groups need two; within the limits."""
-        eighths = -(-rows * 5 // (groups * self.expected * 32))
-        return min(max(eighths * 8, SMALLEST_BLOCK), LARGEST_BLOCK, rows)
+        smallest_blocks = math.ceil(1.25 * rows / (groups * self.expected) / SMALLEST_BLOCK)
+        return min(max(smallest_blocks, 1) * SMALLEST_BLOCK, LARGEST_BLOCK, rows)
 
 
 def visit_blocks(
-    starts: Int32[Array, "G"],
     sizes: Int32[Array, "G"],
     size: int,
     rows: int,
@@ -78,11 +78,11 @@ def visit_blocks(
     """`visit(part(g), first, own, carry)` for each block of `size` rows of each group g: the first of the rows to read,
     moved up to fit into all `rows`, and which of them are the block's own. Groups without rows cost nothing, and the
     others' part is made once."""
-    with_rows, lasts = argsort(sizes == 0), starts + sizes
+    with_rows, lasts = argsort(sizes == 0), jnp.cumsum(sizes)
 
     def of_group(i: Array, carry: Carry) -> Carry:
         group = with_rows[i]
-        start, last, own_part = starts[group], lasts[group], part(group)
+        start, last, own_part = lasts[group] - sizes[group], lasts[group], part(group)
 
         def block(b: Array, carry: Carry) -> Carry:
             begin = start + b * size

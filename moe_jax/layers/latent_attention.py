@@ -130,9 +130,9 @@ class LatentAttention(nnx.Module):
         through_latent = self.config.query_rank is not None
         query = self.query_up(self.query_norm(self.query_down(x))) if through_latent else self.query(x)
         plain, turned = jnp.split(query, [self.config.plain_width], axis=-1)
-        return jnp.concatenate([plain, self.rotary(turned, step.turns[self.rotary])], axis=-1)
+        return jnp.concatenate([plain, step.rotate(turned, self.rotary)], axis=-1)
 
     def _latent(self, x: Float[Array, "T D"], step: Step) -> tuple[Float[Array, "T 1 r"], Float[Array, "T 1 t"]]:
         """The normalised latent, and the rotated part of the key."""
         latent, turned = jnp.split(self.down(x)[:, None], [self.config.rank], axis=-1)
-        return self.norm(latent), self.rotary(turned, step.turns[self.rotary])
+        return self.norm(latent), step.rotate(turned, self.rotary)

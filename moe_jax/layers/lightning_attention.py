@@ -55,7 +55,7 @@ class LightningAttention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
-            query, key = (self.rotary(part, step.turns[self.rotary]) for part in (query, key))
+            query, key = step.rotate(query, self.rotary), step.rotate(key, self.rotary)
         decay = jnp.broadcast_to(self._decay(placement, layer), query.shape[:2])
         with jax.named_scope("advance"):
             rows = Linear(query * width**-0.5, key, value, decay)

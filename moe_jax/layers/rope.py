@@ -25,8 +25,8 @@ from moe_jax.config import (
 )
 
 
-class Turns(NamedTuple):
-    """By which rows' pairs are turned: the same for all heads, and all layers that rotate alike."""
+class CosSin(NamedTuple):
+    """Of the angles at rows' positions: the same for all heads, and all layers that rotate alike."""
 
     cos: Float[Array, "T 1 f"]
     sin: Float[Array, "T 1 f"]
@@ -39,12 +39,12 @@ class Rotary:
     config: RopeConfig
     head_dim: int
 
-    def turns(self, positions: Int32[Array, "T"]) -> Turns:
+    def at(self, positions: Int32[Array, "T"]) -> CosSin:
         angles = positions.astype(jnp.float32)[:, None, None] * self.frequencies
-        return Turns(jnp.cos(angles) * self.amplitude, jnp.sin(angles) * self.amplitude)
+        return CosSin(jnp.cos(angles) * self.amplitude, jnp.sin(angles) * self.amplitude)
 
-    def __call__(self, x: Float[Array, "T H d"], turns: Turns) -> Float[Array, "T H d"]:
-        cos, sin = turns
+    def __call__(self, x: Float[Array, "T H d"], at: CosSin) -> Float[Array, "T H d"]:
+        cos, sin = at
         rotated, rest = jnp.split(x, [2 * len(self.frequencies)], axis=-1)
         first, second = self._pairs(rotated.astype(jnp.float32))
         joined = self._join(first * cos - second * sin, second * cos + first * sin).astype(x.dtype)

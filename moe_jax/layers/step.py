@@ -18,9 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
 
-from moe_jax.layers.rope import Rotary, Turns
+from moe_jax.layers.rope import CosSin, Rotary
 from moe_jax.sharding import Combine, Residual, Route, Rows
 
 
@@ -102,8 +102,8 @@ class Step:
     combine: Combine
     slots: Int32[Array, "L"]
     """Where what is remembered of each line's sequence is kept; beyond all slots for a line without rows."""
-    turns: Mapping[Rotary, Turns] = field(default_factory=dict)
-    """By which layers turn the rows."""
+    rotations: Mapping[Rotary, CosSin] = field(default_factory=dict)
+    """At the rows' positions."""
 
     @classmethod
     def of(cls, rows: Rows, packing: Packing, route: Route, slots: Int32[Array, "L"] | None = None) -> Step:
@@ -111,9 +111,13 @@ class Step:
         slots = jnp.arange(packing.starts.shape[0]) if slots is None else slots
         return cls(packing, route.residual.rows(rows), route.residual, route.combine, slots)
 
-    def turned_by(self, rotaries: Iterable[Rotary]) -> Step:
-        """With the turns of each, which are computed once for all layers."""
-        return replace(self, turns={rotary: rotary.turns(self.packing.positions) for rotary in rotaries})
+    def with_rotations(self, rotaries: Iterable[Rotary]) -> Step:
+        """So that layers that rotate alike do not each compute the cosines and sines."""
+        return replace(self, rotations={rotary: rotary.at(self.packing.positions) for rotary in rotaries})
+
+    def rotate(self, x: Float[Array, "T H d"], rotary: Rotary) -> Float[Array, "T H d"]:
+        """Each row by its position."""
+        return rotary(x, self.rotations.get(rotary) or rotary.at(self.packing.positions))
 
     @property
     def capacity(self) -> int:

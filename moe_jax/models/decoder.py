@@ -6,7 +6,7 @@ T  own rows     B  those of them that this device keeps     D  hidden
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ from moe_jax.models.grouping import Group
 
 Caches = list[list[Cache | States]]
 """A cache for each layer of the unit of each group, of the kind that it takes, its arrays stacked over the repeats."""
+Mixer: TypeAlias = Attention | LatentAttention | DeltaAttention | Mamba | LightningAttention
+"""What takes a row's part of other positions of its sequence."""
 
 
 class Block(nnx.Module):
@@ -60,7 +62,6 @@ class Block(nnx.Module):
         mixer = _mixer(layer, model, numbers, dtype=dtype, rngs=rngs)
         recurrent = isinstance(layer.attention, RecurrentConfig)
         self.attention, self.recurrence = (None, mixer) if recurrent else (mixer, None)
-        self.rotary = mixer.rotary
         self.ffn_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
         self.ffn = (
             MoE(layer.ffn, hidden, dtype=dtype, rngs=rngs)
@@ -68,24 +69,25 @@ class Block(nnx.Module):
             else DenseMLP(layer.ffn, hidden, dtype=dtype, rngs=rngs)
         )
 
+    @property
+    def mixer(self) -> Mixer:
+        mixer = self.recurrence if self.attention is None else self.attention
+        assert mixer is not None
+        return mixer
+
     def __call__(
         self, x: Float[Array, "B D"], step: Step, cache: Any, repeat: Int32[Array, ""]
     ) -> tuple[Float[Array, "B D"], Any, Load | None]:
-        mixer = self.recurrence if self.attention is None else self.attention
-        assert mixer is not None
         with jax.named_scope("attention"):
             rows = step.residual.all_rows(self.attention_norm(x), step.capacity)
-            attended, cache = mixer(rows, step, cache, repeat)
+            attended, cache = self.mixer(rows, step, cache, repeat)
             x = x + step.residual.sum_heads(attended) * self.residual_scale
         with jax.named_scope("ffn"):
             y, load = self.ffn(self.ffn_norm(x), step.rows, step.combine)
         return x + y * self.residual_scale, cache, load
 
 
-def _mixer(
-    layer: LayerConfig, model: ModelConfig, numbers: range, *, dtype: DTypeLike, rngs: nnx.Rngs
-) -> Attention | LatentAttention | DeltaAttention | Mamba | LightningAttention:
-    """What takes a row's part of other positions of its sequence."""
+def _mixer(layer: LayerConfig, model: ModelConfig, numbers: range, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Mixer:
     hidden, eps = model.hidden, model.norm_eps
     match layer.attention:
         case LatentAttentionConfig() as config:
@@ -138,6 +140,8 @@ class Decoder(nnx.Module):
         self.embedding_scale, self.unit_head = config.embedding_scale, config.unit_head
         self.embedding = Vocabulary(config, dtype=dtype, rngs=rngs)
         self.stacks = nnx.List([Stack(group, config, dtype=dtype, rngs=rngs) for group in groups])
+        rotaries = dict.fromkeys(block.mixer.rotary for stack in self.stacks for block in stack.unit)
+        self.rotaries = tuple(rotary for rotary in rotaries if rotary is not None)
         self.norm = row_norm(config.norm, config.hidden, config.norm_eps, dtype=dtype)
         self.head = (
             None if config.tied_embeddings else Vocabulary(config, bias=config.head_bias, dtype=dtype, rngs=rngs)
@@ -148,8 +152,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Caches, list[Load]]:
         """The last hidden state of each row, as the head takes it; the caches with the rows written; the load of each
         MoE layer."""
-        rotaries = (block.rotary for stack in self.stacks for block in stack.unit)
-        step = step.turned_by(rotary for rotary in rotaries if rotary is not None)
+        step = step.with_rotations(self.rotaries)
         x = self.embedding.embed(tokens, step.residual) * self.embedding_scale
         written, loads = [], []
         for stack, unit_caches in zip(self.stacks, caches, strict=True):

@@ -230,7 +230,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
 
 def test_weights_too_large_for_the_dtype(copy: Path) -> None:
     rewrite(copy, lambda held: held[GATE].__setitem__((2, 3), 1e6))
-    with pytest.raises(CheckpointError, match=r"are too large for the dtype: choose a wider one"):
+    with pytest.raises(CheckpointError, match=rf"{GATE} are too large for the dtype: choose a wider one"):
         load(copy, dtype="float16")
 
 

@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("mesh", ["expert=2,tensor=4", "data=1"])
+@pytest.mark.parametrize("mesh", ["expert=2,tensor=4", "data=2,expert=4"])
 def test_loading_takes_less_than_1_3_layers_above_what_the_devices_hold(
     checkpoint: tuple[Path, int], mesh: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -88,16 +89,20 @@ def whole(cached: Cached) -> Block:
     return cached.fold(lambda block, _: block, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("portion", [None, Portion(4, BLOCK), Portion(3, BLOCK)], ids=["at_once", "pages", "lines"])
+@pytest.mark.parametrize(
+    "portion",
+    [None, Portion(6, BLOCK), Portion(5, BLOCK), Portion(4, BLOCK), Portion(2, BLOCK)],
+    ids=["at_once", "pages", "all_used_lines", "overlapping_lines", "lines"],
+)
 @pytest.mark.parametrize("sinks", [None, jnp.array([-1.0, 0.5, 2, 9])], ids=["", "sinks"])
 def test_attend_is_grouped_softmax_attention(portion: Portion | None, sinks: jax.Array | None) -> None:
-    """Over lines that end in the first block of pages, at its end, and in the third; and one without rows."""
-    ends, chunk, pages = jnp.array([3, BLOCK * PAGE, 2 * BLOCK * PAGE + 5, 0]), 2, 3 * BLOCK - 1
+    """Over lines that end in the first block of pages, at its end, and in the third; and some without rows."""
+    ends, chunk, pages = jnp.array([3, BLOCK * PAGE, 0, 2 * BLOCK * PAGE + 5, 9, 0]), 2, 3 * BLOCK - 1
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
-    query, keys = draw(0, len(ends), chunk, HEADS, WIDTH), draw(1, 2, KV_HEADS, 100, PAGE, WIDTH)
-    values = draw(2, 2, KV_HEADS, 100, PAGE, WIDTH).at[:, :, 99].set(jnp.nan)
-    table = jax.random.permutation(jax.random.key(3), 99)[: len(ends) * pages].reshape(-1, pages)
-    table = jnp.where(jnp.arange(pages) * PAGE < ends[:, None], table, 99)
+    query, keys = draw(0, len(ends), chunk, HEADS, WIDTH), draw(1, 2, KV_HEADS, 150, PAGE, WIDTH)
+    values = draw(2, 2, KV_HEADS, 150, PAGE, WIDTH).at[:, :, 149].set(jnp.nan)
+    table = jax.random.permutation(jax.random.key(3), 149)[: len(ends) * pages].reshape(-1, pages)
+    table = jnp.where(jnp.arange(pages) * PAGE < ends[:, None], table, 149)
     cached = CachedPages(PagedCache(keys, values, portion), jnp.array(1), table, jnp.zeros(len(ends), int), ends)
     own = ends[:, None, None] - jnp.array([[2], [1]])
 
@@ -105,7 +110,7 @@ def test_attend_is_grouped_softmax_attention(portion: Portion | None, sinks: jax
         return attend(query, cached, lambda positions: positions[:, None] <= own, WIDTH**-0.5, sinks)
 
     got = jax.jit(lambda: cached.by_lines(of_lines, query, own))()
-    for line, row, head in np.ndindex(3, chunk, HEADS):
+    for line, row, head in product(np.flatnonzero(ends), range(chunk), range(HEADS)):
         kv, upto = head // (HEADS // KV_HEADS), int(ends[line]) - 1 + row
         its_keys, its_values = (
             np.asarray(part[1, kv, table[line]]).reshape(-1, WIDTH)[:upto] for part in (keys, values)
@@ -114,7 +119,7 @@ def test_attend_is_grouped_softmax_attention(portion: Portion | None, sinks: jax
         weights = np.exp(scores)
         total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
         np.testing.assert_allclose(got[line, row, head], weights / total @ its_values, atol=1e-5)
-    np.testing.assert_array_equal(got[3], 0)
+    np.testing.assert_array_equal(got[ends == 0], 0)
 
 
 def test_windows_slide_and_chunks_follow_each_other() -> None:
@@ -135,7 +140,7 @@ def test_rotated_products_depend_on_distance_only(shift: int) -> None:
     rotary = Rotary(RopeConfig(100.0), head_dim=8)
 
     def product(first: int, second: int) -> jax.Array:
-        return jnp.sum(rotary(x, rotary.turns(jnp.array([first]))) * rotary(y, rotary.turns(jnp.array([second]))))
+        return jnp.sum(rotary(x, rotary.at(jnp.array([first]))) * rotary(y, rotary.at(jnp.array([second]))))
 
     np.testing.assert_allclose(product(5, 3), product(5 + shift, 3 + shift), rtol=1e-4)
     assert abs(product(5, 3) - product(6, 3)) > 1e-2

@@ -45,18 +45,18 @@ def chosen(how: str) -> np.ndarray:
     }[how]
 
 
-def drawn(bias: bool, layers: int = 3) -> tuple[Inputs, InPlace, InPlace]:
-    """Of the last of some layers."""
+def drawn(bias: bool) -> tuple[Inputs, InPlace, InPlace]:
+    """Of the last of three layers."""
     keys = iter(jax.random.split(jax.random.key(0), 6))
 
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(next(keys), shape)
 
-    gate_up, down = normal(layers, EXPERTS, HIDDEN, 2 * WIDTH), normal(layers, EXPERTS, WIDTH, HIDDEN)
+    gate_up, down = normal(3, EXPERTS, HIDDEN, 2 * WIDTH), normal(3, EXPERTS, WIDTH, HIDDEN)
     biases = (normal(EXPERTS, 2 * WIDTH), normal(EXPERTS, HIDDEN)) if bias else (None, None)
     held = Held(gate_up[-1], down[-1], *biases)
     inputs = Inputs(normal(ROWS, HIDDEN), jnp.abs(normal(ROWS, CHOICES)), held)
-    return inputs, InPlace(gate_up, jnp.array(layers - 1)), InPlace(down, jnp.array(layers - 1))
+    return inputs, InPlace(gate_up, jnp.array(2)), InPlace(down, jnp.array(2))
 
 
 def assigned(experts: np.ndarray) -> Assigned:
@@ -82,11 +82,10 @@ def plain(inputs: Inputs, experts: np.ndarray, activation: Activation, weighted:
 
 @pytest.mark.parametrize("how", ["all here", "by chance", "none here", "all to the first", "one to the last"])
 @pytest.mark.parametrize(("activation", "weighted", "bias"), KINDS, ids=["plain", "biased", "inputs-weighted"])
-@pytest.mark.parametrize("layers", [1, 3], ids=["alone", "stacked"])
 def test_outputs_and_gradients_are_those_of_a_plain_loop(
-    activation: Activation, weighted: Weighted, bias: bool, how: str, layers: int
+    activation: Activation, weighted: Weighted, bias: bool, how: str
 ) -> None:
-    experts, (inputs, *in_place) = chosen(how), drawn(bias, layers)
+    experts, (inputs, *in_place) = chosen(how), drawn(bias)
     walker = Walker(activation, weighted, SMALL_BLOCKS, partial(sorted_form, Walk(), activation, weighted))
     which = assigned(experts)
 

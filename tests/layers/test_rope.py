@@ -54,7 +54,7 @@ def test_the_first_numbers_of_a_head_are_rotated_as_complex_numbers(interleaved:
     positions = np.array([0, 5, 11])
     first, second = (x[..., 0:8:2], x[..., 1:8:2]) if interleaved else (x[..., :4], x[..., 4:8])
     turned = (first + 1j * second) * np.exp(1j * positions[:, None, None] * 100.0 ** (-np.arange(4) / 4))
-    got = np.asarray(made(jnp.asarray(x), made.turns(jnp.asarray(positions))))
+    got = np.asarray(made(jnp.asarray(x), made.at(jnp.asarray(positions))))
     pairs = (got[..., 0:8:2], got[..., 1:8:2]) if interleaved else (got[..., :4], got[..., 4:8])
     np.testing.assert_allclose(pairs[0] + 1j * pairs[1], turned, atol=1e-5)
     np.testing.assert_array_equal(got[..., 8:], x[..., 8:])
