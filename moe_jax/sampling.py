@@ -128,7 +128,7 @@ def sample(
       never: a token that counts as none: it is as improbable as can be.
       top: C.
     """
-    columns = _Columns(placement, vocab_size, logits.shape[1])
+    columns = _Columns.of(logits, vocab_size, placement)
     logits = columns.without_padding(logits)
     if never is not None:
         logits = columns.without(never, logits)
@@ -153,7 +153,7 @@ def logprobs_of(
     logits: Float[Array, "Q V"], tokens: Int32[Array, "Q"], vocab_size: int, placement: Placement, *, top: int = 0
 ) -> Candidates:
     """The log-probability of each token, and the `top` likeliest in its place."""
-    columns = _Columns(placement, vocab_size, logits.shape[1])
+    columns = _Columns.of(logits, vocab_size, placement)
     return _candidates(columns.without_padding(logits), tokens, columns, top)
 
 
@@ -164,10 +164,12 @@ class _Columns:
     placement: Placement
     vocab_size: int
     held: int
+    first: Array | int
 
-    @property
-    def first(self) -> Array | int:
-        return self.placement.index(Role.HEADS) * self.held
+    @classmethod
+    def of(cls, logits: Float[Array, "Q V"], vocab_size: int, placement: Placement) -> _Columns:
+        held = logits.shape[1]
+        return cls(placement, vocab_size, held, placement.index(Role.HEADS) * held)
 
     def without_padding(self, logits: Float[Array, "Q V"]) -> Float[Array, "Q V"]:
         if self.held * self.placement.size(Role.HEADS) == self.vocab_size:

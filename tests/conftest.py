@@ -30,11 +30,17 @@ gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture
-def optimized() -> Iterator[None]:
-    """For tests that read compiled programs: compile as users do, and each anew, for a program that was kept is printed
-    without some of its lines."""
-    jax.config.update("jax_disable_most_optimizations", False)
+def unkept() -> Iterator[None]:
+    """For tests whose programs no other test has: writing one takes a twentieth of the time that making it takes."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LONG_TO_COMPILE)
+
+
+@pytest.fixture
+def optimized(unkept: None) -> Iterator[None]:
+    """For tests that read compiled programs: compile as users do, and each anew, for a program that was kept is printed
+    without some of its lines."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
     jax.config.update("jax_disable_most_optimizations", True)

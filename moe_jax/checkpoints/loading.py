@@ -7,7 +7,7 @@ parameter, never a whole model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -101,9 +101,17 @@ def _refuse(names: Sequence[str]) -> None:
         )
 
 
+def _finite(values: Mapping[Path, Any]) -> dict[Path, Any]:
+    """Of each, whether all its numbers are. Small ones are looked at on the host, but for those of several processes,
+    which must hear the same; the others by one program."""
+    on_host = {path: value for path, value in values.items() if _is_small(value) and value.is_fully_addressable}
+    others = {path: value for path, value in values.items() if path not in on_host}
+    found = {path: np.isfinite(value).all() for path, value in on_host.items()}
+    return found | (_finite_on_devices(others) if others else {})
+
+
 @jax.jit
-def _finite(values: dict[Path, Any]) -> dict[Path, jax.Array]:
-    """Of each, whether all its numbers are: one program for all."""
+def _finite_on_devices(values: dict[Path, Any]) -> dict[Path, jax.Array]:
     return {path: _all_finite(value) for path, value in values.items()}
 
 
@@ -111,11 +119,13 @@ def _all_finite(value: Any) -> jax.Array:
     return jnp.isfinite(value[...]).all()
 
 
+def _is_small(value: Any) -> bool:
+    """Not what is in eight bits: the file may hold some of its regions so, others not."""
+    return not isinstance(value, Quantised) and math.prod(value.shape) * value.dtype.itemsize <= SMALL
+
+
 def _whole_if_small(regions: list[Region], abstract: Any) -> list[Region]:
-    """A small parameter's regions as one; not those in eight bits, as the file may hold some regions so, others not."""
-    if isinstance(abstract, Quantised) or math.prod(abstract.shape) * abstract.dtype.itemsize > SMALL:
-        return regions
-    return [whole_region(regions, abstract.shape)]
+    return [whole_region(regions, abstract.shape)] if _is_small(abstract) else regions
 
 
 def _is_whole(regions: Sequence[Region], abstract: Any) -> bool:

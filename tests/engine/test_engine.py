@@ -43,7 +43,10 @@ def crowded() -> LLM:
 
 @cache
 def lonely() -> LLM:
-    return LLM(WINDOWED, mesh="data=1", dtype="float32", max_batch_size=1, decode_steps=1, prefix_cache=False)
+    """One program for prompts, which takes a token at a time, and one that decodes."""
+    return LLM(
+        WINDOWED, mesh="data=1", dtype="float32", max_batch_size=1, prefill_tokens=1, decode_steps=1, prefix_cache=False
+    )
 
 
 @cache
@@ -102,7 +105,7 @@ class Crowd(RuleBasedStateMachine):
 
 TestCrowd = Crowd.TestCase
 TestCrowd.settings = settings(
-    max_examples=25,
+    max_examples=16,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,
@@ -122,11 +125,11 @@ def test_the_crowd_was_crowded() -> None:
 
 
 def test_nothing_is_compiled_after_warm_up() -> None:
-    """500 requests of all kinds; any compilation of JAX's counts, not only that of steps."""
-    llm = LLM(GOLDENS / "qwen3_moe_gqa4_e8_top2", mesh="data=2", dtype="float32", max_batch_size=2, prefill_tokens=32)
+    """200 requests of all kinds; any compilation of JAX's counts, not only that of steps."""
+    llm = LLM(GOLDENS / "qwen3_moe_gqa4_e8_top2", mesh="data=2", dtype="float32", max_batch_size=2, prefill_tokens=16)
     llm.warm_up()
     random = np.random.default_rng(1)
-    prompts = [random.integers(0, 97, random.integers(1, 60)).tolist() for _ in range(500)]
+    prompts = [random.integers(0, 97, random.integers(1, 60)).tolist() for _ in range(200)]
     params = [
         SamplingParams(
             temperature=float(random.integers(2)), top_k=int(random.integers(9)), max_tokens=int(random.integers(9)),

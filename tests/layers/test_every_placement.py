@@ -101,12 +101,14 @@ class Case:
             np.testing.assert_allclose(value, wanted[name], rtol=0, atol=2e-5 * most, err_msg=message)
 
 
+@pytest.mark.usefixtures("unkept")
 @pytest.mark.parametrize("number", range(len(EVERY)))
 def test_blocks_equal_those_of_one_device(number: int) -> None:
     case = Case(number)
     case.check({"output": case.collect(jax.jit(case.run)(*case.inputs))})
 
 
+@pytest.mark.usefixtures("unkept")
 @pytest.mark.parametrize("number", WITH_GRADIENTS)
 def test_gradients_equal_those_of_one_device(number: int) -> None:
     case = Case(number)

@@ -19,6 +19,7 @@ LENGTH = 12
 """Tokens of each of four sequences."""
 
 
+@pytest.mark.usefixtures("unkept")
 @pytest.mark.parametrize("case", FAMILIES)
 def test_the_gradient_of_every_parameter_is_finite_and_not_zero(case: str) -> None:
     checkpoint = Checkpoint(GOLDENS / case)
