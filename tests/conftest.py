@@ -4,6 +4,7 @@ import gc
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jax
@@ -22,6 +23,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that t
     """Of this run of the tests alone: what one process has compiled, others find."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(LONG_TO_COMPILE)
+    PATHS = [str(Path(__file__).parent / "processes"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", LONG_TO_COMPILE)
 

@@ -17,7 +17,11 @@ import pytest
 from bench import against, scaling
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+}
 
 
 def bench(name: str, where: Path, *arguments: str) -> tuple[dict[str, Any], str, str]:

@@ -163,25 +163,19 @@ def test_split_residuals_leave_no_all_reduce_of_rows(plan: Callable[..., dict[st
     assert found["collective_bytes_per_step"] == found["sent_bytes_per_step"] + embedding_and_last_rows + CHOICE_BYTES
 
 
-def test_all_to_all_sends_rows_to_their_experts_only(plan: Callable[..., dict[str, Any]]) -> None:
-    found = plan("--mesh", "expert=16", "--combine", "all-to-all")
-    assert found["collectives_per_step"] == {"all-gather": LAYERS, "ragged-all-to-all": 2 * LAYERS}
-    visited = 1 - (1 - 1 / 16) ** 8
-    beside = 15 * 64 * 8 * 8 * LAYERS
-    rows = 2 * 15 * 64 * HIDDEN_BYTES * LAYERS
-    assert found["sent_bytes_per_step"] == pytest.approx(beside + visited * rows)
-    assert found["collective_bytes_per_step"] == beside + rows, "the buffers hold all rows"
-    assert (
-        found["sent_bytes_per_step"] < 0.45 * plan("--mesh", "expert=16", "--combine", "scatter")["sent_bytes_per_step"]
-    )
-
-
-def test_all_to_all_is_chosen_for_many_rows_on_more_devices_than_a_row_visits(
+def test_all_to_all_is_chosen_for_many_rows_on_more_devices_than_a_row_visits_and_sends_them_to_their_experts_only(
     plan: Callable[..., dict[str, Any]],
 ) -> None:
-    found = plan("--mesh", "expert=64", "--rows", "256")
+    devices, rows = 64, 256
+    found = plan("--mesh", f"expert={devices}", "--rows", str(rows))
     assert found["route"] == "AllToAllCombine"
     assert found["collectives_per_step"] == {"all-gather": LAYERS, "ragged-all-to-all": 2 * LAYERS}
+    visited = 1 - (1 - 1 / devices) ** TOP_K
+    beside = (devices - 1) * rows * TOP_K * 8 * LAYERS
+    of_rows = 2 * (devices - 1) * rows * HIDDEN_BYTES * LAYERS
+    assert found["sent_bytes_per_step"] == pytest.approx(beside + visited * of_rows)
+    assert found["collective_bytes_per_step"] == beside + of_rows, "the buffers hold all rows"
+    assert combine_bytes(found, "AllToAllCombine") < 0.2 * combine_bytes(found, "ScatterCombine")
 
 
 def test_rows_are_gathered_in_a_byte_per_number(plan: Callable[..., dict[str, Any]]) -> None:

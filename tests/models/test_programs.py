@@ -31,6 +31,7 @@ from moe_jax.sharding.census import Collective, collectives, count
 
 ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=8, rope=RopeConfig(1e4), qk_norm=QKNorm.HEAD)
 MOE = MoEConfig(experts=8, top_k=2, width=16, router=RouterConfig(norm=1), shared=SharedExpertConfig(16, gated=True))
+LAYERS = 8
 
 
 def model(layers: int) -> ModelConfig:
@@ -41,7 +42,7 @@ def model(layers: int) -> ModelConfig:
 
 @cache
 def decode_step(
-    where: str, combine: type[Combine], layers: int = 4, slots: int = 4, positions: int = 64
+    where: str, combine: type[Combine], layers: int = LAYERS, slots: int = 4, positions: int = 512
 ) -> jax.stages.Compiled:
     here = placement(where)
     sized = combine.sized(here, [slots] * here.size(Role.TOKENS), slots)
@@ -59,12 +60,11 @@ def in_feed_forwards(compiled: jax.stages.Compiled) -> Counter[str]:
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("where", ["dp8_ep8", "two_replicas_dp4_ep4"])
 def test_at_tensor_1_a_block_has_one_reduction(where: str) -> None:
-    layers = 4
-    scattered = in_feed_forwards(decode_step(where, ScatterCombine, layers))
-    assert scattered["reduce-scatter"] == layers
+    scattered = in_feed_forwards(decode_step(where, ScatterCombine))
+    assert scattered["reduce-scatter"] == LAYERS
     assert scattered["all-reduce"] == 0
-    reduced = in_feed_forwards(decode_step(where, ReduceCombine, layers))
-    assert reduced["all-reduce"] == layers
+    reduced = in_feed_forwards(decode_step(where, ReduceCombine))
+    assert reduced["all-reduce"] == LAYERS
     assert reduced["reduce-scatter"] == 0
 
 
@@ -76,11 +76,10 @@ def test_at_tensor_1_nothing_else_is_summed() -> None:
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("where", ["dp4_ep4_tp2", "dp2_ep4"])
 def test_with_attention_tp_a_block_scatters_and_then_sums_own_rows(where: str) -> None:
-    layers = 4
-    blocks = in_feed_forwards(decode_step(where, ScatterCombine, layers))
-    assert (blocks["reduce-scatter"], blocks["all-reduce"]) == (layers, layers)
-    reduced = in_feed_forwards(decode_step(where, ReduceCombine, layers))
-    assert (reduced["reduce-scatter"], reduced["all-reduce"]) == (0, layers)
+    blocks = in_feed_forwards(decode_step(where, ScatterCombine))
+    assert (blocks["reduce-scatter"], blocks["all-reduce"]) == (LAYERS, LAYERS)
+    reduced = in_feed_forwards(decode_step(where, ReduceCombine))
+    assert (reduced["reduce-scatter"], reduced["all-reduce"]) == (0, LAYERS)
 
 
 @pytest.mark.usefixtures("optimized")
@@ -91,12 +90,12 @@ def test_one_device_talks_to_nobody() -> None:
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("where", ["dp8_ep8", "dp4_ep4_tp2"])
 def test_the_cache_is_updated_in_place(where: str) -> None:
-    layers, slots, positions = 8, 4, 512
-    memory = decode_step(where, ScatterCombine, layers, slots, positions).memory_analysis()
+    slots, positions = 4, 512
+    memory = decode_step(where, ScatterCombine, LAYERS, slots, positions).memory_analysis()
     assert memory is not None
     kv_heads = max(1, ATTENTION.kv_heads // placement(where).size(Role.HEADS))
     of_layer = 2 * slots * kv_heads * positions * ATTENTION.head_dim * 4
-    assert memory.alias_size_in_bytes >= layers * of_layer
+    assert memory.alias_size_in_bytes >= LAYERS * of_layer
     # Attention may look at one layer's keys and values at a time, never at a copy of the cache.
     assert memory.temp_size_in_bytes < 3 * of_layer
 
@@ -118,5 +117,7 @@ def test_states_are_updated_in_place() -> None:
 @pytest.mark.usefixtures("optimized")
 def test_depth_adds_nothing_to_the_program() -> None:
     """`python -m bench.compile_time` prints what this means in seconds."""
-    shallow, deep = (len((decode_step("dp8_ep8", ScatterCombine, n).as_text() or "").splitlines()) for n in (4, 48))
+    shallow, deep = (
+        len((decode_step("dp8_ep8", ScatterCombine, n).as_text() or "").splitlines()) for n in (LAYERS, 48)
+    )
     assert deep <= 1.02 * shallow
