@@ -82,7 +82,7 @@ WeightDtypeOption = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="Of weights and computation.", show_default="as saved")]
 ScanLayers = Annotated[
-    bool, typer.Option(help="Compile layers that are alike once; GPUs copy less if each is compiled for itself.")
+    bool, typer.Option(help="Compile layers that are alike once; steps copy less if each is compiled for itself.")
 ]
 HardwareOption = Annotated[
     str | None,

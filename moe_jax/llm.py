@@ -61,8 +61,8 @@ class LLM:
         `"int8"`. Sums are always exact.
       hardware: what the policy reckons with: a name such as `"h100"`, a file that `moe-jax bench --calibrate` wrote, or
         a `moe_jax.sharding.Hardware`; by default that of the devices.
-      scan_layers: whether layers that are alike are one loop, whose program is soon compiled however deep the model; on
-        a GPU such a loop copies the weights of each layer's attention before they are read.
+      scan_layers: whether layers that are alike are one loop, whose program is soon compiled however deep the model;
+        such a loop copies the weights of each layer's attention before they are read.
       max_length: the most positions of a sequence, prompt included; by default those the model was made for. The last
         token that is generated takes none.
       max_batch_size: sequences decoded together; more wait.

@@ -60,8 +60,8 @@ class ShardedDecoder:
     placement: Placement
     dtype: str
     scan_layers: bool = True
-    """Whether layers that are alike are one loop: a program of one layer, whatever their number, but on GPUs each
-    layer's weights are copied out of the stack in every step. Experts' are not."""
+    """Whether layers that are alike are one loop: a program of one layer, whatever their number, but each layer's
+    weights are copied out of the stack in every step. Experts' are not."""
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
