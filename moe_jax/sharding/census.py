@@ -11,7 +11,8 @@ from dataclasses import dataclass
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[^\s(]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf"%?(?P<name>\S+) = (?P<result>.+?) (?P<kind>{'|'.join(KINDS)})(?P<half>-start|-done)?\(")
+_NAME = r"\s*(?:ROOT )?%?(?P<name>\S+) = "
+_COLLECTIVE = re.compile(rf"{_NAME}(?P<result>.+?) (?P<kind>{'|'.join(KINDS)})(?P<half>-start|-done)?\(")
 _OPERAND = re.compile(r"-done\(%?([^\s,)]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)[a-z\d]*\[(?P<shape>[\d,]*)\]")
@@ -19,7 +20,7 @@ _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)[a-z\d]*\[(?P<shape>[\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(?:\d+,)*(\d+)\]<=")
 _MESH = re.compile(r"replica_groups=mesh\[(?P<sizes>[^\]]*)\] \{(?P<axes>[^}]*)\}")
-_RESULT = re.compile(r"\s*(?:ROOT )?%?(?P<name>\S+) = (?P<result>\S+) ")
+_RESULT = re.compile(rf"{_NAME}(?P<result>\S+) ")
 _DOT = re.compile(r"= (?P<result>\S+) dot\(%?(?P<left>[^\s,]+),.*lhs_contracting_dims=\{(?P<contracted>[\d,]+)\}")
 _LOOP = re.compile(r" while\(.*body=%?(?P<body>[^\s,]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -105,7 +106,7 @@ def _executed(computations: Mapping[str, list[str]], name: str, times: int) -> I
 def _collectives_among(lines: Sequence[str], times: int) -> Iterator[Collective]:
     started: dict[str, str] = {}
     for line in lines:
-        if not (found := _COLLECTIVE.search(line)):
+        if not (found := _COLLECTIVE.match(line)):
             continue
         if found["half"] == "-start":
             started[found["name"]] = line
