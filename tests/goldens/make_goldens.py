@@ -177,8 +177,8 @@ CASES: dict[str, dict[str, Any]] = {
         "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 8, "moe_num_shared_experts": 2,
         "intermediate_size": 24, "moe_layer_start_index": 1,
     },
-    "exaone_moe_gqa2_e8_top2_groups": {  # attention: window, full, window, full; dense, sparse, sparse, sparse
-        "model_type": "exaone_moe", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4,
+    "exaone_moe_gqa2_e8_top2_groups": {  # attention: window, full, window; dense, sparse, sparse
+        "model_type": "exaone_moe", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "pad_token_id": None,
         "sliding_window": 4, "sliding_window_pattern": 2,
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_shared_experts": 1,
@@ -404,8 +404,8 @@ CASES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 3, "mamba_d_conv": 2, "mamba_expand": 1, "mamba_conv_bias": False, "mamba_proj_bias": True,
         "pad_token_id": None, "tie_word_embeddings": True,
     },
-    "bailing_hybrid_e8_top2": {  # delta, latent, delta, latent; dense, sparse, sparse, sparse
-        "model_type": "bailing_hybrid", "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 4,
+    "bailing_hybrid_e8_top2": {  # delta, latent, delta; dense, sparse, sparse
+        "model_type": "bailing_hybrid", "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 3,
         "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 6, "layer_group_size": 2,
         "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "rope_theta": 100.0,
         "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 2,

@@ -28,8 +28,8 @@ COMMON = {
     "use_bias": False, "use_cache": True, "use_qkv_bias": False, "use_rmsnorm": True,
 }
 CASES: dict[str, dict[str, Any]] = {
-    "bailing_moe_linear_e8_top2": {  # lightning, softmax, lightning, softmax; dense, sparse, sparse, sparse
-        "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "bailing_moe_linear_e8_top2": {  # lightning, softmax; dense, sparse
+        "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 4, "layer_group_size": 2, "group_norm_size": 4, "use_qk_norm": True,
         "partial_rotary_factor": 0.5, "rope_theta": 100.0, "rms_norm_eps": 0.01,
         "first_k_dense_replace": 1, "intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2,
