@@ -20,6 +20,8 @@ PARAMS = [
     SamplingParams(temperature=2, seed=3, max_tokens=4, ignore_eos=True),
     SamplingParams(temperature=2, seed=4, max_tokens=4, ignore_eos=True),
 ]
+CHEAP = SamplingParams(temperature=0, max_tokens=4)
+"""Quicker to compile, for those who do not get far."""
 OPTIONS = {"dtype": "float32", "max_batch_size": 8, "decode_steps": 4}
 
 
@@ -35,9 +37,10 @@ def main(coordinator: str, processes: str, process: str, mesh: str, how_often: s
         if not crew.leads:
             llm.follow()
             return
-        print(readable(llm.generate(PROMPTS, PARAMS)), flush=True)
+        params = PARAMS if how_often == "once" else CHEAP
+        print(readable(llm.generate(PROMPTS, params)), flush=True)
         while how_often == "forever":
-            print(readable(llm.generate(PROMPTS, PARAMS)), flush=True)
+            print(readable(llm.generate(PROMPTS, params)), flush=True)
 
 
 if __name__ == "__main__":
