@@ -21,11 +21,11 @@ class Block:
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], placement: Placement) -> None:
         self.placement = placement
-        self.graph, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-        placed = parameter.placed(abstract, placement)
+        self.graph, drawn = _made(make)
+        placed = parameter.placed(drawn, placement)
         self.specs = jax.tree.map(lambda leaf: leaf.sharding.spec, placed)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
-        self.parameters = jax.device_put(_drawn(make), shardings)
+        self.parameters = jax.device_put(drawn, shardings)
 
     @property
     def shards(self) -> int:
@@ -48,8 +48,8 @@ class Block:
 
 
 @cache
-def _drawn(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.State:
-    return nnx.state(make(nnx.Rngs(0)))
+def _made(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(make(nnx.Rngs(0)))
 
 
 def by_name(state: nnx.State) -> dict[str, np.ndarray]:

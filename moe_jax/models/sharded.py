@@ -226,7 +226,7 @@ def _groups(config: ModelConfig, scan_layers: bool) -> tuple[Group, ...]:
 def _abstract(config: ModelConfig, scan_layers: bool, dtype: str) -> tuple[nnx.GraphDef, Parameters]:
     """The same on all placements."""
     groups = _groups(config, scan_layers)
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, groups, dtype=dtype, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, groups, dtype=dtype, rngs=parameter.ShapesAlone(0))))
 
 
 def zeros(abstract: Tree) -> Tree:

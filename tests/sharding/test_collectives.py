@@ -50,7 +50,7 @@ class Spy(ScatterCombine):
 
 def trace(kind: str, body: Body) -> None:
     """Trace `body` around a real block, on a placement that both scatters and sums."""
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: BLOCKS[kind](nnx.Rngs(0))))
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: BLOCKS[kind](parameter.ShapesAlone(0))))
     parameters = parameter.placed(abstract, WHERE)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, parameters)
     rows = Rows.of([CAPACITY] * 4, WHERE)
