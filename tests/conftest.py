@@ -41,9 +41,9 @@ def unkept() -> Iterator[None]:
 
 
 @pytest.fixture
-def optimized(unkept: None) -> Iterator[None]:
-    """For tests that read compiled programs: compile as users do, and each anew, for a program that was kept is printed
-    without some of its lines."""
-    jax.config.update("jax_disable_most_optimizations", False)
+def anew(unkept: None) -> Iterator[None]:
+    """For tests that read compiled programs: none is one that was kept, for those are printed without some of their
+    lines. That they are compiled without optimizations changes their machine code alone."""
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", False)
