@@ -12,7 +12,7 @@ devices: so blocks that take more steps than others hold nobody up, and the host
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -199,17 +199,12 @@ def _proposed(
 ) -> Sampled:
     """A token for each position, never the mask (Sahoo et al., arXiv:2406.07524). What a request draws at a position is
     the same number in each step."""
-    of_rows = Knobs(*(jnp.repeat(part, diffusion.block, axis=0) for part in _of(slots.knobs, blocks)))
-    generated = blocks.positions.reshape(-1) - of_rows.prompt_length
-    return sample(
-        logits,
-        decoder.vocabulary.size,
-        route.residual.placement,
-        of_rows if asked.knobs else None,
-        generated,
-        None,
-        never=diffusion.mask_token,
-    )
+    drawing: tuple[Any, ...] = (None, None, None)
+    if asked.knobs:
+        knobs = Knobs(*(jnp.repeat(part, diffusion.block, axis=0) for part in _of(slots.knobs, blocks)))
+        drawing = knobs, blocks.positions.reshape(-1) - knobs.prompt_length, None
+    placement = route.residual.placement
+    return sample(logits, decoder.vocabulary.size, placement, *drawing, never=diffusion.mask_token)
 
 
 def _chosen(slots: BlockSlots, blocks: Blocks, proposed: Sampled, drawn: Drawn) -> tuple[BlockSlots, Drawn]:

@@ -173,17 +173,11 @@ def _step(
         logits = decoder.vocabulary.logits(x.at[last].get(mode="clip"))
     with jax.named_scope("sample"):
         after = packing.positions.at[last].get(mode="clip") + 1
-        of_lines = Knobs(*(part.at[turn.slots].get(mode="clip") for part in slots.knobs))
-        history = tape.at[turn.slots].get(mode="clip")
-        sampled = sample(
-            logits,
-            decoder.vocabulary.size,
-            here,
-            of_lines if asked.knobs else None,
-            after - of_lines.prompt_length,
-            history,
-            top=asked.top,
-        )
+        drawing: tuple[Any, ...] = (None, None, None)
+        if asked.knobs:
+            knobs = Knobs(*(part.at[turn.slots].get(mode="clip") for part in slots.knobs))
+            drawing = knobs, after - knobs.prompt_length, tape.at[turn.slots].get(mode="clip")
+        sampled = sample(logits, decoder.vocabulary.size, here, *drawing, top=asked.top)
     into = jnp.where(turn.draws, turn.slots, tape.shape[0])
     tape = tape.at[into, after].set(sampled.tokens, mode="drop")
     return sampled, told_of_rows(decoder, x, turn, route, asked), replace(slots, tape=tape), caches
