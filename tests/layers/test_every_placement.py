@@ -29,7 +29,7 @@ SHARED = MoEConfig(
 ROUTED = replace(SHARED, shared=None)
 EVERY = [*legal(6), *(placement for placement in legal(8) if min(placement.mesh.axis_sizes) > 1)]
 """One axis, or two, of which one is no power of two; and three. Any other placement has the roles of one of these."""
-WITH_GRADIENTS = [*range(6), *range(6, len(EVERY), 5)]
+WITH_GRADIENTS = [*range(6), *range(6, len(EVERY), 7)]
 """They take four times as long to compile. An axis has each of its pairs of roles alone, beside a larger one, beside a
 smaller one, and beside two."""
 
