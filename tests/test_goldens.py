@@ -59,7 +59,7 @@ FAMILIES = {
     "qwen3_5_moe_text_e8_top2": ("qwen3_5_moe_text_e4_top3",),
     "bailing_hybrid_e8_top2": ("bailing_hybrid_e4_top2_softplus",),
     "bailing_moe_linear_e8_top2": (),
-    "jamba_e8_top2": (),
+    "jamba_e8_top2": ("jamba_e4_top3_bias",),
     "llada2_moe_gqa4_e8_top2_groups": (),
     "sdar_moe_gqa2_e8_top3": (),
 }
@@ -73,7 +73,6 @@ ELSEWHERE = {
     "bailing_moe_linear_e4_top1_six_heads": "data=2,expert=2,tensor=2",
     "sarvam_moe_gqa8_e8_top2": "data=2,expert=2,tensor=2",
     "qwen3_5_moe_e4_top3": "data=2,expert=2,tensor=2",
-    "jamba_e4_top3_bias": "data=2,expert=2,tensor=2",
 }
 """More cases, and model types that differ from one above by names only; the policy decides."""
 PLAIN = [case for case in (*FAMILIES, *ELSEWHERE) if case.startswith(("bailing_moe_gqa", "bailing_moe_v2", "sarvam"))]
@@ -116,7 +115,6 @@ DECODED_APART = [
         "mimo_v2_flash_gqa4_e8_top2",
         "deepseek_v3_e8_top2_groups_yarn",
         "qwen3_next_e8_top2",
-        "bailing_hybrid_e8_top2",
         "bailing_moe_linear_e8_top2",
         "jamba_e8_top2",
         "llada2_moe_gqa4_e8_top2_groups",
