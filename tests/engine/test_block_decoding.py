@@ -145,6 +145,8 @@ def test_draws_depend_on_the_seed_alone(crowded: LLM) -> None:
     assert together == apart * 4
     assert apart[0] != apart[1]
     assert all(MASK not in tokens for tokens in apart)
+    (hot,) = crowded.generate([PROMPTS[5]], SamplingParams(temperature=1e3, seed=1, max_tokens=40))
+    assert len(set(hot.token_ids)) > 15, "each position draws for itself"
 
 
 def test_a_cancelled_request_frees_its_pages(crowded: LLM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -122,6 +123,15 @@ def test_the_crowd_was_crowded() -> None:
     stats = llm.stats()
     assert stats.preemptions > 0
     assert stats.prefix_hits > 0
+
+
+def test_penalties_hear_of_the_prompt_and_of_what_came() -> None:
+    """With one that leaves nothing of a likely token, none comes a second time."""
+    llm, prompt = lonely(), PROMPTS[2]
+    (plain,) = llm.generate([prompt], PARAMS[0])
+    assert len({*prompt, *plain.token_ids}) < len({*prompt}) + 16
+    (penalised,) = llm.generate([prompt], replace(PARAMS[0], repetition_penalty=1e6))
+    assert len({*prompt, *penalised.token_ids}) == len({*prompt}) + 16
 
 
 def test_nothing_is_compiled_after_warm_up() -> None:
