@@ -156,7 +156,7 @@ def test_a_file_is_gone_on_with_after_a_death(start: Start, tmp_path: Path) -> N
     checkpoint, model = Checkpoint(ADDER), tmp_path / "model"
     one_device = ShardedDecoder(checkpoint.config, as_placement("data=1"), "float32")
     checkpoint.save_orbax(model, checkpoint.load(one_device))
-    lines = [{"prompt": f"{n}+{n}=", "ignore_eos": True} for n in range(32)]
+    lines = [{"prompt": f"{n}+{n}=", "seed": n, "temperature": 2, "ignore_eos": True} for n in range(32)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     sizes = ["--mesh", "data=2,expert=2", "--max-batch-size", "4", "--max-tokens", "16"]
     asked = ["--model", str(model), "--input", str(source), "--output", str(output), *sizes]
