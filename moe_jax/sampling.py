@@ -106,13 +106,22 @@ class Sampled(NamedTuple):
     top_logprobs: Float[Array, "Q C"]
 
 
+class Drawing(NamedTuple):
+    """What the choice of each request's token depends on besides its logits."""
+
+    knobs: Knobs
+    generated: Int32[Array, "Q"]
+    """How many tokens each request has generated."""
+    history: Int32[Array, "Q P"] | None
+    """The tokens of each request by position, first its prompt, then those generated; what follows may be anything.
+    `None` where no request has a penalty."""
+
+
 def sample(
     logits: Float[Array, "Q V"],
     vocab_size: int,
     placement: Placement,
-    knobs: Knobs | None,
-    generated: Int32[Array, "Q"] | None,
-    history: Int32[Array, "Q P"] | None,
+    drawing: Drawing | None,
     *,
     never: int | None = None,
     top: int = 0,
@@ -121,10 +130,7 @@ def sample(
 
     Args:
       logits: float32; columns beyond `vocab_size` are padding, whatever they hold.
-      knobs: `None` where all are greedy, without anything that changes logits.
-      generated: how many tokens each request has generated; not read without knobs.
-      history: the tokens of each request by position, first its prompt, then those generated; what follows may be
-        anything. `None` where no request has a penalty.
+      drawing: `None` where all are greedy, without anything that changes logits.
       never: a token that counts as none: it is as improbable as can be.
       top: C.
     """
@@ -132,10 +138,10 @@ def sample(
     logits = columns.without_padding(logits)
     if never is not None:
         logits = columns.without(never, logits)
-    if knobs is None:
+    if drawing is None:
         _, tokens = _likeliest(logits, columns)
     else:
-        assert generated is not None, "draws depend on it"
+        knobs, generated, history = drawing
         with jax.named_scope("change"):
             changed = _changed(logits, columns, knobs, generated, history)
         best, greedy = _likeliest(changed, columns)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import SamplingParams
-from moe_jax.sampling import NOWHERE, Candidates, Knobs, Sampled, _fall, logprobs_of, sample
+from moe_jax.sampling import NOWHERE, Candidates, Drawing, Knobs, Sampled, _fall, logprobs_of, sample
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.census import collectives, sent_bytes
 
@@ -42,8 +42,8 @@ def program(heads: int, vocab_size: int, top: int) -> Any:
     here = Placement.parse(PLACES[heads])
     rows = here.spec((Role.TOKENS,), (0,))
 
-    def run(logits: Any, *drawn: Any) -> Sampled:
-        return sample(logits, vocab_size, here, *drawn, top=top)
+    def run(logits: Any, knobs: Any, *rest: Any) -> Sampled:
+        return sample(logits, vocab_size, here, None if knobs is None else Drawing(knobs, *rest), top=top)
 
     specs = here.spec((Role.TOKENS, Role.HEADS), (0, 0)), rows, rows, rows
     return jax.jit(jax.shard_map(run, mesh=here.mesh, in_specs=specs, out_specs=rows))

@@ -12,7 +12,7 @@ devices: so blocks that take more steps than others hold nobody up, and the host
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from moe_jax.layers import Packing, Step
 from moe_jax.models import Caches
 from moe_jax.models.decoder import Decoder
 from moe_jax.programs.steps import Asked, Columns, Drawn, Scored, Slots, Turn, remembered, told_of_rows
-from moe_jax.sampling import Knobs, Sampled, sample
+from moe_jax.sampling import Drawing, Knobs, Sampled, sample
 from moe_jax.sharding import Role, Route
 from moe_jax.sharding.collectives import sum_devices, vary_alike
 from moe_jax.sharding.rows import on_host
@@ -199,12 +199,12 @@ def _proposed(
 ) -> Sampled:
     """A token for each position, never the mask (Sahoo et al., arXiv:2406.07524). What a request draws at a position is
     the same number in each step."""
-    drawing: tuple[Any, ...] = (None, None, None)
+    drawing = None
     if asked.knobs:
         knobs = Knobs(*(jnp.repeat(part, diffusion.block, axis=0) for part in _of(slots.knobs, blocks)))
-        drawing = knobs, blocks.positions.reshape(-1) - knobs.prompt_length, None
+        drawing = Drawing(knobs, blocks.positions.reshape(-1) - knobs.prompt_length, None)
     placement = route.residual.placement
-    return sample(logits, decoder.vocabulary.size, placement, *drawing, never=diffusion.mask_token)
+    return sample(logits, decoder.vocabulary.size, placement, drawing, never=diffusion.mask_token)
 
 
 def _chosen(slots: BlockSlots, blocks: Blocks, proposed: Sampled, drawn: Drawn) -> tuple[BlockSlots, Drawn]:

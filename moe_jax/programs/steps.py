@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from moe_jax.layers import Step
 from moe_jax.models import Batch, Caches
 from moe_jax.models.decoder import Decoder
-from moe_jax.sampling import Knobs, Sampled, logprobs_of, sample
+from moe_jax.sampling import Drawing, Knobs, Sampled, logprobs_of, sample
 from moe_jax.sharding import Role, Route
 from moe_jax.sharding.collectives import sum_devices, vary_alike
 from moe_jax.sharding.rows import on_host
@@ -173,11 +173,11 @@ def _step(
         logits = decoder.vocabulary.logits(x.at[last].get(mode="clip"))
     with jax.named_scope("sample"):
         after = packing.positions.at[last].get(mode="clip") + 1
-        drawing: tuple[Any, ...] = (None, None, None)
+        drawing = None
         if asked.knobs:
             knobs = Knobs(*(part.at[turn.slots].get(mode="clip") for part in slots.knobs))
-            drawing = knobs, after - knobs.prompt_length, tape.at[turn.slots].get(mode="clip")
-        sampled = sample(logits, decoder.vocabulary.size, here, *drawing, top=asked.top)
+            drawing = Drawing(knobs, after - knobs.prompt_length, tape.at[turn.slots].get(mode="clip"))
+        sampled = sample(logits, decoder.vocabulary.size, here, drawing, top=asked.top)
     into = jnp.where(turn.draws, turn.slots, tape.shape[0])
     tape = tape.at[into, after].set(sampled.tokens, mode="drop")
     return sampled, told_of_rows(decoder, x, turn, route, asked), replace(slots, tape=tape), caches
