@@ -1,6 +1,6 @@
 """The matmul of each expert with its own rows: as moe_jax does it, beside what bounds it.
 
-    ours      `moe_jax.layers.grouped_matmul`
+    ours      `moe_jax.kernels.grouped_matmul.dispatch`
     plain     one matmul of all the rows with one expert's weights: as many operations, fewer bytes
     ragged    `jax.lax.ragged_dot`
 
@@ -19,21 +19,21 @@ from jax import lax
 
 from bench import script
 from bench.timing import Program, interleaved, written
-from moe_jax.layers.grouped_matmul import grouped_matmul, products_on
+from moe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, grouped_matmul_on
 from moe_jax.sharding import Placement
 
 QUICK = {"repeats": 3, "rows": [8, 1], "experts": 8, "inputs": 32, "outputs": 16}
 
 
 def variants(rows: int, options: Namespace, placement: Placement) -> dict[str, Program]:
-    random, by = np.random.default_rng(0), products_on(placement.device)
+    random, backend = np.random.default_rng(0), grouped_matmul_on(placement.device)
     chosen = [random.permutation(options.experts)[: options.top_k] for _ in range(rows)]
     sizes = jnp.asarray(np.bincount(np.concatenate(chosen), minlength=options.experts), jnp.int32)
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (rows * options.top_k, options.inputs), options.dtype)
     weights = jax.random.normal(keys[1], (options.experts, options.inputs, options.outputs), options.dtype)
     return {
-        "ours": Program.of(lambda x, weights, sizes: grouped_matmul(x, weights, sizes, by), x, weights, sizes),
+        "ours": Program.of(lambda x, weights, sizes: grouped_matmul(x, weights, sizes, backend), x, weights, sizes),
         "plain": Program.of(jnp.matmul, x, weights[0]),
         "ragged": Program.of(lax.ragged_dot, x, weights, sizes),
     }

@@ -30,14 +30,13 @@ from jax.sharding import NamedSharding
 
 from bench import model, script
 from bench.timing import Times, written
-from moe_jax.engine import Engine, Generation, News, Options
-from moe_jax.engine.engine import Flight
+from moe_jax.config.sampling_params import SamplingParams
+from moe_jax.engine import Engine, Generation, Options, OutputQueue
+from moe_jax.engine.engine import InFlightStep
 from moe_jax.engine.executor import Executor
-from moe_jax.engine.orders import Order
 from moe_jax.engine.sizes import Sizes
 from moe_jax.models import ShardedDecoder
-from moe_jax.programs import PAGE, Drawn, Programs, Scored
-from moe_jax.requests import SamplingParams
+from moe_jax.programs import PAGE, Programs, RowLogprobs, SampledTokens, StepInput
 from moe_jax.scheduler import Limits, Plan, Request, Scheduler
 from moe_jax.sharding import Placement, Role
 
@@ -67,18 +66,17 @@ class Instant(Executor):
         self.programs, self._watch, self._steps = programs, watch, steps
         self._sharding = NamedSharding(programs.decoder.placement.mesh, programs.decoder.rows_spec)
 
-    def run(self, order: Order) -> tuple[Array, Scored | None]:
+    def run(self, step_input: StepInput) -> tuple[Array, RowLogprobs | None]:
         with self._watch.time("put"):
-            budgets = () if order.budgets is None else (order.budgets,)
-            jax.block_until_ready(self.programs.on_devices(order.turn, *budgets))
+            jax.block_until_ready(self.programs.on_devices(step_input))
         with self._watch.time("answer"):
-            return self._answer(order), None
+            return self._answer(step_input), None
 
-    def _answer(self, order: Order) -> Array:
-        given = jnp.asarray(order.turn.draws if order.budgets is None else order.budgets, jnp.int32)
-        tokens = jnp.zeros((len(given), self._steps), jnp.int32)
-        drawn = Drawn(tokens, tokens.astype(jnp.float32), tokens[:, :0], tokens[:, :0], given)
-        return jax.block_until_ready(jax.device_put(drawn.joined(), self._sharding))
+    def _answer(self, step_input: StepInput) -> Array:
+        counts = jnp.asarray(step_input.samples if step_input.limits is None else step_input.limits, jnp.int32)
+        tokens = jnp.zeros((len(counts), self._steps), jnp.int32)
+        emitted = SampledTokens(tokens, tokens.astype(jnp.float32), tokens[:, :0], tokens[:, :0], counts)
+        return jax.block_until_ready(jax.device_put(emitted.pack(), self._sharding))
 
 
 class WatchedScheduler(Scheduler):
@@ -96,13 +94,13 @@ class WatchedEngine(Engine):
         super().__init__(scheduler, executor, sizes, placement)
         self._watch = watch
 
-    def _dispatch(self, plan: Plan) -> Flight:
+    def _dispatch(self, plan: Plan) -> InFlightStep:
         with self._watch.time("order and put"):
             return super()._dispatch(plan)
 
-    def _land(self, flight: Flight) -> None:
+    def _update_from_output(self, step: InFlightStep) -> None:
         with self._watch.time("landing"):
-            super()._land(flight)
+            super()._update_from_output(step)
 
 
 def measure(decoder: ShardedDecoder, options: Namespace, steps: int) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def measure(decoder: ShardedDecoder, options: Namespace, steps: int) -> dict[str
     engine = WatchedEngine(WatchedScheduler(limits, watch), executor, sizes, decoder.placement, watch)
     for number in range(options.requests):
         request = Request(number, range(number, number + PROMPT + number % PAGE), positions - 2 * PROMPT)
-        engine.add(Generation(request, GREEDY, 0, frozenset(), None, News()))
+        engine.add(Generation(request, GREEDY, 0, frozenset(), None, OutputQueue()))
     while engine.stats.rows_per_shard != (sizes.slots,) * shards:
         engine.step()
     watch.seconds.clear()

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 
 from bench import script
 from bench.timing import Program, compared, written
+from moe_jax.analysis.explain import evenly
 from moe_jax.config import MoEConfig, RouterConfig
 from moe_jax.errors import PlacementError
-from moe_jax.explain import evenly
 from moe_jax.layers import MoE, parameter
 from moe_jax.models.sharded import DTYPES
 from moe_jax.sharding import FINE, Combine, Placement, Policy, Role, RowBytes, Rows, WholeResidual, as_hardware, bucket

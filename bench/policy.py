@@ -25,18 +25,8 @@ from jaxtyping import Array, Float
 
 from bench import script
 from bench.timing import Program, interleaved
-from moe_jax.explain import evenly
-from moe_jax.sharding import (
-    Combine,
-    Hardware,
-    Placement,
-    Policy,
-    Role,
-    RowBytes,
-    Rows,
-    as_hardware,
-    make_mesh,
-)
+from moe_jax.analysis.explain import evenly
+from moe_jax.sharding import Combine, Hardware, Placement, Policy, Role, RowBytes, Rows, as_hardware, make_mesh
 from moe_jax.sharding.policy import STRATEGIES
 
 QUICK = {"repeats": 2, "shards": [2], "rows": [8], "hidden": [64]}

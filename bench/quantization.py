@@ -20,14 +20,14 @@ from scipy.special import log_softmax
 
 from bench import script
 from moe_jax import LLM
-from moe_jax.bundled import ADDER
+from moe_jax.analysis.roofline import held_bytes
 from moe_jax.checkpoints import Checkpoint
+from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.config import WeightDtype
-from moe_jax.evaluation import evaluate, held_out
 from moe_jax.models import ShardedDecoder
 from moe_jax.models.sharded import DTYPES
-from moe_jax.roofline import held_bytes
 from moe_jax.sharding import Placement
+from moe_jax.training.evaluation import evaluate, held_out
 
 QUICK = {"problems": 8}
 TOLD = {"median": ".4f", "p90": ".4f", "loss": ".5f", "exact_match": ".2%"}

@@ -16,9 +16,9 @@ from textwrap import fill
 import jax
 
 from bench.published import MODELS, config
+from moe_jax.analysis.roofline import Roofline, roofline
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.models import ShardedDecoder
-from moe_jax.roofline import Roofline, roofline
 from moe_jax.sharding import Hardware, Placement, Role
 from moe_jax.sharding.hardware import KNOWN
 

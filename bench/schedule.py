@@ -2,7 +2,7 @@
 
     balance    mean of the shards' decode rows over the most of any, averaged over steps, as the slowest shard sets the
                pace: requests arrive all the time, and a few are many times as long as the others
-    plan       the next dispatch, of requests that all decode; `landed` takes its tokens
+    plan       the next dispatch, of requests that all decode; `update_from_output` takes its tokens
 
 Round robin, which sends each request to the shard after the last one's, stands beside.
 
@@ -33,12 +33,12 @@ LOAD, LONGEST, SHAPE = 0.7, 2000, 1.1
 class RoundRobin(Scheduler):
     """Takes shards in turn."""
 
-    turn = 0
+    step_input = 0
 
     def preference(self, request: Request, shards: Sequence[Any]) -> list[Any]:
-        chosen = sorted(shards, key=lambda place: (place[0].number - self.turn) % SHARDS)
+        chosen = sorted(shards, key=lambda place: (place[0].number - self.step_input) % SHARDS)
         if chosen:
-            self.turn = chosen[0][0].number + 1
+            self.step_input = chosen[0][0].number + 1
         return chosen
 
 
@@ -71,7 +71,7 @@ def land(scheduler: Scheduler, plan: Plan) -> float:
     """Seconds that it takes the scheduler to be told a plan's tokens."""
     tokens = {request: [1] * count for request, count in plan.gives()}
     began = time.perf_counter()
-    scheduler.landed(plan, tokens)
+    scheduler.update_from_output(plan, tokens)
     return time.perf_counter() - began
 
 
@@ -80,7 +80,7 @@ def cost(requests: int, steps: int, windows: Sequence[int | None], repeats: int)
     scheduler = Scheduler(limits(-(-requests // SHARDS), steps, windows))
     for number in range(requests):
         scheduler.add(Request(number, range(number, number + PROMPT + number % PAGE), 10 * steps * repeats))
-    before, planned, landed = scheduler.plan(), [], []
+    before, planned, update_from_output = scheduler.plan(), [], []
     while len(planned) < repeats:
         began = time.perf_counter()
         plan = scheduler.plan()
@@ -88,9 +88,9 @@ def cost(requests: int, steps: int, windows: Sequence[int | None], repeats: int)
         seconds = land(scheduler, before)
         if sum(map(len, before.decodes)) == requests:
             planned.append(took)
-            landed.append(seconds)
+            update_from_output.append(seconds)
         before = plan
-    return {"plan": Times(np.array(planned)).as_dict(), "landed": Times(np.array(landed)).as_dict()}
+    return {"plan": Times(np.array(planned)).as_dict(), "landed": Times(np.array(update_from_output)).as_dict()}
 
 
 def main() -> None:

@@ -31,11 +31,11 @@ import numpy as np
 
 from bench import model, script
 from bench.timing import Times
-from moe_jax.distributed import Alone
-from moe_jax.engine import Engine, Generation, News, Options, Stats
+from moe_jax.config.sampling_params import SamplingParams
+from moe_jax.engine import Engine, Generation, Options, OutputQueue, Stats
+from moe_jax.engine.distributed import SingleProcess
 from moe_jax.models import ShardedDecoder
-from moe_jax.programs import Asked, Programs
-from moe_jax.requests import SamplingParams
+from moe_jax.programs import Programs, StepFlags
 from moe_jax.scheduler import Request
 from moe_jax.sharding import as_hardware
 
@@ -75,9 +75,9 @@ class Pass:
 def arrivals(options: Namespace, vocab: int) -> list[Arrival]:
     random = np.random.default_rng(options.seed)
 
-    def lengths(median: int, most: np.ndarray | int) -> np.ndarray:
-        drawn = random.lognormal(np.log(median), options.tail, options.requests)
-        return np.clip(np.rint(drawn), 1, most).astype(int)
+    def lengths(median: int, largest: np.ndarray | int) -> np.ndarray:
+        emitted = random.lognormal(np.log(median), options.tail, options.requests)
+        return np.clip(np.rint(emitted), 1, largest).astype(int)
 
     came = np.cumsum(random.exponential(1 / options.rate, options.requests))
     prompts = lengths(options.prompt, options.positions // 2)
@@ -116,7 +116,7 @@ WAYS = {"static": Way(next_batch, longest), "shrinking": Way(next_batch, own), "
 
 
 def serve(engine: Engine, coming: Sequence[Arrival], way: Way, options: Namespace) -> Pass:
-    done, news = Pass(), News()
+    done, queue = Pass(), OutputQueue()
     heard = {number: arrival.seconds for number, arrival in enumerate(coming)}
     came = admitted = tokens = 0
     began = time.perf_counter()
@@ -126,8 +126,8 @@ def serve(engine: Engine, coming: Sequence[Arrival], way: Way, options: Namespac
             came += 1
         batch = coming[admitted : min(came, admitted + way.joins(engine, options.slots))]
         for number, (arrival, tokens_each) in enumerate(zip(batch, way.tokens(batch), strict=True), admitted):
-            most = min(tokens_each, options.positions - len(arrival.prompt) + 1)
-            engine.add(Generation(Request(number, arrival.prompt, most), GREEDY, 0, frozenset(), None, news))
+            max_tokens = min(tokens_each, options.positions - len(arrival.prompt) + 1)
+            engine.add(Generation(Request(number, arrival.prompt, max_tokens), GREEDY, 0, frozenset(), None, queue))
         admitted += len(batch)
         if not engine.has_work:
             time.sleep(coming[came].seconds - now)
@@ -135,7 +135,7 @@ def serve(engine: Engine, coming: Sequence[Arrival], way: Way, options: Namespac
         engine.step()
         now = time.perf_counter() - began
         done.cache_use = max(done.cache_use, engine.stats.cache_use)
-        for generation in news.read():
+        for generation in queue.read():
             tokens += _hear(generation, coming, now, heard, done)
         done.curve.append((now, tokens))
     done.stats = engine.stats
@@ -149,7 +149,7 @@ def _hear(generation: Generation, coming: Sequence[Arrival], now: float, heard: 
     assert isinstance(number, int)
     if number in done.outputs:
         return 0
-    before, _ = generation.told
+    before, _ = generation.emitted
     generation.count_new()
     tokens = generation.tokens[: coming[number].tokens]
     count = len(tokens) - before
@@ -166,12 +166,12 @@ def _hear(generation: Generation, coming: Sequence[Arrival], now: float, heard: 
 def measure(decoder: ShardedDecoder, options: Namespace) -> tuple[dict[str, Any], dict[str, list[Pass]]]:
     sizes = Options(options.positions, options.slots, options.prefill, options.decode_steps)
     programs, parameters, policy = Programs(decoder), decoder.init(seed=0), decoder.policy(as_hardware(None))
-    sizes.engine(programs, parameters, policy, Alone()).warm_up([Asked()], progress=True)
+    sizes.engine(programs, parameters, policy, SingleProcess()).warm_up([StepFlags()], progress=True)
     compiled, coming = programs.compilations, arrivals(options, decoder.config.vocab_size)
     passes: dict[str, list[Pass]] = {name: [] for name in WAYS}
     for number in range(options.repeats + 1):  # the first warms up
         for name, way in WAYS.items():
-            engine = sizes.engine(programs, parameters, policy, Alone())
+            engine = sizes.engine(programs, parameters, policy, SingleProcess())
             done = serve(engine, coming, way, options)
             if number:
                 passes[name].append(done)
@@ -243,8 +243,8 @@ def show(result: Mapping[str, Any]) -> None:
 def main() -> None:
     options, placement = script.begin(arguments(), QUICK)
     measured, passes = measure(model.decoder(options, placement), options)
-    asked = {name: getattr(options, name) for name in ("dtype", "slots", "positions", "decode_steps", "prefill")}
-    result = {"model": str(options.model or "synthetic"), "rate": str(options.rate), **asked, **measured}
+    flags = {name: getattr(options, name) for name in ("dtype", "slots", "positions", "decode_steps", "prefill")}
+    result = {"model": str(options.model or "synthetic"), "rate": str(options.rate), **flags, **measured}
     print(
         f"{result['requests']} requests, {options.rate} a second, {result['prompt_tokens']} tokens of prompts, "
         f"{result['output_tokens']} of outputs, the longest {result['longest_output']}; "

@@ -18,13 +18,13 @@ from jaxtyping import Array, Float, Int32
 
 from bench.combine import exchange
 from bench.timing import Program, Times, sends
+from moe_jax.analysis.census import Collective, collectives
 from moe_jax.config import LayerConfig, MoEConfig
-from moe_jax.engine.orders import ON_TAPE
-from moe_jax.layers import Grid
-from moe_jax.models import Lines, PageRange, Parameters, Segment, Shape, ShardedDecoder, pack
-from moe_jax.programs import PAGE, Drawn, Parcel, Programs, Turn
+from moe_jax.engine.step_inputs import FROM_BUFFER
+from moe_jax.kernels.forward_batch import QueryLayout
+from moe_jax.models import BatchShape, PageRange, Parameters, Segment, Segments, ShardedDecoder, pack
+from moe_jax.programs import PAGE, PackedBuffer, Programs, SampledTokens, StepInput
 from moe_jax.sharding import Combine, Role, Route, Rows
-from moe_jax.sharding.census import Collective, collectives
 from moe_jax.sharding.rows import on_host
 
 SCOPES = ("attention", "ffn", "route", "gather", "experts", "combine", "head", "sample")
@@ -37,33 +37,35 @@ class Decode:
         self,
         decoder: ShardedDecoder,
         parameters: Parameters,
-        turns: list[Parcel],
+        turns: list[PackedBuffer],
         rows: Rows,
         positions: int,
         combine: Combine,
     ) -> None:
         """`turns`: what each step takes."""
-        programs, lines = Programs(decoder), rows.capacity
-        self.compiled = programs.decode_step(lines, positions, Route.whole(combine))
+        programs, segments = Programs(decoder), rows.capacity
+        self.compiled = programs.decode_step(segments, positions, Route.whole(combine))
         self.collectives = collectives(self.compiled.as_text() or "")
         self.alone = gather_and_combine(decoder, rows, combine)
         self._drawn: list[Int32[Array, "shards*T W"]] = []
         self._parameters, self._turns = parameters, turns
-        pages = dict.fromkeys(decoder.windows, lines * -(-positions // PAGE))
-        self._caches = decoder.empty_caches(pages, PAGE, lines)
-        self._slots = programs.empty_slots(lines, positions)
+        pages = dict.fromkeys(decoder.windows, segments * -(-positions // PAGE))
+        self._caches = decoder.empty_caches(pages, PAGE, segments)
+        self._slots = programs.empty_slots(segments, positions)
 
     def __call__(self) -> Int32[Array, "shards*T W"]:
         """The next token of every sequence, joined with what else is drawn."""
-        turn = self._turns[len(self._drawn)]
-        drawn, _, self._slots, self._caches = self.compiled(self._parameters, self._caches, self._slots, turn)
-        self._drawn.append(drawn)
-        return drawn
+        step_input = self._turns[len(self._drawn)]
+        emitted, _, self._slots, self._caches = self.compiled(self._parameters, self._caches, self._slots, step_input)
+        self._drawn.append(emitted)
+        return emitted
 
     @property
     def tokens(self) -> Int32[Array, "steps shards*T"]:
         """Of every step so far."""
-        return on_host(np.array([Drawn.parted(np.asarray(drawn), top=0).tokens[:, 0] for drawn in self._drawn]))
+        return on_host(
+            np.array([SampledTokens.unpack(np.asarray(emitted), top=0).tokens[:, 0] for emitted in self._drawn])
+        )
 
     @property
     def is_alike(self) -> bool:
@@ -126,21 +128,21 @@ def gather_and_combine(decoder: ShardedDecoder, rows: Rows, combine: Combine) ->
     return Program.of(mapped, x, own, rows)
 
 
-def prepared(decoder: ShardedDecoder, sequences: int, positions: int, steps: int) -> list[Parcel]:
+def prepared(decoder: ShardedDecoder, sequences: int, positions: int, steps: int) -> list[PackedBuffer]:
     """What goes into each step, on the devices already; of all but the first, the tokens are known to them alone."""
     here, random, each = decoder.placement, np.random.default_rng(0), -(-positions // PAGE)
     shards, programs = here.size(Role.TOKENS), Programs(decoder)
-    shape = Shape((Grid(sequences, 1),), sequences, tuple((window, each) for window in decoder.windows))
+    shape = BatchShape((QueryLayout(sequences, 1),), sequences, tuple((window, each) for window in decoder.windows))
     own = [
-        [PageRange(0, array("i", range(line * each, (line + 1) * each)))] * len(decoder.windows)
-        for line in range(sequences)
+        [PageRange(0, array("i", range(segment * each, (segment + 1) * each)))] * len(decoder.windows)
+        for segment in range(sequences)
     ]
     first = random.integers(decoder.config.vocab_size, size=(shards, sequences)).tolist()
     places = np.tile(np.arange(sequences, dtype=np.int32), shards)
     turns = []
     for step in range(steps):
-        tokens = [[ON_TAPE] * sequences] * shards if step else first
+        tokens = [[FROM_BUFFER] * sequences] * shards if step else first
         segments = ([Segment(step, [token], pages) for token, pages in zip(of, own, strict=True)] for of in tokens)
-        batch, _ = pack([[Lines.of(each, len(shape.tables))] for each in segments], shape, here)
-        turns.append(programs.on_devices(Turn(batch, on_host(places), on_host(np.ones_like(places, bool)), None)))
+        batch, _ = pack([[Segments.of(each, len(shape.tables))] for each in segments], shape, here)
+        turns.append(programs.on_devices(StepInput(batch, on_host(places), on_host(np.ones_like(places, bool)), None)))
     return turns

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from moe_jax.sharding.census import Collective, collectives, count, sent_bytes
+from moe_jax.analysis.census import Collective, collectives, count, sent_bytes
 
 
 @dataclass(frozen=True)

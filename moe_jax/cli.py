@@ -16,25 +16,25 @@ import jax
 import typer
 from tqdm import tqdm
 
-from moe_jax.batch_files import check_paths, generate_file
-from moe_jax.bundled import ADDER
-from moe_jax.calibration import measure
+from moe_jax.analysis.calibration import measure
+from moe_jax.analysis.explain import explain
+from moe_jax.analysis.targets import CHIPS, COMPILER_OPTIONS, target_placement
 from moe_jax.checkpoints import Checkpoint
+from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.checkpoints.checkpoint import check_new
 from moe_jax.config import WeightDtype
-from moe_jax.distributed import Alone, Crew, join
+from moe_jax.config.sampling_params import SamplingParams
+from moe_jax.engine.distributed import ProcessGroup, SingleProcess, join
 from moe_jax.errors import ConfigError, MoEJaxError, RequestError
-from moe_jax.evaluation import evaluate, held_out
-from moe_jax.explain import explain
-from moe_jax.llm import LLM, checked_length
+from moe_jax.llm.batch_files import check_paths, generate_file
+from moe_jax.llm.llm import LLM, resolve_max_length
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
-from moe_jax.requests import SamplingParams
 from moe_jax.sharding import Role, Route, ScatterCombine, as_hardware, as_placement
 from moe_jax.sharding.hardware import save
-from moe_jax.sharding.targets import CHIPS, COMPILER_OPTIONS, target_placement
+from moe_jax.training.evaluation import evaluate, held_out
 from moe_jax.training.recipe import Recipe
-from moe_jax.training.recipe import train as follow
+from moe_jax.training.recipe import train as run_worker
 
 BUILT_IN_PROMPTS = ["1+1=", "12+34=", "99+1=", "123+456=", "808+77=", "999+999=", "1234+5678=", "9999+1="]
 
@@ -172,8 +172,8 @@ def generate(
         raise RequestError("--input and --output go together, in place of prompts")
     if not input and not prompts and model != ADDER:
         raise RequestError("give prompts to continue: the built-in ones are sums for the bundled model")
-    with _crew(distributed, coordinator, num_processes, process_id) as crew:
-        if input and output and crew.leads:
+    with _process_group(distributed, coordinator, num_processes, process_id) as process_group:
+        if input and output and process_group.is_driver:
             check_paths(input, output)
         llm = LLM(
             model,
@@ -190,10 +190,10 @@ def generate(
             prefill_tokens=prefill_tokens,
             decode_steps=decode_steps,
             cache_pages=cache_pages,
-            crew=crew,
+            process_group=process_group,
         )
-        if not crew.leads:
-            llm.follow()
+        if not process_group.is_driver:
+            llm.run_worker()
         elif input and output:
             _generate_file(llm, input, output, params, as_json=as_json)
         else:
@@ -203,11 +203,11 @@ def generate(
 def _generate_file(llm: LLM, source: Path, output: Path, params: SamplingParams, *, as_json: bool) -> None:
     with tqdm(desc="generating", unit=" lines", disable=not sys.stderr.isatty(), leave=False) as bar:
 
-        def tell(done: int, wanted: int) -> None:
+        def broadcast(done: int, wanted: int) -> None:
             bar.total, bar.n = wanted, done
             bar.set_postfix_str(str(llm.stats()))
 
-        failed = generate_file(llm, source, output, params, tell)
+        failed = generate_file(llm, source, output, params, broadcast)
     if failed:
         typer.echo(f"lines that could not be served: {failed}; each has its error in {output}", err=True)
     stats = llm.stats()
@@ -241,16 +241,16 @@ def _generate_texts(llm: LLM, asked: list[str], params: SamplingParams, *, as_js
 
 
 @contextmanager
-def _crew(
+def _process_group(
     distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> Iterator[Crew]:
+) -> Iterator[ProcessGroup]:
     if not distributed and coordinator is num_processes is process_id is None:
-        yield Alone()
+        yield SingleProcess()
         return
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compilers that work together all compile, or all find it done
         jax.config.update("jax_compilation_cache_dir", None)
-    with _results_apart(), join(coordinator, num_processes, process_id) as crew:
-        yield crew
+    with _results_apart(), join(coordinator, num_processes, process_id) as process_group:
+        yield process_group
 
 
 @contextmanager
@@ -292,14 +292,14 @@ def evaluate_both(
             gather_dtype=gather_dtype.value,
         )
         results[name.value] = evaluate(llm, asked, progress=sys.stderr.isatty())
-    agree = results["scatter"].answers == results["reduce"].answers
+    check_agreement = results["scatter"].answers == results["reduce"].answers
     scores = {name: result.exact_match for name, result in results.items()}
     if as_json:
-        _print_json({"problems": problems, "exact_match": scores, "same_answers": agree})
+        _print_json({"problems": problems, "exact_match": scores, "same_answers": check_agreement})
     else:
         for name, score in scores.items():
             typer.echo(f"{name:8} exact match {score:.2%} on {problems} held-out additions")
-    if not agree:
+    if not check_agreement:
         typer.echo("the two combines gave different answers", err=True)
         raise typer.Exit(1)
 
@@ -316,7 +316,7 @@ def train(
     """Train the bundled model's recipe. Run again after a kill, it goes on from the state that it last saved."""
     placement = as_placement(mesh)
     recipe = Recipe(steps=steps, batch_size=batch_size, seed=seed)
-    state = follow(recipe, output, placement, Route.whole(ScatterCombine(placement)), progress=sys.stderr.isatty())
+    state = run_worker(recipe, output, placement, Route.whole(ScatterCombine(placement)), progress=sys.stderr.isatty())
     result = {"model": str(output), "steps": int(state.step)}
     _print_json(result) if as_json else typer.echo(f"trained {result['steps']} steps, written to {output}")
 
@@ -371,7 +371,7 @@ def plan(
         placement, options = target_placement(target, mesh), COMPILER_OPTIONS
     quantization = checkpoint.quantization(weight_dtype.value)
     decoder = ShardedDecoder(checkpoint.config, placement, dtype or checkpoint.dtype, scan_layers, quantization)
-    length = checked_length(checkpoint.config, max_length)
+    length = resolve_max_length(checkpoint.config, max_length)
     policy = decoder.policy(as_hardware(hardware or target), combine.value, residual.value, gather_dtype.value)
     shards = placement.size(Role.TOKENS)
     asked = [rows] * shards if counts is None else _whole_numbers(counts, shards)

@@ -24,7 +24,7 @@ class RequestError(MoEJaxError):
     """A prompt or sampling parameter that cannot be served."""
 
 
-class CrewError(MoEJaxError):
+class ProcessGroupError(MoEJaxError):
     """Processes that cannot be joined, or that were started or are used otherwise than the others."""
 
 

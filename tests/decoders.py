@@ -25,8 +25,8 @@ from moe_jax.config import (
     RouterConfig,
     SharedExpertConfig,
 )
-from moe_jax.layers import Grid
-from moe_jax.models import Batch, Caches, Lines, PageRange, Segment, Shape, ShardedDecoder, pack
+from moe_jax.kernels.forward_batch import ForwardBatch, QueryLayout
+from moe_jax.models import BatchShape, Caches, PageRange, Segment, Segments, ShardedDecoder, pack
 from moe_jax.sharding import Combine, RaggedCombine, ReduceCombine, Role, Route
 
 ATTENTION = AttentionConfig(heads=8, kv_heads=2, head_dim=4, rope=RopeConfig(1e4))
@@ -50,7 +50,7 @@ class Seat(NamedTuple):
     """Where a sequence is: a line of a token shard, with pages of its own."""
 
     shard: int
-    line: int
+    segment: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Part:
 
 def parts(prompts: Sequence[Sequence[int]], seats: Sequence[Seat]) -> Iterator[dict[Seat, Part]]:
     """The prompts cut into steps of at most `CHUNK` tokens of each."""
-    own = {seat: array("i", range(seat.line, PAGES, SLOTS)) for seat in seats}  # the pages of the lines alternate
+    own = {seat: array("i", range(seat.segment, PAGES, SLOTS)) for seat in seats}  # the pages of the lines alternate
     for start in range(0, max(map(len, prompts)), CHUNK):
         yield {
             seat: Part(number, Segment(start, prompt[start : start + CHUNK], [PageRange(0, own[seat])]))
@@ -107,16 +107,16 @@ def program(where: str, strategy: type[Combine]) -> Wrapped:
     return jax.jit(lambda parameters, caches, batch: made.all_logits(parameters, caches, batch, Route.whole(combine)))
 
 
-def packed(where: str, step: Mapping[Seat, Part]) -> tuple[Batch, list[int], list[Part]]:
+def packed(where: str, step: Mapping[Seat, Part]) -> tuple[ForwardBatch, list[int], list[Part]]:
     """The batch, and the parts in the order of their rows, with the first row of each."""
     shards = [[step[seat] for seat in sorted(step) if seat.shard == shard] for shard in range(token_shards(where))]
-    shape = Shape((Grid(SLOTS, CHUNK),), CAPACITY, ((None, POSITIONS // PAGE),))
-    lines = [[Lines.of([part.segment for part in shard], tables=1)] for shard in shards]
-    batch, first_rows = pack(lines, shape, placement(where))
+    shape = BatchShape((QueryLayout(SLOTS, CHUNK),), CAPACITY, ((None, POSITIONS // PAGE),))
+    segments = [[Segments.of([part.segment for part in shard], tables=1)] for shard in shards]
+    batch, first_rows = pack(segments, shape, placement(where))
     return batch, first_rows, [part for shard in shards for part in shard]
 
 
-def arguments(where: str, step: Mapping[Seat, Part]) -> tuple[nnx.State, Caches, Batch]:
+def arguments(where: str, step: Mapping[Seat, Part]) -> tuple[nnx.State, Caches, ForwardBatch]:
     """Of `program`, for a first step."""
     return parameters(where), decoder(where).empty_caches({None: PAGES}, PAGE, SLOTS), packed(where, step)[0]
 

@@ -151,8 +151,8 @@ def causal(scores: np.ndarray, block: int = 1) -> np.ndarray:
 
 def rotated_halves(x: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
     """`[tokens, heads, width]`: number i turns with number i + width / 2."""
-    turn = np.exp(1j * np.arange(len(x))[:, None, None] * frequencies)
-    turned = (x[..., : len(frequencies)] + 1j * x[..., len(frequencies) :]) * turn
+    step_input = np.exp(1j * np.arange(len(x))[:, None, None] * frequencies)
+    turned = (x[..., : len(frequencies)] + 1j * x[..., len(frequencies) :]) * step_input
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 

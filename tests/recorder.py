@@ -10,8 +10,7 @@ import numpy as np
 
 from moe_jax.engine import Engine, Options
 from moe_jax.engine.executor import Executor
-from moe_jax.engine.orders import Order
-from moe_jax.programs import Drawn, Programs
+from moe_jax.programs import Programs, SampledTokens, StepInput
 from moe_jax.scheduler import Scheduler
 
 DECODE_STEPS = 8
@@ -23,12 +22,12 @@ class Recorder(Executor):
         self.capacities: list[int] = []
         """Rows of a token shard, of each step or dispatch."""
 
-    def run(self, order: Order) -> Any:
-        self.capacities.append(order.turn.batch.rows.capacity)
-        tokens = np.zeros((len(order.turn.slots), DECODE_STEPS), np.int32)
-        given = order.budgets if order.budgets is not None else order.turn.draws
+    def run(self, step_input: StepInput) -> Any:
+        self.capacities.append(step_input.batch.rows.capacity)
+        tokens = np.zeros((len(step_input.slots), DECODE_STEPS), np.int32)
+        given = step_input.limits if step_input.limits is not None else step_input.samples
         parts = (tokens, tokens.astype(np.float32), tokens[..., :0], tokens[..., :0], np.asarray(given, np.int32))
-        return np.asarray(Drawn(*map(jnp.asarray, parts)).joined()), None
+        return np.asarray(SampledTokens(*map(jnp.asarray, parts)).pack()), None
 
 
 def recorded(positions: int, slots: int, pages: int) -> tuple[Engine, Recorder]:

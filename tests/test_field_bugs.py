@@ -8,7 +8,7 @@ Numbers are of issues and pull requests of sgl-project/sglang where no other pro
     37187                   test_every_family_is_compared_on_many_placements
     27189, 36879            sharding/test_collectives.py::test_mistakes_are_errors_while_tracing
     tpu-inference 3435      test_a_shared_expert_is_whole_when_attention_is_both_dp_and_tp
-    32663, 23713            models/test_programs.py::test_with_attention_tp_a_block_scatters_and_then_sums_own_rows
+    32663, 23713            programs/test_programs.py::test_with_attention_tp_a_block_scatters_and_then_sums_own_rows
     40643                   test_no_shard_masks_its_peers_rows_by_its_own_count
     31838                   test_experts_compute_each_choice_of_a_real_row_once_and_nothing_for_pad_rows
     26133                   sharding/test_encoding.py::test_no_row_touches_another
@@ -58,11 +58,11 @@ from reference import moe
 
 from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
-from moe_jax.engine import Generation, News
+from moe_jax.config.sampling_params import SamplingParams
+from moe_jax.engine import Generation, OutputQueue
+from moe_jax.kernels.expert_loop import Assignments, ExpertInputs, ExpertLoop
+from moe_jax.kernels.stacked_weight import StackedWeight
 from moe_jax.layers import DenseMLP, MoE, experts
-from moe_jax.layers.expert_walk import Assigned, Inputs, Walker
-from moe_jax.layers.parameter import InPlace
-from moe_jax.requests import SamplingParams
 from moe_jax.scheduler import Request
 from moe_jax.sharding import (
     AllToAllCombine,
@@ -185,13 +185,13 @@ def test_experts_compute_each_choice_of_a_real_row_once_and_nothing_for_pad_rows
 ) -> None:
     """Pad rows were routed and filled the experts; and copies of an expert each computed, and added, the same row."""
     computed: list[int] = []
-    plain = experts.walk_experts
+    plain = experts.expert_loop
 
-    def spy(walker: Walker, inputs: Inputs, assigned: Assigned, *weights: InPlace) -> jax.Array:
+    def spy(walker: ExpertLoop, inputs: ExpertInputs, assigned: Assignments, *weights: StackedWeight) -> jax.Array:
         jax.debug.callback(lambda sizes: computed.append(int(sizes.sum())), assigned.sizes)
         return plain(walker, inputs, assigned, *weights)
 
-    monkeypatch.setattr(experts, "walk_experts", spy)
+    monkeypatch.setattr(experts, "expert_loop", spy)
     made, counts = block(where), [CAPACITY, 1, 0, 3, 0, 0, 2, 1]
     x = spread(drawn(sum(counts)), counts, CAPACITY, fill=np.nan)
     run = jax.jit(made.program(for_any_counts(where, strategy)))
@@ -324,7 +324,7 @@ def test_decode_steps_are_not_padded_to_a_prefill() -> None:
     engine, recorder = recorded(positions=64, slots=4, pages=16)
     greedy = SamplingParams(temperature=0)
     for number, prompt in enumerate([[1] * 12, *[[1]] * 7]):
-        engine.add(Generation(Request(number, prompt, 4), greedy, 0, frozenset(), None, News()))
+        engine.add(Generation(Request(number, prompt, 4), greedy, 0, frozenset(), None, OutputQueue()))
     while engine.has_work:
         engine.step()
     assert engine.stats.generated_tokens == 4 * 8

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from scipy.special import log_softmax
 
 from moe_jax import LLM, SamplingParams
-from moe_jax.layers.cache import Portion
+from moe_jax.kernels.kv_cache import AttentionTile
 from moe_jax.models import sharded
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -142,7 +142,7 @@ def test_plain_numpy_says_the_same_still(case: str) -> None:
 def test_plain_blocks_are_the_same_still(case: str) -> None:
     config = json.loads((GOLDENS / case / "config.json").read_text())
     weights, reference = load_file(GOLDENS / case / "model.safetensors"), np.load(GOLDENS / case / "reference.npz")
-    pace = {"threshold": float(reference["threshold"]), "steps": int(reference["steps"])}
+    schedule = {"threshold": float(reference["threshold"]), "steps": int(reference["steps"])}
     for prompt, told, tokens, expected in zip(
         *(reference[name] for name in ("prompts", "prompt_logits", "tokens", "token_logits")), strict=True
     ):
@@ -150,7 +150,7 @@ def test_plain_blocks_are_the_same_still(case: str) -> None:
         np.testing.assert_allclose(plain.logits(config, weights, prompt), told[: len(prompt)], rtol=0, atol=1e-5)
         decoded = plain_blocks.decode(
             partial(plain.logits, config, weights), prompt, len(tokens), block=config["block_size"],
-            mask=config["mask_token_id"], **pace,
+            mask=config["mask_token_id"], **schedule,
         )  # fmt: skip
         assert decoded.tokens == tokens.tolist()
         np.testing.assert_allclose(np.maximum(decoded.logits, -100), expected, rtol=0, atol=1e-5)
@@ -168,7 +168,7 @@ def test_parity_with_transformers(
 ) -> None:
     apart = (case, mesh) in DECODED_APART
     if apart:
-        monkeypatch.setattr(sharded, "portion_on", lambda _: Portion(lines=1, pages=1))
+        monkeypatch.setattr(sharded, "attention_tile_on", lambda _: AttentionTile(segments=1, pages=1))
     assert_parity(case, mesh, combine, residual, others=0 if apart else 3)
 
 
@@ -181,24 +181,24 @@ def assert_parity(case: str, mesh: str, combine: str, residual: str, others: int
         GOLDENS / case, mesh=mesh, combine=combine, residual=residual, dtype="float32", prefill_tokens=2,
         max_batch_size=8,
     )  # fmt: skip
-    pace = (
+    schedule = (
         {"confidence_threshold": float(reference["threshold"]), "denoising_steps": int(reference["steps"])}
         if case in BLOCKS
         else {}
     )
     beside = [[0] * llm.max_length] * others
     lengths = [steps] * len(prompts) + [1] * len(beside)
-    greedy = [SamplingParams(temperature=0, max_tokens=length, **pace) for length in lengths]
-    everyone = llm.jobs([*prompts, *beside], greedy, wants_logits=True)
+    greedy = [SamplingParams(temperature=0, max_tokens=length, **schedule) for length in lengths]
+    everyone = llm.request_groups([*prompts, *beside], greedy, wants_logits=True)
     list(llm._run(everyone))
-    jobs = everyone[: len(prompts)]
+    request_groups = everyone[: len(prompts)]
 
-    for job, padded in zip(jobs, reference["prompt_logits"], strict=True):
-        got = np.concatenate(job.generations[0].told_of_prompt.logits)
-        assert len(got) == len(job.prompt)
+    for group, padded in zip(request_groups, reference["prompt_logits"], strict=True):
+        got = np.concatenate(group.generations[0].prompt_output.logits)
+        assert len(got) == len(group.prompt)
         np.testing.assert_allclose(got, padded[: len(got)], rtol=0, atol=TOLERANCE * np.abs(padded).max())
 
-    outputs = [job.output() for job in jobs]
+    outputs = [group.output() for group in request_groups]
     assert [output.token_ids for output in outputs] == reference["tokens"].tolist()
     for output, logits in zip(outputs, reference["token_logits"], strict=True):
         expected = log_softmax(logits, axis=-1)[np.arange(steps), output.token_ids]

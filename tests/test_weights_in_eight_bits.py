@@ -25,8 +25,9 @@ from test_quantization import CASE, CONFIG, SOME, both, write
 
 from bench.published import config as published
 from moe_jax import LLM
-from moe_jax.bundled import ADDER
+from moe_jax.analysis.roofline import held_bytes
 from moe_jax.checkpoints import Checkpoint
+from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.config import (
     AttentionConfig,
     LayerConfig,
@@ -39,11 +40,10 @@ from moe_jax.config import (
     WeightDtype,
 )
 from moe_jax.errors import CheckpointError, ConfigError
-from moe_jax.layers import Grid
-from moe_jax.layers.quantised import Quantised, quantise
-from moe_jax.models import Lines, PageRange, Segment, Shape, ShardedDecoder, pack
+from moe_jax.kernels.forward_batch import QueryLayout
+from moe_jax.kernels.quantized import QuantizedWeight, quantize
+from moe_jax.models import BatchShape, PageRange, Segment, Segments, ShardedDecoder, pack
 from moe_jax.programs import Programs
-from moe_jax.roofline import held_bytes
 from moe_jax.sharding import Role, Route, ScatterCombine, as_placement
 from moe_jax.training.trainer import Trainer
 
@@ -79,12 +79,12 @@ def logits(path: Path, mesh: str, weight_dtype: str = "exact") -> np.ndarray:
     checkpoint, placement = Checkpoint(path), as_placement(mesh)
     there = ShardedDecoder(checkpoint.config, placement, "float32", quantization=checkpoint.quantization(weight_dtype))
     shards, pages = placement.size(Role.TOKENS), dict.fromkeys(there.windows, 2)
-    lines = Lines.of(
+    segments = Segments.of(
         [Segment(0, prompt, [PageRange(0, array("i", [page]))] * len(pages)) for page, prompt in enumerate(PROMPTS)],
         tables=len(pages),
     )
-    shape = Shape((Grid(2, 8),), 16, tuple((window, 1) for window in pages))
-    batch, first_rows = pack([[lines]] + [[Lines(len(pages))]] * (shards - 1), shape, placement)
+    shape = BatchShape((QueryLayout(2, 8),), 16, tuple((window, 1) for window in pages))
+    batch, first_rows = pack([[segments]] + [[Segments(len(pages))]] * (shards - 1), shape, placement)
     route = Route.whole(ScatterCombine(placement))
     run = jax.jit(lambda parameters, caches, batch: there.all_logits(parameters, caches, batch, route)[0])
     found = np.asarray(run(checkpoint.load(there), there.empty_caches(pages, 8, 2), batch))
@@ -144,9 +144,9 @@ def test_numbers_are_the_nearest_and_the_largest_is_hit(dtype: str) -> None:
     weights = np.random.default_rng(0).normal(size=(3, 64, 5)).astype(np.float32)
     weights[1, :, 2], weights[0, 7, 0] = 0, 50
     quantization = Quantization(WeightDtype(dtype))
-    numbers, scales = quantise(weights, (1,), quantization)
+    numbers, scales = quantize(weights, (1,), quantization)
     assert scales.shape == (3, 1, 5)
-    meant = np.asarray(Quantised(jnp.asarray(numbers), jnp.asarray(scales), WeightDtype(dtype), "float32")[...])
+    meant = np.asarray(QuantizedWeight(jnp.asarray(numbers), jnp.asarray(scales), WeightDtype(dtype), "float32")[...])
     step = scales / 2 if dtype == "int8" else np.maximum(np.abs(weights) / 16, scales * 2**-10)
     assert (np.abs(meant - weights) <= step * 1.0001).all()
     assert (meant[1, :, 2] == 0).all()
@@ -160,7 +160,7 @@ def test_a_device_holds_a_byte_for_each_number_of_a_matrix() -> None:
     for quantization in (Quantization(WeightDtype.INT8), Quantization(WeightDtype.FLOAT8, block=128)):
         eight = replace(exact, quantization=quantization)
         pairs = list(zip(values(exact), values(eight), strict=True))
-        matrices = [(whole, value) for whole, value in pairs if isinstance(value, Quantised)]
+        matrices = [(whole, value) for whole, value in pairs if isinstance(value, QuantizedWeight)]
         assert held_bytes(matrices[0][0]) == 2 * held_bytes(matrices[0][1].numbers)
         halves = sum(held_bytes(value) / held_bytes(whole) for whole, value in matrices) / len(matrices)
         assert 0.5 < halves < 0.52
@@ -175,7 +175,9 @@ def values(decoder: ShardedDecoder) -> list[Any]:
 @pytest.mark.parametrize("case", ["jamba_e8_top2", "qwen3_next_e8_top2", "deepseek_v3_e8_top2_groups_yarn"])
 def test_all_but_matrices_and_small_parameters_of_recurrences_are_in_eight_bits(case: str) -> None:
     there = ShardedDecoder(Checkpoint(GOLDENS / case).config, as_placement("data=1"), "float32", quantization=INT8)
-    found = {path[4:]: isinstance(param.get_value(), Quantised) for path, param in nnx.to_flat_state(there.parameters)}
+    found = {
+        path[4:]: isinstance(param.get_value(), QuantizedWeight) for path, param in nnx.to_flat_state(there.parameters)
+    }
     exact = {name for name, in_eight_bits in found.items() if not in_eight_bits and name}
     recurrent = ("convolution", "decay", "strength", "select", "step", "log_rates", "skip")
     small = ("norm", "router", "bias", *recurrent)
@@ -199,7 +201,7 @@ def test_a_program_holds_no_copy_of_the_weights(quantization: Quantization) -> N
 
 
 def test_there_is_no_gradient(tmp_path: Path) -> None:
-    value = Quantised(jnp.ones((2, 3), jnp.int8), jnp.ones((1, 3)), WeightDtype.INT8, "float32")
+    value = QuantizedWeight(jnp.ones((2, 3), jnp.int8), jnp.ones((1, 3)), WeightDtype.INT8, "float32")
     x = jnp.ones((4, 2))
     assert jax.grad(lambda x: value.product("nd,df->nf", x).sum())(x).shape == x.shape
     for read in (lambda value: value[...].sum(), lambda value: value.product("nd,df->nf", x).sum()):
@@ -227,11 +229,11 @@ def test_they_are_neither_saved_nor_read_from_orbax(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     held, _ = both()
-    for value, quantised in ((np.nan, True), (np.inf, False)):
-        broken = held if quantised else tensors(GOLDENS / CASE)
+    for value, quantized in ((np.nan, True), (np.inf, False)):
+        broken = held if quantized else tensors(GOLDENS / CASE)
         broken = {name: tensor.copy() for name, tensor in broken.items()}
         broken[SOME][3, 1] = value
-        path = write(tmp_path / str(value), broken, **({"quantization_config": CONFIG} if quantised else {}))
+        path = write(tmp_path / str(value), broken, **({"quantization_config": CONFIG} if quantized else {}))
         with pytest.raises(CheckpointError, match=f"NaN or infinite in {SOME}"):
             logits(path, "data=1", "float8_e4m3fn")
 
@@ -248,6 +250,6 @@ def test_other_dtypes_are_refused_in_words() -> None:
 def test_what_is_drawn_is_held_in_eight_bits_too() -> None:
     there = ShardedDecoder(Checkpoint(ADDER).config, as_placement("data=1"), "float32", quantization=INT8)
     for path, param in nnx.to_flat_state(there.init(0)):
-        if isinstance(value := param.get_value(), Quantised):
+        if isinstance(value := param.get_value(), QuantizedWeight):
             over = tuple(dim for dim, size in enumerate(value.scales.shape) if size == 1)
             assert (np.abs(value.numbers).max(axis=over) == 127).all(), path

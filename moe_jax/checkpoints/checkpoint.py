@@ -27,12 +27,12 @@ from tokenizers import Tokenizer
 from moe_jax.checkpoints import export, loading
 from moe_jax.checkpoints.families import FAMILIES, Family
 from moe_jax.checkpoints.fields import TEXT, Fields
-from moe_jax.checkpoints.names import Region, regions
-from moe_jax.checkpoints.quantization import FIELD, Dequantised, read_quantization
+from moe_jax.checkpoints.quantization import FIELD, DequantizedTensors, read_quantization
 from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
+from moe_jax.checkpoints.weight_mapping import Region, regions
 from moe_jax.config import Quantization, WeightDtype, as_weight_dtype
 from moe_jax.errors import CheckpointError
-from moe_jax.layers.quantised import Quantised
+from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.models import Parameters, ShardedDecoder
 
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
@@ -61,7 +61,7 @@ class Checkpoint:
         self._scales, self.config = Fields(raw).read(
             lambda fields: (read_quantization(fields), self.family.read(fields))
         )
-        self.end_token_ids = self._end_token_ids()
+        self.eos_token_ids = self._eos_token_ids()
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -73,7 +73,7 @@ class Checkpoint:
         except Exception as error:  # the library raises nothing more precise
             raise CheckpointError(f"{path} is no readable tokenizer: {error}") from error
 
-    def _end_token_ids(self) -> frozenset[int]:
+    def _eos_token_ids(self) -> frozenset[int]:
         """The tokens that end a sequence."""
         ids = (_read_json(self.path / GENERATION) or {}).get("eos_token_id")
         ids = self._of_text.get("eos_token_id") if ids is None else ids
@@ -123,7 +123,7 @@ class Checkpoint:
         with TensorFiles(self.path) as files:
             sources = self.family.sources_in(files.shapes())
             wanted = list(regions(decoder, sources))
-            tensors = files if self._scales is None else Dequantised(files, self._scales)
+            tensors = files if self._scales is None else DequantizedTensors(files, self._scales)
             loading.check(wanted, tensors, self._is_unused)
             return loading.load(decoder.parameters, wanted, tensors, decoder.quantization)
 
@@ -197,7 +197,7 @@ def regions_of(family: Family, decoder: ShardedDecoder) -> Iterator[Region]:
 
 def check_exact(parameters: Parameters) -> None:
     """Raise `CheckpointError` for weights in eight bits."""
-    if any(isinstance(param.get_value(), Quantised) for _, param in nnx.to_flat_state(parameters)):
+    if any(isinstance(param.get_value(), QuantizedWeight) for _, param in nnx.to_flat_state(parameters)):
         raise CheckpointError("weights in eight bits are not saved: load them exact to convert them")
 
 

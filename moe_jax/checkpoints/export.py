@@ -13,8 +13,8 @@ from flax import nnx
 from jax import lax
 from safetensors.numpy import save_file
 
-from moe_jax.checkpoints.names import Region
 from moe_jax.checkpoints.tensor_files import INDEX, SINGLE
+from moe_jax.checkpoints.weight_mapping import Region
 from moe_jax.models import Parameters
 
 LARGEST_FILE = 4 * 2**30

@@ -19,16 +19,16 @@ from flax import nnx
 from jax import lax
 from tqdm import tqdm
 
-from moe_jax.checkpoints.names import Path, Region, whole_region
 from moe_jax.checkpoints.quantization import Tensors
 from moe_jax.checkpoints.reading import Reader, Spans, reader_of
+from moe_jax.checkpoints.weight_mapping import Path, Region, whole_region
 from moe_jax.config import Quantization
 from moe_jax.errors import CheckpointError
-from moe_jax.layers.quantised import Quantised
+from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.models import Parameters, zeros
 
 FLOATS = ("F32", "BF16", "F16")
-MOST_PROBLEMS_SHOWN = 20
+MAX_PROBLEMS_SHOWN = 20
 SMALL = 2**22
 """Bytes up to which a parameter is put together on the host, which needs no program to be compiled for its shape."""
 
@@ -52,10 +52,10 @@ def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], 
     problems += [f"{name} is not used by this model" for name in sorted(set(found) - wanted) if not is_unused(name)]
     problems = list(dict.fromkeys(problems))
     if problems:
-        hidden = len(problems) - MOST_PROBLEMS_SHOWN
+        hidden = len(problems) - MAX_PROBLEMS_SHOWN
         more = f"\n  and {hidden} more" if hidden > 0 else ""
         raise CheckpointError(
-            "the weights do not match config.json:\n  " + "\n  ".join(problems[:MOST_PROBLEMS_SHOWN]) + more
+            "the weights do not match config.json:\n  " + "\n  ".join(problems[:MAX_PROBLEMS_SHOWN]) + more
         )
 
 
@@ -121,7 +121,7 @@ def _all_finite(value: Any) -> jax.Array:
 
 def _is_small(value: Any) -> bool:
     """Not what is in eight bits: the file may hold some of its regions so, others not."""
-    return not isinstance(value, Quantised) and math.prod(value.shape) * value.dtype.itemsize <= SMALL
+    return not isinstance(value, QuantizedWeight) and math.prod(value.shape) * value.dtype.itemsize <= SMALL
 
 
 def _whole_if_small(regions: list[Region], abstract: Any) -> list[Region]:

@@ -71,7 +71,7 @@ def read_quantization(fields: Fields) -> BlockScales | None:
     return BlockScales((block[0], block[1]))
 
 
-class Dequantised:
+class DequantizedTensors:
     """The tensors of files as the numbers that they mean, in float32 where they were in eight bits.
 
     Raises:

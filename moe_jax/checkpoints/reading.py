@@ -9,11 +9,11 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from flax import nnx
 
-from moe_jax.checkpoints.names import Index, Region
-from moe_jax.checkpoints.quantization import Dequantised, Tensors
+from moe_jax.checkpoints.quantization import DequantizedTensors, Tensors
+from moe_jax.checkpoints.weight_mapping import Index, Region
 from moe_jax.config import Quantization
+from moe_jax.kernels.quantized import QuantizedWeight, quantize
 from moe_jax.layers import parameter
-from moe_jax.layers.quantised import Quantised, quantise
 
 Spans: TypeAlias = Sequence[range]
 """Of a region, the part that a device holds, in each dimension."""
@@ -28,16 +28,16 @@ class Reader(Protocol):
 def reader_of(param: nnx.Variable, quantization: Quantization | None, files: Tensors) -> Reader:
     """How a parameter of abstract value is read."""
     value, inputs = param.get_value(), parameter.inputs_of(param)
-    if not isinstance(value, Quantised):
-        return Whole(value.dtype, files)
+    if not isinstance(value, QuantizedWeight):
+        return ExactReader(value.dtype, files)
     assert quantization is not None, "there are parameters in eight bits"
     assert inputs is not None, "only matrices are"
     shared = tuple(size // scales for size, scales in zip(value.shape, value.scales.shape, strict=True))
-    return InEightBits(quantization, inputs, shared, files)
+    return QuantizedReader(quantization, inputs, shared, files)
 
 
 @dataclass(frozen=True)
-class Whole:
+class ExactReader:
     """The weights in a dtype."""
 
     dtype: np.dtype
@@ -48,7 +48,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class InEightBits:
+class QuantizedReader:
     """As the files have them where these are in eight bits and a scale is wanted for each block; otherwise rounded to
     numbers of the scale that an output's weights of all inputs give it, those of other devices too."""
 
@@ -61,21 +61,21 @@ class InEightBits:
 
     def read(self, region: Region, spans: Spans) -> tuple[np.ndarray, ...]:
         names = [entry.name for entry in region.entries]
-        if self.quantization.block is None or not isinstance(self.files, Dequantised):
-            return self._quantised(region, spans)
+        if self.quantization.block is None or not isinstance(self.files, DequantizedTensors):
+            return self._quantized(region, spans)
         if not self.files.all_in_eight_bits(names):
-            return self._quantised(region, spans)
+            return self._quantized(region, spans)
         numbers = _read_part(region, spans, np.dtype(np.int8), self.files.numbers)
         scales = _read_part(region, spans, np.dtype(np.float32), self.files.scales)
         return numbers, scales[tuple(slice(None, None, step) for step in self.shared)]
 
-    def _quantised(self, region: Region, spans: Spans) -> tuple[np.ndarray, ...]:
+    def _quantized(self, region: Region, spans: Spans) -> tuple[np.ndarray, ...]:
         own, wide = [slice(None)] * len(spans), list(spans)
         for dim in self.inputs:
             own[dim], wide[dim] = slice(spans[dim].start, spans[dim].stop), range(region.shape[dim])
         weights = _read_part(region, wide, np.dtype(np.float32), self.files.read)
         with np.errstate(invalid="ignore"):
-            numbers, scales = quantise(weights, self.inputs, self.quantization)
+            numbers, scales = quantize(weights, self.inputs, self.quantization)
         shape = [max(len(part) // step, 1) for part, step in zip(spans, self.shared, strict=True)]
         return numbers[tuple(own)], np.broadcast_to(scales, shape)
 

@@ -9,7 +9,7 @@ from moe_jax.config.attention import (
     LatentAttentionConfig,
     OutputGate,
     QKNorm,
-    TemperatureConfig,
+    QueryScalingConfig,
     Window,
 )
 from moe_jax.config.decoding import BlockDiffusion
@@ -29,14 +29,7 @@ from moe_jax.config.feed_forward import (
     Weighted,
 )
 from moe_jax.config.model import VOCAB_MULTIPLE, LayerConfig, ModelConfig, Norm
-from moe_jax.config.recurrent import (
-    DecayConfig,
-    DeltaConfig,
-    HeadGate,
-    LightningConfig,
-    MambaConfig,
-    RecurrentConfig,
-)
+from moe_jax.config.recurrent import DecayConfig, DeltaConfig, HeadGate, LightningConfig, MambaConfig, RecurrentConfig
 from moe_jax.config.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -75,6 +68,7 @@ __all__ = [
     "OutputGate",
     "QKNorm",
     "Quantization",
+    "QueryScalingConfig",
     "RecurrentConfig",
     "RopeConfig",
     "RopeScaling",
@@ -83,7 +77,6 @@ __all__ = [
     "SharedExpertConfig",
     "SparseMixerConfig",
     "SwiGLUConfig",
-    "TemperatureConfig",
     "WeightDtype",
     "Weighted",
     "Window",

@@ -41,7 +41,7 @@ class Window(Enum):
 
 
 @dataclass(frozen=True)
-class TemperatureConfig:
+class QueryScalingConfig:
     """Queries that grow with their position p, times `1 + strength * ln(1 + floor((p + 1) / interval))` (Nakanishi,
     arXiv:2501.19399): a softmax over more positions would be flatter."""
 
@@ -76,7 +76,7 @@ class AttentionConfig:
     sinks: bool = False
     """Whether each head has one more score, a parameter, in its softmax, that goes to no value (Xiao et al.,
     arXiv:2309.17453)."""
-    temperature: TemperatureConfig | None = None
+    query_scaling: QueryScalingConfig | None = None
     window: int | None = None
     """A position sees no further back than the `window - 1` before it. `None` sees all before it."""
     window_kind: Window = Window.SLIDING
@@ -110,14 +110,14 @@ class LatentAttentionConfig:
     """
 
     heads: int
-    query_rank: int | None
+    q_lora_rank: int | None
     """Width of the latent vector of queries; `None` where they are projected at once."""
-    rank: int
+    kv_lora_rank: int
     """Width of the latent vector of keys and values."""
-    plain_width: int
+    qk_nope_head_dim: int
     """Of the part of each query and key that is not rotated."""
-    rotated_width: int
-    value_width: int
+    qk_rope_head_dim: int
+    v_head_dim: int
     rope: RopeConfig
     scale: float
     """By which scores are multiplied."""
@@ -128,9 +128,9 @@ class LatentAttentionConfig:
     output_gate: OutputGate | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self, "heads", "query_rank", "rank", "plain_width", "rotated_width", "value_width")
-        check_positive(self, "scale", "eps")
-        check_rotated(self.rope, self.rotated_width)
+        check_positive(self, "heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
+        check_positive(self, "v_head_dim", "scale", "eps")
+        check_rotated(self.rope, self.qk_rope_head_dim)
 
     @property
     def kv_heads(self) -> int:
@@ -145,4 +145,4 @@ class LatentAttentionConfig:
     @property
     def cached_widths(self) -> tuple[int, int]:
         """Numbers that the cache holds of each position: the rotated part of keys as a key, the latent as a value."""
-        return self.rotated_width, self.rank
+        return self.qk_rope_head_dim, self.kv_lora_rank

@@ -9,7 +9,7 @@ from moe_jax.config.numbers import check_positive
 from moe_jax.config.rope import RopeConfig, check_rotated
 from moe_jax.errors import ConfigError
 
-Shape = tuple[int, ...]
+StateShape = tuple[int, ...]
 
 
 class HeadGate(Enum):
@@ -42,28 +42,28 @@ class DeltaConfig:
     """Of values and states."""
     key_heads: int
     """Of queries and keys; each serves `heads / key_heads` neighbouring ones."""
-    key_width: int
-    value_width: int
-    kernel: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int
     """Positions that the short convolutions see, their own included."""
     decay: DecayConfig
     gate: HeadGate
 
     def __post_init__(self) -> None:
-        check_positive(self, "heads", "key_heads", "key_width", "value_width", "kernel")
+        check_positive(self, "heads", "key_heads", "key_head_dim", "value_head_dim", "conv_kernel")
         if self.heads % self.key_heads:
             raise ConfigError(f"{self.heads} heads cannot share {self.key_heads} key heads evenly")
 
     @property
-    def state_shape(self) -> Shape:
+    def state_shape(self) -> StateShape:
         """What is remembered of a sequence, heads first."""
-        return self.heads, self.key_width, self.value_width
+        return self.heads, self.key_head_dim, self.value_head_dim
 
     @property
-    def recent_shapes(self) -> tuple[Shape, ...]:
+    def recent_shapes(self) -> tuple[StateShape, ...]:
         """The last inputs of each convolution: of queries, keys and values, heads first."""
-        keys = self.key_heads, self.kernel - 1, self.key_width
-        return keys, keys, (self.heads, self.kernel - 1, self.value_width)
+        keys = self.key_heads, self.conv_kernel - 1, self.key_head_dim
+        return keys, keys, (self.heads, self.conv_kernel - 1, self.value_head_dim)
 
 
 @dataclass(frozen=True)
@@ -72,28 +72,28 @@ class MambaConfig:
     a vector for each channel, of which each number decays at its own rate."""
 
     channels: int
-    width: int
+    d_state: int
     """Of the state of a channel."""
-    rank: int
+    dt_rank: int
     """Of the projection to the steps that channels take."""
-    kernel: int
+    d_conv: int
     """Positions that the short convolution sees, their own included."""
     convolution_bias: bool = True
     bias: bool = False
     """Whether the projections of rows to channels and back add biases."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "channels", "width", "rank", "kernel")
+        check_positive(self, "channels", "d_state", "dt_rank", "d_conv")
 
     @property
-    def state_shape(self) -> Shape:
+    def state_shape(self) -> StateShape:
         """What is remembered of a sequence, channels first."""
-        return self.channels, self.width
+        return self.channels, self.d_state
 
     @property
-    def recent_shapes(self) -> tuple[Shape, ...]:
+    def recent_shapes(self) -> tuple[StateShape, ...]:
         """The last inputs of the convolution, channels first."""
-        return ((self.channels, self.kernel - 1),)
+        return ((self.channels, self.d_conv - 1),)
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ class LightningConfig:
             check_rotated(self.rope, self.head_dim)
 
     @property
-    def state_shape(self) -> Shape:
+    def state_shape(self) -> StateShape:
         """What is remembered of a sequence, heads first."""
         return self.heads, self.head_dim, self.head_dim
 
     @property
-    def recent_shapes(self) -> tuple[Shape, ...]:
+    def recent_shapes(self) -> tuple[StateShape, ...]:
         """There are no convolutions."""
         return ()
 

@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Int32
 from tqdm import tqdm
 
+from moe_jax.config.sampling_params import MAX_TOP_LOGPROBS
 from moe_jax.engine.executor import Executor
-from moe_jax.engine.generation import Candidates, Generation, Landing, Need
-from moe_jax.engine.orders import Claims, Draw, Order, Piece, Writer, idle_order, order
-from moe_jax.engine.sizes import Sizes, StepSize
+from moe_jax.engine.generation import Generation, OutputNeed, StepOutput
+from moe_jax.engine.outputs import FinishReason
+from moe_jax.engine.sizes import Sizes
 from moe_jax.engine.stats import Latency, Meter, Stats
+from moe_jax.engine.step_inputs import OutputMap, StepInputBuilder, build_input, idle_input
+from moe_jax.engine.step_outputs import add_prompt_output, step_outputs, top_logprobs
 from moe_jax.errors import RequestError
-from moe_jax.programs import Asked, Drawn, Scored
-from moe_jax.requests import MOST_CANDIDATES, FinishReason
-from moe_jax.sampling import NOWHERE
+from moe_jax.programs import RowLogprobs, SampledTokens, StepFlags, StepInput
 from moe_jax.scheduler import Plan, Request, Scheduler
 from moe_jax.sharding import Placement, Role
 
 
-class Flight(NamedTuple):
-    """A dispatch whose results are not read yet."""
+class InFlightStep(NamedTuple):
+    """Dispatch whose results are not read yet."""
 
     plan: Plan
-    claims: Claims
-    drawn: Int32[Array, "shards*L W"]
-    """Joined."""
-    top: int
-    """Candidates of each token."""
-    scored: Scored | None
+    output_map: OutputMap
+    emitted: Int32[Array, "shards*L W"]
+    """Packed `SampledTokens`."""
+    top_logprobs: int
+    """Most likely tokens returned with each token."""
+    scored: RowLogprobs | None
 
 
 class Engine:
@@ -47,13 +48,13 @@ class Engine:
         executor: Executor,
         sizes: Sizes,
         placement: Placement,
-        writer: type[Writer] = Writer,
+        builder: Callable[..., StepInputBuilder] = StepInputBuilder,
     ) -> None:
         self._scheduler, self._executor, self._sizes, self._placement = scheduler, executor, sizes, placement
-        self._writer = writer
+        self._builder = builder
         self._generations: dict[Request, Generation] = {}
-        self._needs: Counter[Need] = Counter()
-        self._flight: Flight | None = None
+        self._needs: Counter[OutputNeed] = Counter()
+        self._in_flight: InFlightStep | None = None
         self._meter = Meter(placement.size(Role.TOKENS))
 
     def add(self, generation: Generation) -> None:
@@ -62,7 +63,7 @@ class Engine:
           RequestError: one of this id has not ended, or it could not run even alone.
         """
         self._scheduler.add(generation.request)
-        generation.last_heard = self._now()
+        generation.last_token_time = self._now()
         self._generations[generation.request] = generation
         self._needs.update(generation.needs)
 
@@ -73,7 +74,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._generations) or self._flight is not None
+        return bool(self._generations) or self._in_flight is not None
 
     def cancel(self, generation: Generation) -> None:
         """Free its slot and pages at once. Nothing happens to one that has ended."""
@@ -88,25 +89,25 @@ class Engine:
         began = self._now()
         try:
             plan = self._scheduler.plan()
-            before, self._flight = self._flight, self._dispatch(plan) if plan else None
+            before, self._in_flight = self._in_flight, self._dispatch(plan) if plan else None
             if before:
-                self._land(before)
+                self._update_from_output(before)
         except BaseException:
-            self._start_over()
+            self._reset()
             raise
         self._meter.busy_seconds += self._now() - began
 
-    def _start_over(self) -> None:
+    def _reset(self) -> None:
         """What was planned and has not run cannot be told from what has: the cache may hold anything."""
-        self._flight = None
+        self._in_flight = None
         for generation in list(self._generations.values()):
             self._end(generation, "error", "the step that it was in failed, or was interrupted")
         self._scheduler = type(self._scheduler)(self._scheduler.limits)
-        self._executor.start_over()
+        self._executor.reset()
 
-    def obey(self, order: Order) -> None:
-        """In a process that follows: what the engine of process 0 has its executor run."""
-        self._executor.obey(order)
+    def execute(self, step_input: StepInput) -> None:
+        """Worker: execute a step that process 0 scheduled."""
+        self._executor.execute(step_input)
 
     @property
     def stats(self) -> Stats:
@@ -129,7 +130,7 @@ class Engine:
             prefix_hits=scheduler.prefix_hits,
         )
 
-    def warm_up(self, variants: Sequence[Asked], *, progress: bool) -> None:
+    def warm_up(self, variants: Sequence[StepFlags], *, progress: bool) -> None:
         """Compile every step that can come to be needed, for requests that ask this much.
 
         Raises:
@@ -137,58 +138,58 @@ class Engine:
         """
         if self._generations:
             raise RequestError("requests are running: warm up before there are any, or when they have ended")
-        if self._flight:
-            flight, self._flight = self._flight, None
-            self._land(flight)
+        if self._in_flight:
+            step, self._in_flight = self._in_flight, None
+            self._update_from_output(step)
         steps = list(product(self._sizes.steps(), variants))
-        for size, asked in tqdm(steps, desc="compiling", unit=" steps", disable=not progress, leave=False):
-            jax.block_until_ready(self._executor.run(self._idle(size, asked)))
+        for size, flags in tqdm(steps, desc="compiling", unit=" steps", disable=not progress, leave=False):
+            step_input = idle_input(size, self._sizes, self._placement, flags, self._builder)
+            jax.block_until_ready(self._executor.run(step_input))
 
-    def _idle(self, size: StepSize, asked: Asked) -> Order:
-        return idle_order(size, self._sizes, self._placement, asked, self._writer)
-
-    def _dispatch(self, plan: Plan) -> Flight:
-        asked = Asked(
-            knobs=self._needs[Need.KNOBS] > 0,
-            top=MOST_CANDIDATES if self._needs[Need.CANDIDATES] else 0,
-            logits=self._needs[Need.LOGITS] > 0,
+    def _dispatch(self, plan: Plan) -> InFlightStep:
+        flags = StepFlags(
+            sampling=self._needs[OutputNeed.SAMPLING] > 0,
+            top_logprobs=MAX_TOP_LOGPROBS if self._needs[OutputNeed.TOP_LOGPROBS] else 0,
+            logits=self._needs[OutputNeed.LOGITS] > 0,
         )
-        wanted = self._generations.__getitem__
-        orders, claims = order(plan, self._sizes, self._placement, asked, wanted, self._writer)
-        self._meter.step(plan.rows, orders.turn.batch.rows.capacity, plan.steps)
+        generation = self._generations.__getitem__
+        step_input, output_map = build_input(plan, self._sizes, self._placement, flags, generation, self._builder)
+        self._meter.step(plan.rows, step_input.batch.capacity, plan.steps)
         self._meter.prompt_tokens += sum(chunk.end - chunk.start for chunks in plan.chunks for chunk in chunks)
-        drawn, scored = self._executor.run(orders)
-        return Flight(plan, claims, drawn, asked.top, scored)
+        emitted, scored = self._executor.run(step_input)
+        return InFlightStep(plan, output_map, emitted, flags.top_logprobs, scored)
 
-    def _land(self, flight: Flight) -> None:
-        """Requests that have ended meanwhile get nothing."""
-        drawn, scored = Drawn.parted(np.asarray(flight.drawn), flight.top), jax.device_get(flight.scored)
-        for piece in flight.claims.pieces:
-            if generation := self._generations.get(piece.request):
-                _tell(generation, piece, scored)
-        landings = _landings(drawn, flight.claims.draws)
-        self._scheduler.landed(flight.plan, {request: landing.tokens for request, landing in landings.items()})
-        now, heard, counts, first = self._now(), [], [], []
-        for request, landing in landings.items():
-            if (generation := self._generations.get(request)) and landing.tokens:
-                heard.append(generation.last_heard)
-                counts.append(len(landing.tokens))
+    def _update_from_output(self, step: InFlightStep) -> None:
+        """Read a dispatch's results and give them to their requests; requests that have ended meanwhile get none."""
+        emitted = SampledTokens.unpack(np.asarray(step.emitted), step.top_logprobs)
+        scored = jax.device_get(step.scored)
+        for prompt in step.output_map.prompts:
+            if generation := self._generations.get(prompt.request):
+                add_prompt_output(generation, prompt, scored)
+        outputs = step_outputs(emitted, step.output_map.samples)
+        tokens = {request: output.tokens for request, output in outputs.items()}
+        self._scheduler.update_from_output(step.plan, tokens)
+        now, last_times, counts, first = self._now(), [], [], []
+        for request, output in outputs.items():
+            if (generation := self._generations.get(request)) and output.tokens:
+                last_times.append(generation.last_token_time)
+                counts.append(len(output.tokens))
                 first.append(not generation.tokens)
-                generation.last_heard = now
-                if generation.wants_candidates:
-                    generation.candidates += _candidates(drawn, landing, generation.params.logprobs)
-                self._take(generation, landing)
-        self._meter.land(now - np.array(heard), np.array(counts, int), np.array(first, bool))
+                generation.last_token_time = now
+                if generation.wants_top_logprobs:
+                    generation.top_logprobs += top_logprobs(emitted, output, generation.params.logprobs)
+                self._append(generation, output)
+        self._meter.record_tokens(now - np.array(last_times), np.array(counts, int), np.array(first, bool))
 
     def _now(self) -> float:
         """Seconds, those of compilation left out."""
         return time.perf_counter() - self._executor.programs.compile_seconds
 
-    def _take(self, generation: Generation, landing: Landing) -> None:
-        if not landing.is_sound:
+    def _append(self, generation: Generation, output: StepOutput) -> None:
+        if not output.is_sound:
             self._end(generation, "error", "the model's logits are not numbers: its weights, or their dtype, are unfit")
             return
-        generation.land(landing)
+        generation.append(output)
         if generation.finish_reason is None:
             generation.report()
         else:
@@ -204,39 +205,3 @@ class Engine:
         del self._generations[generation.request]
         self._needs.subtract(generation.needs)
         self._meter.finished += 1
-
-
-def _landings(drawn: Any, draws: Sequence[Draw]) -> dict[Request, Landing]:
-    tokens, logprobs, given = (part.tolist() for part in (drawn.tokens, drawn.logprobs, drawn.given))
-    sound = np.isfinite(drawn.logprobs).all(axis=1).tolist()
-    return {
-        request: Landing(tokens[line][: given[line]], logprobs[line][: given[line]], line, sound[line])
-        for request, line in draws
-    }
-
-
-def _candidates(drawn: Drawn, landing: Landing, count: int | None) -> list[Candidates]:
-    rows = slice(None, len(landing.tokens)), slice(None, count)
-    tokens, logprobs = (part[landing.line][rows].tolist() for part in (drawn.top_tokens, drawn.top_logprobs))
-    return [_by_token(*row) for row in zip(tokens, logprobs, strict=True)]
-
-
-def _by_token(tokens: list[int], logprobs: list[float]) -> Candidates:
-    """Without those beyond the vocabulary."""
-    return {token: logprob for token, logprob in zip(tokens, logprobs, strict=True) if token != NOWHERE}
-
-
-def _tell(generation: Generation, piece: Piece, scored: Any) -> None:
-    """What is asked of a prompt's tokens; of those told before it was preempted, nothing again."""
-    prompt, length = generation.told_of_prompt, len(generation.request.prompt)
-    if generation.wants_logits:
-        known = sum(map(len, prompt.logits))
-        rows = scored.logits[piece.rows][max(known - piece.start, 0) : length - piece.start]
-        prompt.logits.append(np.array(rows))
-    offset = piece.rows.start - piece.start
-    last = min(piece.rows.stop, length - 1 + offset)
-    for row in range(len(prompt.logprobs) - 1 + offset, last):
-        prompt.logprobs.append(float(scored.logprobs[row]))
-        best = slice(None, generation.params.prompt_logprobs)
-        tokens, logprobs = scored.top_tokens[row][best].tolist(), scored.top_logprobs[row][best].tolist()
-        prompt.candidates.append(_by_token(tokens, logprobs))

@@ -1,4 +1,4 @@
-"""Holds weights, caches and slots on the devices, and has orders carried out."""
+"""Executor: holds weights, caches and slots on the devices, and runs steps."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from functools import cache
 
 from jaxtyping import Array, Int32
 
-from moe_jax.distributed import Crew
-from moe_jax.engine.block_orders import BlockOrder
-from moe_jax.engine.orders import Order
+from moe_jax.engine.distributed import ProcessGroup
 from moe_jax.engine.sizes import Sizes
 from moe_jax.models import Caches, Parameters
-from moe_jax.programs import PAGE, Programs, Scored
+from moe_jax.programs import PAGE, Programs, RowLogprobs, StepInput
 from moe_jax.sharding import Policy, Role, Route
 
 
 class Executor:
-    """Every process has one; they carry out the same orders, those of process 0."""
+    """Runs the same steps in every process: those that the driver, process 0, schedules."""
 
     def __init__(
         self,
@@ -26,45 +24,40 @@ class Executor:
         policy: Policy,
         sizes: Sizes,
         pages: Mapping[int | None, int],
-        crew: Crew,
+        process_group: ProcessGroup,
     ) -> None:
         """
         Args:
-          pages: of each token shard, for each of the decoder's windows.
+          pages: number of cache pages of each token shard, for each window of the decoder.
         """
         self.programs = programs
-        self._crew = crew
+        self._process_group = process_group
         self._parameters, self._policy, self._sizes = parameters, policy, sizes
         self._pages = pages
         self._route = cache(self._decide)
-        self.start_over()
+        self.reset()
 
-    def start_over(self) -> None:
-        """Empty caches and slots; a step that failed may have taken the old ones with it."""
-        self._caches: Caches = []  # before there are others
+    def reset(self) -> None:
+        """Replace caches and slots by empty ones; a step that failed may have donated them."""
+        self._caches: Caches = []  # free the old caches first
         self._caches = self.programs.decoder.empty_caches(self._pages, PAGE, self._sizes.slots)
         self._slots = self.programs.empty_slots(self._sizes.slots, self._sizes.positions)
 
-    def run(self, order: Order) -> tuple[Int32[Array, "shards*L W"], Scored | None]:
-        """Have it run by all processes. What is drawn comes joined; it is waited for when it is read."""
-        self._crew.tell(order)
-        return self.obey(order)
+    def run(self, step_input: StepInput) -> tuple[Int32[Array, "shards*L W"], RowLogprobs | None]:
+        """Driver: run a step in all processes. Return the packed `SampledTokens` and the scores of targets; reading
+        either blocks."""
+        self._process_group.broadcast(step_input)
+        return self.execute(step_input)
 
-    def obey(self, order: Order) -> tuple[Int32[Array, "shards*L W"], Scored | None]:
-        """This process's part of it."""
-        route, state = self._route(order.turn.batch.rows.capacity), (self._parameters, self._caches, self._slots)
-        if isinstance(order, BlockOrder):
-            steps = {"most": order.most, "route": route, "asked": order.asked}
-            run = self.programs.denoise(*state, order.turn, order.budgets, **steps)
-        elif order.budgets is None:
-            run = self.programs.advance(*state, order.turn, route=route, asked=order.asked)
-        else:
-            most = self._sizes.decode_steps
-            run = self.programs.decode(*state, order.turn, order.budgets, most=most, route=route, asked=order.asked)
-        drawn, scored, self._slots, self._caches = run
-        return drawn, scored
+    def execute(self, step_input: StepInput) -> tuple[Int32[Array, "shards*L W"], RowLogprobs | None]:
+        """Run this process's part of a step."""
+        route = self._route(step_input.batch.capacity)
+        emitted, scored, self._slots, self._caches = self.programs.run(
+            self._parameters, self._caches, self._slots, step_input, route
+        )
+        return emitted, scored
 
     def _decide(self, capacity: int) -> Route:
-        """How full steps of this size go through the layers; the scheduler keeps shards even, and the buffers then hold
-        any counts."""
+        """Choose the route for full and even token shards: the scheduler keeps shards even, and its buffers hold any
+        counts."""
         return self._policy.decide([capacity] * self._policy.placement.size(Role.TOKENS), capacity).route

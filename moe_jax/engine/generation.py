@@ -11,50 +11,51 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from moe_jax.programs import Pace
-from moe_jax.requests import CONFIDENCE, FinishReason, SamplingParams
-from moe_jax.sampling import Knobs
-from moe_jax.scheduler import BlockRequest, Request
-from moe_jax.text import Detokenizer, StopStrings
+from moe_jax.config.sampling_params import CONFIDENCE, SamplingParams
+from moe_jax.engine.detokenizer import Detokenizer, StopStrings
+from moe_jax.engine.outputs import FinishReason
+from moe_jax.programs import DenoisingSchedule
+from moe_jax.programs.sampling import SamplingMetadata
+from moe_jax.scheduler import DiffusionRequest, Request
 
-Candidates = dict[int, float]
+TopLogprobs = dict[int, float]
 """The log-probability of each of the likeliest tokens, likeliest first."""
 
 
-class Need(Enum):
+class OutputNeed(Enum):
     """What a request asks of the devices besides the likeliest token."""
 
-    KNOBS = auto()
+    SAMPLING = auto()
     """Anything but the likeliest token of the model."""
-    CANDIDATES = auto()
+    TOP_LOGPROBS = auto()
     """The likeliest tokens beside the chosen one."""
     LOGITS = auto()
     """Those after each token of the prompt."""
 
 
-class Landing(NamedTuple):
+class StepOutput(NamedTuple):
     """What a dispatch gave one request."""
 
     tokens: list[int]
     logprobs: list[float]
-    line: int
+    segment: int
     """Of the results, over all token shards."""
     is_sound: bool
     """Whether the log-probabilities are numbers."""
 
 
 @dataclass
-class Prompt:
+class PromptOutput:
     """What is told of a prompt, where it is asked for."""
 
     logprobs: list[float | None] = field(default_factory=lambda: [None])
     """Of each token; the first follows nothing."""
-    candidates: list[Candidates | None] = field(default_factory=lambda: [None])
+    top_logprobs: list[TopLogprobs | None] = field(default_factory=lambda: [None])
     logits: list[np.ndarray] = field(default_factory=list)
     """After each token, a part of the prompt at a time."""
 
 
-class News:
+class OutputQueue:
     """Generations that got something since they were last looked at, in the order of its coming."""
 
     def __init__(self) -> None:
@@ -79,9 +80,9 @@ class Generation:
         request: Request,
         params: SamplingParams,
         seed: int,
-        end_ids: frozenset[int],
+        stop_ids: frozenset[int],
         tokenizer: Tokenizer | None,
-        news: News,
+        queue: OutputQueue,
         *,
         wants_logits: bool = False,
     ) -> None:
@@ -91,20 +92,20 @@ class Generation:
           news: where it is put whenever it got something, or ended.
           wants_logits: whether the logits after each token of the prompt are wanted.
         """
-        self.request, self.params, self.seed, self.end_ids = request, params, seed, end_ids
+        self.request, self.params, self.seed, self.stop_ids = request, params, seed, stop_ids
         self.wants_logits = wants_logits
-        self.told_of_prompt = Prompt()
+        self.prompt_output = PromptOutput()
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.candidates: list[Candidates] = []
+        self.top_logprobs: list[TopLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.text = ""
-        self.told = (0, 0)
+        self.emitted = (0, 0)
         """Tokens and characters that whoever listens has had."""
-        self.last_heard = 0.0
+        self.last_token_time = 0.0
         """When it came, or its last tokens did, by the engine's clock."""
-        self._news = news
+        self._queue = queue
         self._tokenizer = tokenizer
         self._detokenizer: Detokenizer | None = None
         self._stops = StopStrings(params.stop or (), params.include_stop_str_in_output)
@@ -115,51 +116,51 @@ class Generation:
         return self.request.prompt
 
     @cached_property
-    def knobs(self) -> Knobs:
+    def sampling(self) -> SamplingMetadata:
         """Of this request alone."""
-        return Knobs.of([self])
+        return SamplingMetadata.of([self])
 
     @cached_property
-    def pace(self) -> Pace:
+    def schedule(self) -> DenoisingSchedule:
         """Where it is decoded in blocks; one of which nothing is wanted takes one step."""
-        assert isinstance(self.request, BlockRequest)
+        assert isinstance(self.request, DiffusionRequest)
         params, block = self.params, self.request.block
         threshold = CONFIDENCE if params.confidence_threshold is None else params.confidence_threshold
         steps = (params.denoising_steps or block) if params.max_tokens else 1
-        return Pace.of(threshold, steps, len(self.prompt) + self.request.most_tokens)
+        return DenoisingSchedule.of(threshold, steps, len(self.prompt) + self.request.max_tokens)
 
     @property
-    def needs(self) -> list[Need]:
+    def needs(self) -> list[OutputNeed]:
         wanted = {
-            Need.KNOBS: not self.params.takes_likeliest,
-            Need.CANDIDATES: self.params.logprobs or self.params.prompt_logprobs,
-            Need.LOGITS: self.wants_logits,
+            OutputNeed.SAMPLING: not self.params.takes_likeliest,
+            OutputNeed.TOP_LOGPROBS: self.params.logprobs or self.params.prompt_logprobs,
+            OutputNeed.LOGITS: self.wants_logits,
         }
         return [need for need, is_wanted in wanted.items() if is_wanted]
 
     @property
-    def wants_candidates(self) -> bool:
+    def wants_top_logprobs(self) -> bool:
         return bool(self.params.logprobs)
 
     @property
-    def tells_prompt(self) -> bool:
+    def needs_prompt_rows(self) -> bool:
         """Whether anything is asked of the prompt's own tokens."""
         return self.wants_logits or self.params.prompt_logprobs is not None
 
-    def land(self, landing: Landing) -> None:
+    def append(self, landing: StepOutput) -> None:
         """Take tokens, up to the one that ends the request."""
         before = len(self.tokens)
         self.tokens += landing.tokens
         self.logprobs += landing.logprobs
-        has_end = not self.end_ids.isdisjoint(landing.tokens)
+        has_end = not self.stop_ids.isdisjoint(landing.tokens)
         if has_end:
-            ends = (place for place in range(before, len(self.tokens)) if self.tokens[place] in self.end_ids)
+            ends = (place for place in range(before, len(self.tokens)) if self.tokens[place] in self.stop_ids)
             self._cut(next(ends) + 1)
         if self.params.stop and self._stops_within(before):
             return
         if has_end:
             self.finish("stop")
-        elif len(self.tokens) == self.request.most_tokens:
+        elif len(self.tokens) == self.request.max_tokens:
             self.finish("length")
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
@@ -169,8 +170,8 @@ class Generation:
             emitted, _ = self._stops.push(self._detokenizer.finish())
             self.text += emitted + self._stops.finish()
         self.finish_reason, self.error = reason, error
-        self.__dict__.pop("knobs", None)
-        self.__dict__.pop("pace", None)
+        self.__dict__.pop("sampling", None)
+        self.__dict__.pop("schedule", None)
 
     def write(self) -> str:
         """Bring the text up to the last token, but for characters that are not complete, and what may yet become part
@@ -181,15 +182,15 @@ class Generation:
 
     def report(self) -> None:
         """Tell whoever waits for it that there is something new."""
-        self._news.add(self)
+        self._queue.add(self)
 
     def count_new(self) -> int:
         """Tokens that have come since it was last asked."""
-        before, self.told = self.told, (len(self.tokens), 0)
+        before, self.emitted = self.emitted, (len(self.tokens), 0)
         return len(self.tokens) - before[0]
 
     def _cut(self, end: int) -> None:
-        for column in (self.tokens, self.logprobs, self.candidates):
+        for column in (self.tokens, self.logprobs, self.top_logprobs):
             del column[end:]
 
     def _stops_within(self, first: int) -> bool:

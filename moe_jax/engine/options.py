@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from moe_jax.distributed import Crew
-from moe_jax.engine.block_orders import BlockWriter
+from moe_jax.analysis.roofline import held_bytes
+from moe_jax.engine.diffusion_inputs import DiffusionInputBuilder
+from moe_jax.engine.distributed import ProcessGroup
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.sizes import Sizes
 from moe_jax.errors import RequestError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.programs import PAGE, Programs
-from moe_jax.roofline import held_bytes
-from moe_jax.scheduler import BlockScheduler, CacheGroup, Limits, Scheduler
+from moe_jax.scheduler import CacheGroup, DiffusionScheduler, Limits, Scheduler
 from moe_jax.sharding import Policy, Role
 
 
@@ -73,7 +74,7 @@ class Options:
         needed = {window: sizes.needed_pages(window) for window in decoder.windows}
         one = {window: _one_sequence(window, sizes) for window in decoder.windows}
         if self.cache_pages is not None:
-            pages = {window: min(self.cache_pages, most) for window, most in needed.items()}
+            pages = {window: min(self.cache_pages, limit) for window, limit in needed.items()}
         else:
             room = policy.hardware.memory / policy.hardware.sharers(decoder.placement)
             room = max(room - held_bytes(decoder.parameters), 0) * self.cache_memory
@@ -82,7 +83,7 @@ class Options:
                 for held in (dict.fromkeys(needed, 0), needed)
             )
             share = min(max(room - states, 0) / max(everything - states, 1), 1)
-            pages = {window: int(most * share) for window, most in needed.items()}
+            pages = {window: int(limit * share) for window, limit in needed.items()}
         if any(pages[window] < one[window] for window in pages):
             raise RequestError(
                 f"there is room for {min(pages.values())} pages of {PAGE} positions on each token shard, a sequence of "
@@ -106,15 +107,16 @@ class Options:
             block=sizes.block,
         )
 
-    def engine(self, programs: Programs, parameters: Parameters, policy: Policy, crew: Crew) -> Engine:
+    def engine(self, programs: Programs, parameters: Parameters, policy: Policy, process_group: ProcessGroup) -> Engine:
         decoder = programs.decoder
         sizes = self.sizes(decoder)
         pages = self.pages(decoder, policy, sizes)
-        executor = Executor(programs, parameters, policy, sizes, pages, crew)
+        executor = Executor(programs, parameters, policy, sizes, pages, process_group)
         limits = self.limits(decoder, sizes, pages)
         if decoder.config.diffusion is None:
             return Engine(Scheduler(limits), executor, sizes, decoder.placement)
-        return Engine(BlockScheduler(limits), executor, sizes, decoder.placement, BlockWriter)
+        builder = partial(DiffusionInputBuilder, diffusion=decoder.config.diffusion)
+        return Engine(DiffusionScheduler(limits), executor, sizes, decoder.placement, builder)
 
 
 FEW_PROMPTS, SHORT_PROMPT = 8, 64
@@ -123,4 +125,4 @@ FEW_PROMPTS, SHORT_PROMPT = 8, 64
 
 def _one_sequence(window: int | None, sizes: Sizes) -> int:
     group = CacheGroup(1, window)
-    return group.most_pages(sizes.positions, max(sizes.prompt_rows, sizes.decode_steps), PAGE)
+    return group.max_pages(sizes.positions, max(sizes.prompt_rows, sizes.decode_steps), PAGE)

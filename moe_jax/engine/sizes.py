@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
-from moe_jax.layers import Grid
-from moe_jax.models import Shape
+from moe_jax.kernels.forward_batch import QueryLayout
+from moe_jax.models import BatchShape
 from moe_jax.programs import PAGE
 
 SMALLEST_PROMPT_ROWS, SMALLEST_TABLE = 32, 8
@@ -43,19 +43,23 @@ class StepSize:
         return -(-rows // self.block) * self.block
 
     @property
-    def prompt_lines(self) -> int:
+    def prompt_segments(self) -> int:
         """Enough for all rows, with a broken line for each prompt."""
         return self.prompt_rows // self.chunk + self.prompts if self.prompt_rows else 0
 
     @property
-    def lines(self) -> int:
-        return self.decoding + self.prompt_lines
+    def segments(self) -> int:
+        return self.decoding + self.prompt_segments
 
     @cached_property
-    def shape(self) -> Shape:
-        grids = (Grid(self.decoding, self.block), Grid(self.prompt_lines, self.chunk))
-        tables = tuple((window, min(self.pages, most_pages(window))) for window in self.windows)
-        return Shape(tuple(grid for grid in grids if grid.lines), self.decoding * self.block + self.prompt_rows, tables)
+    def shape(self) -> BatchShape:
+        layouts = (QueryLayout(self.decoding, self.block), QueryLayout(self.prompt_segments, self.chunk))
+        tables = tuple((window, min(self.pages, max_pages(window))) for window in self.windows)
+        return BatchShape(
+            tuple(layout for layout in layouts if layout.segments),
+            self.decoding * self.block + self.prompt_rows,
+            tables,
+        )
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,13 @@ class Sizes:
     def step(self, decoding: int, prompt_rows: int, positions: int) -> StepSize:
         """The smallest for so many decoding requests, so many rows of prompts, and sequences of so many positions."""
         rows = _fitting(self._prompt_rows, prompt_rows) if prompt_rows else 0
-        lines = self.slots if rows else _fitting(_ladder(self.slots), decoding)
-        return self._sized(lines, rows, _fitting(self._pages, -(-positions // PAGE)))
+        segments = self.slots if rows else _fitting(_ladder(self.slots), decoding)
+        return self._sized(segments, rows, _fitting(self._pages, -(-positions // PAGE)))
 
     def steps(self) -> Iterator[StepSize]:
         """All that `step` gives."""
-        for lines, pages in product(_ladder(self.slots), self._pages):
-            yield self._sized(lines, 0, pages)
+        for segments, pages in product(_ladder(self.slots), self._pages):
+            yield self._sized(segments, 0, pages)
         for rows, pages in product(self._prompt_rows, self._pages):
             yield self._sized(self.slots, rows, pages)
 
@@ -93,7 +97,7 @@ class Sizes:
         """The most pages that can be in use at once, in one group of layers."""
         everything = -(-self.positions // PAGE)
         passing = self.prompts * -(-self.prompt_rows // PAGE)
-        return min(self.slots * everything, self.slots * most_pages(window) + passing)
+        return min(self.slots * everything, self.slots * max_pages(window) + passing)
 
     @property
     def _prompt_rows(self) -> list[int]:
@@ -103,18 +107,18 @@ class Sizes:
     def _pages(self) -> list[int]:
         return _ladder(-(-self.positions // PAGE), SMALLEST_TABLE)
 
-    def _sized(self, lines: int, rows: int, pages: int) -> StepSize:
-        return StepSize(self.windows, lines, self.prompts, rows, pages, self.block)
+    def _sized(self, segments: int, rows: int, pages: int) -> StepSize:
+        return StepSize(self.windows, segments, self.prompts, rows, pages, self.block)
 
 
-def most_pages(window: int | None) -> int:
+def max_pages(window: int | None) -> int:
     """Those that the rows of one line can see."""
     return 2**30 if window is None else -(-(window + LARGEST_LINE) // PAGE) + 1
 
 
-def _ladder(most: int, least: int = 1, factor: int = 4) -> list[int]:
-    """From `most` down to the first that is at most `least`."""
-    sizes = [most]
+def _ladder(largest: int, least: int = 1, factor: int = 4) -> list[int]:
+    """From `largest` down to the first that is at most `least`."""
+    sizes = [largest]
     while sizes[-1] > least:
         sizes.append(-(-sizes[-1] // factor))
     return sizes

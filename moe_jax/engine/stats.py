@@ -99,7 +99,7 @@ class Meter:
         self._even_rows += max(rows) * len(rows) * steps
         self._buffered_rows += capacity * len(rows) * steps
 
-    def land(self, waits: np.ndarray, counts: np.ndarray, first: np.ndarray) -> None:
+    def record_tokens(self, waits: np.ndarray, counts: np.ndarray, first: np.ndarray) -> None:
         """Of each request that got tokens: the seconds that it waited, for how many, and whether they are its first."""
         self.generated_tokens += int(counts.sum())
         self.first_token.add(waits[first], 1)

@@ -5,7 +5,6 @@ They run inside `shard_map`, see their own shard of every parameter and row, and
 """
 
 from moe_jax.layers.attention import Attention
-from moe_jax.layers.cache import Cache, PagedCache, Uncached
 from moe_jax.layers.delta_attention import DeltaAttention
 from moe_jax.layers.embedding import Vocabulary
 from moe_jax.layers.latent_attention import LatentAttention
@@ -15,30 +14,18 @@ from moe_jax.layers.mlp import DenseMLP
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.norm import LayerNorm, RMSNorm, row_norm
 from moe_jax.layers.router import Load
-from moe_jax.layers.states import SlotStates, Stateless, States
-from moe_jax.layers.step import Grid, Packing, Step, Table
 
 __all__ = [
     "Attention",
-    "Cache",
     "DeltaAttention",
     "DenseMLP",
-    "Grid",
     "LatentAttention",
     "LayerNorm",
     "LightningAttention",
     "Load",
     "Mamba",
     "MoE",
-    "Packing",
-    "PagedCache",
     "RMSNorm",
-    "SlotStates",
-    "Stateless",
-    "States",
-    "Step",
-    "Table",
-    "Uncached",
     "Vocabulary",
     "row_norm",
 ]

@@ -16,17 +16,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.config import AttentionConfig, Norm, OutputGate, QKNorm, Window
+from moe_jax.kernels.forward_batch import ForwardBatch, QueryLayout
+from moe_jax.kernels.kv_cache import CachedKV, KVBlock, KVCache
+from moe_jax.kernels.online_softmax import MaskFn, weighted_values
+from moe_jax.kernels.query_scaling import query_scale
+from moe_jax.kernels.rope import Rotary
+from moe_jax.kernels.step import Step
 from moe_jax.layers import parameter
-from moe_jax.layers.cache import Block, Cache, Cached
 from moe_jax.layers.norm import HeadNorm, ProjectionNorm, UnitHeadNorm
 from moe_jax.layers.parameter import HeadNumber, once, one_head, only_head, product
-from moe_jax.layers.rope import Rotary
-from moe_jax.layers.softmax import Seen, weighted_values
-from moe_jax.layers.step import Grid, Packing, Step
-from moe_jax.layers.temperature import growth
 from moe_jax.sharding import PartialSum, Placement, Role
 
-C = TypeVar("C", bound=Cache)
+C = TypeVar("C", bound=KVCache)
 
 
 class HeadProjection(nnx.Module):
@@ -77,11 +78,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], step: Step, cache: C, layer: Int32[Array, ""]) -> tuple[PartialSum, C]:
         """This device's heads' part of the output, and the cache with the rows' keys and values written."""
-        packing, placement = step.packing, step.residual.placement
+        batch, placement = step.batch, step.residual.placement
         query, key, value = self._project(x, step)
-        view, cache = cache.write(layer, key, value, packing, self.config.window)
+        view, cache = cache.write(layer, key, value, batch, self.config.window)
         with jax.named_scope("attend"):
-            out = packing.to_rows([self._attend(query, view(grid), grid, packing) for grid in packing.grids])
+            out = batch.to_rows([self._attend(query, view(layout), layout, batch) for layout in batch.layouts])
         if self.gate is not None:
             out *= jax.nn.sigmoid(self.gate(x))
         part = product("thv,hvd->td", out, self.output)
@@ -105,8 +106,8 @@ class Attention(nnx.Module):
             query, key = step.rotate(query, self.rotary), step.rotate(key, self.rotary)
         if rotated_first:
             query, key = self._normalise(query, key, placement, only)
-        if self.config.temperature is not None:
-            query = (query * growth(self.config.temperature, step.packing.positions)).astype(query.dtype)
+        if self.config.query_scaling is not None:
+            query = (query * query_scale(self.config.query_scaling, step.batch.positions)).astype(query.dtype)
         return query, key, value * self.config.value_scale
 
     def _normalise(
@@ -121,13 +122,13 @@ class Attention(nnx.Module):
         return self.query_norm(query, placement), self.key_norm(key, placement, only)
 
     def _attend(
-        self, query: Float[Array, "T H d"], cached: Cached, grid: Grid, packing: Packing
+        self, query: Float[Array, "T H d"], cached: CachedKV, layout: QueryLayout, batch: ForwardBatch
     ) -> Float[Array, "S C H v"]:
         """Each row sees the positions up to the last of its block, which may be its own, within the window."""
         config = self.config
         sinks = None if self.sinks is None else self.sinks[...]
 
-        def of_lines(cached: Cached, query: Float[Array, "S C H d"], own: Int32[Array, "S C"]) -> Array:
+        def of_segments(cached: CachedKV, query: Float[Array, "S C H d"], own: Int32[Array, "S C"]) -> Array:
             last = last_seen(own[..., None], config.block)
 
             def seen(positions: Int32[Array, "S n"]) -> Bool[Array, "S C n"]:
@@ -138,7 +139,9 @@ class Attention(nnx.Module):
 
             return attend(query, cached, seen, self.scale, sinks)
 
-        return cached.by_lines(of_lines, packing.to_grid(query, grid), packing.to_grid(packing.positions, grid))
+        return cached.map_segments(
+            of_segments, batch.to_padded(query, layout), batch.to_padded(batch.positions, layout)
+        )
 
 
 def output_gate(
@@ -191,14 +194,14 @@ def first_seen(own: Int32[Array, "..."], window: int, kind: Window) -> Int32[Arr
 
 def attend(
     query: Float[Array, "S C H d"],
-    cached: Cached,
-    seen: Seen,
+    cached: CachedKV,
+    seen: MaskFn,
     scale: float,
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "S C H v"]:
     """Softmax attention; each KV head serves `H / K` neighbouring query heads."""
 
-    def look(block: Block) -> tuple[Array, Array]:
+    def look(block: KVBlock) -> tuple[Array, Array]:
         return products(query, block.keys) * scale, block.values
 
     return weighted_values(query, cached, look, seen, cached.value_shape, sinks)
@@ -206,6 +209,6 @@ def attend(
 
 def products(query: Float[Array, "S C H d"], keys: Float[Array, "K S n d"]) -> Float[Array, "K S G C n"]:
     """Of each query with the keys of its KV head, in float32."""
-    lines, chunk, _, width = query.shape
-    grouped = query.reshape(lines, chunk, keys.shape[0], -1, width)
+    segments, chunk, _, width = query.shape
+    grouped = query.reshape(segments, chunk, keys.shape[0], -1, width)
     return jnp.einsum("sckgd,ksnd->ksgcn", grouped, keys, preferred_element_type=jnp.float32)

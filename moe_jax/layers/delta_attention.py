@@ -15,14 +15,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import DecayConfig, DeltaConfig, HeadGate
+from moe_jax.kernels.recurrences import Delta, delta_rule
+from moe_jax.kernels.recurrent_states import States
+from moe_jax.kernels.step import Step
 from moe_jax.layers import parameter
 from moe_jax.layers.attention import HeadProjection
 from moe_jax.layers.norm import HeadNorm
 from moe_jax.layers.parameter import only_head, product
-from moe_jax.layers.recurrences import Delta, delta_rule
 from moe_jax.layers.short_convolution import ShortConvolution
-from moe_jax.layers.states import States
-from moe_jax.layers.step import Step
 from moe_jax.sharding import PartialSum, Role
 
 S = TypeVar("S", bound=States)
@@ -58,14 +58,14 @@ class DeltaAttention(nnx.Module):
 
     def __init__(self, config: DeltaConfig, hidden: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
-        heads, key_heads, keys, values = config.heads, config.key_heads, config.key_width, config.value_width
+        heads, key_heads, keys, values = config.heads, config.key_heads, config.key_head_dim, config.value_head_dim
         like = {"dtype": dtype, "rngs": rngs}
         self.query = HeadProjection(hidden, key_heads, keys, Role.KV_HEADS, bias=False, **like)
         self.key = HeadProjection(hidden, key_heads, keys, Role.KV_HEADS, bias=False, **like)
         self.value = HeadProjection(hidden, heads, values, Role.HEADS, bias=False, **like)
-        self.query_convolution = ShortConvolution((key_heads, keys), config.kernel, Role.KV_HEADS, **like)
-        self.key_convolution = ShortConvolution((key_heads, keys), config.kernel, Role.KV_HEADS, **like)
-        self.value_convolution = ShortConvolution((heads, values), config.kernel, Role.HEADS, **like)
+        self.query_convolution = ShortConvolution((key_heads, keys), config.conv_kernel, Role.KV_HEADS, **like)
+        self.key_convolution = ShortConvolution((key_heads, keys), config.conv_kernel, Role.KV_HEADS, **like)
+        self.value_convolution = ShortConvolution((heads, values), config.conv_kernel, Role.HEADS, **like)
         self.decay = Decay(config.decay, hidden, heads, keys, **like)
         self.strength = HeadProjection(hidden, heads, 1, Role.HEADS, bias=False, exact=True, **like)
         self.gate = HeadProjection(hidden, heads, values, Role.HEADS, bias=False, **like)
@@ -84,14 +84,14 @@ class DeltaAttention(nnx.Module):
         each = value.shape[1] // key.shape[1]
         query, key = (jnp.repeat(_unit(part), each, axis=1) for part in (query, key))
         rows = Delta(
-            query * self.config.key_width**-0.5,
+            query * self.config.key_head_dim**-0.5,
             key,
             value,
             self.decay(x),
             jax.nn.sigmoid(self.strength(x)[..., 0]),
         )
         with jax.named_scope("advance"):
-            shape = (*value.shape[1:2], self.config.key_width, self.config.value_width)
+            shape = (*value.shape[1:2], self.config.key_head_dim, self.config.value_head_dim)
             out, states = states.advance(layer, rows, shape, step, delta_rule)
         out = self.norm(out) * GATES[self.config.gate](self.gate(x).astype(jnp.float32))
         part = product("thv,hvd->td", out.astype(x.dtype), self.output)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import ModelConfig
 from moe_jax.layers import parameter
-from moe_jax.sharding import Placement, Residual, Role
+from moe_jax.sharding import Placement, ResidualLayout, Role
 from moe_jax.sharding.collectives import sum_devices
 
 
@@ -26,7 +26,7 @@ class Vocabulary(nnx.Module):
         )
         self.bias = parameter.zeros((config.vocab_rows,), (Role.HEADS,), dtype=dtype) if bias else None
 
-    def embed(self, tokens: Int32[Array, "T"], residual: Residual) -> Float[Array, "B D"]:
+    def embed(self, tokens: Int32[Array, "T"], residual: ResidualLayout) -> Float[Array, "B D"]:
         """The vectors of the rows that this device keeps."""
         table = self.table[...]
         local = tokens - residual.placement.index(Role.HEADS) * table.shape[0]
@@ -48,6 +48,6 @@ class Vocabulary(nnx.Module):
             local += self.bias[...]
         return local * self.scale
 
-    def all_logits(self, x: Float[Array, "T D"], residual: Residual) -> Float[Array, "T vocab"]:
+    def all_logits(self, x: Float[Array, "T D"], residual: ResidualLayout) -> Float[Array, "T vocab"]:
         """Scores of the whole vocabulary, the same on all heads devices."""
         return residual.gather_columns(self.logits(x))[:, : self.size]

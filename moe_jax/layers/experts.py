@@ -15,12 +15,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import Activation, MoEConfig, Weighted
+from moe_jax.kernels.activation import gated
+from moe_jax.kernels.expert_loop import Assignments, ExpertInputs, ExpertLoop, ExpertWeights, expert_loop
+from moe_jax.kernels.grouped_matmul.dispatch import GroupedMatmul, grouped_matmul, grouped_matmul_on
+from moe_jax.kernels.grouped_matmul.loop import LoopGroupedMatmul
+from moe_jax.kernels.stacked_weight import StackedWeight
 from moe_jax.layers import parameter
-from moe_jax.layers.activation import gated
-from moe_jax.layers.expert_walk import Assigned, Held, Inputs, Walker, walk_experts
-from moe_jax.layers.grouped_matmul import Products, grouped_matmul, products_on
-from moe_jax.layers.grouped_walk import Walk
-from moe_jax.layers.parameter import InPlace, once
+from moe_jax.layers.parameter import once
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.collectives import argsort
 
@@ -57,23 +58,23 @@ class Experts(nnx.Module):
         """The outputs of the experts held here, weighted, summed per row: this device's part of the output."""
         local = experts - placement.index(Role.EXPERTS) * self.held
         here = (local >= 0) & (local < self.held)
-        assigned = jnp.where(here, local, self.held).reshape(-1)
-        sizes = jnp.bincount(assigned, length=self.held + 1)[:-1]
-        inputs = Inputs(x, weights, self._parameters(placement))
-        by = products_on(placement.device, placement.size(Role.EXPERTS))
-        over_sorted = partial(sorted_form, by, self.activation, self.weighted)
-        gate_up, down = parameter.in_place(self.gate_up), parameter.in_place(self.down)
-        in_place = gate_up.reshape(*inputs.held.gate_up.shape), down
+        assignments = jnp.where(here, local, self.held).reshape(-1)
+        sizes = jnp.bincount(assignments, length=self.held + 1)[:-1]
+        inputs = ExpertInputs(x, weights, self._parameters(placement))
+        backend = grouped_matmul_on(placement.device, placement.size(Role.EXPERTS))
+        over_sorted = partial(sorted_experts, backend, self.activation, self.weighted)
+        gate_up, down = parameter.stacked(self.gate_up), parameter.stacked(self.down)
+        stacked = gate_up.reshape(*inputs.held.gate_up.shape), down
         with jax.named_scope("grouped_gated_mlp"):
-            which = Assigned(argsort(assigned), sizes, here)
-            if not isinstance(by, Walk):
-                return over_sorted(inputs, which, in_place)
-            walker = Walker(self.activation, self.weighted, by, over_sorted)
-            return walk_experts(walker, inputs, which, *in_place)
+            which = Assignments(argsort(assignments), sizes, here)
+            if not isinstance(backend, LoopGroupedMatmul):
+                return over_sorted(inputs, which, stacked)
+            loop = ExpertLoop(self.activation, self.weighted, backend, over_sorted)
+            return expert_loop(loop, inputs, which, *stacked)
 
-    def _parameters(self, placement: Placement) -> Held:
+    def _parameters(self, placement: Placement) -> ExpertWeights:
         gate_up, down_bias = self.gate_up[...], self.down_bias
-        return Held(
+        return ExpertWeights(
             gate_up.reshape(*gate_up.shape[:2], -1),
             self.down[...],
             None if self.gate_up_bias is None else self.gate_up_bias[...].reshape(self.held, -1),
@@ -81,25 +82,25 @@ class Experts(nnx.Module):
         )
 
 
-def sorted_form(
-    by: Products,
+def sorted_experts(
+    backend: GroupedMatmul,
     activation: Activation,
     weighted: Weighted,
-    inputs: Inputs,
-    assigned: Assigned,
-    in_place: tuple[InPlace, InPlace] | tuple[None, None] = (None, None),
+    inputs: ExpertInputs,
+    assignments: Assignments,
+    stacked: tuple[StackedWeight, StackedWeight] | tuple[None, None] = (None, None),
 ) -> Float[Array, "N D"]:
     """All rows of an expert at once, by grouped matmuls of gates and ups, and of outputs."""
-    (x, weights, held), (order, sizes, here), (gate_up, down) = inputs, assigned, in_place
+    (x, weights, held), (order, sizes, here), (gate_up, down) = inputs, assignments, stacked
     rows = x[order // here.shape[1]]
     if weighted is Weighted.INPUT:
         rows *= weights.reshape(-1)[order, None].astype(x.dtype)
         weights = jnp.ones_like(weights)
     expert = jnp.sum(jnp.cumsum(sizes) <= jnp.arange(order.size)[:, None], axis=1)
-    gates_ups = grouped_matmul(rows, held.gate_up, sizes, by, gate_up)
+    gates_ups = grouped_matmul(rows, held.gate_up, sizes, backend, gate_up)
     if held.gate_up_bias is not None:
         gates_ups += held.gate_up_bias.at[expert].get(mode="clip")
-    out = grouped_matmul(gated(activation, *jnp.split(gates_ups, 2, axis=1)), held.down, sizes, by, down)
+    out = grouped_matmul(gated(activation, *jnp.split(gates_ups, 2, axis=1)), held.down, sizes, backend, down)
     if held.down_bias is not None:
         out += held.down_bias.at[expert].get(mode="clip")
 

@@ -16,14 +16,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import LightningConfig
+from moe_jax.kernels.recurrences import Linear, linear_attention
+from moe_jax.kernels.recurrent_states import States
+from moe_jax.kernels.rope import Rotary
+from moe_jax.kernels.step import Step
 from moe_jax.layers import parameter
 from moe_jax.layers.attention import HeadProjection
 from moe_jax.layers.norm import GroupNorm, HeadNorm
 from moe_jax.layers.parameter import product
-from moe_jax.layers.recurrences import Linear, linear_attention
-from moe_jax.layers.rope import Rotary
-from moe_jax.layers.states import States
-from moe_jax.layers.step import Step
 from moe_jax.sharding import PartialSum, Placement, Role
 
 S = TypeVar("S", bound=States)

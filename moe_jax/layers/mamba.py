@@ -15,13 +15,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import MambaConfig
+from moe_jax.kernels.recurrences import Selection, selective_scan
+from moe_jax.kernels.recurrent_states import States
+from moe_jax.kernels.step import Step
 from moe_jax.layers import parameter
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.parameter import once, product
-from moe_jax.layers.recurrences import Selection, selective_scan
 from moe_jax.layers.short_convolution import ShortConvolution
-from moe_jax.layers.states import States
-from moe_jax.layers.step import Step
 from moe_jax.sharding import PartialSum, Role
 from moe_jax.sharding.collectives import sum_devices
 
@@ -58,12 +58,12 @@ class Mamba(nnx.Module):
 
     def __init__(self, config: MambaConfig, hidden: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
-        channels, width, rank = config.channels, config.width, config.rank
+        channels, width, rank = config.channels, config.d_state, config.dt_rank
         like = {"dtype": dtype, "rngs": rngs}
         self.input = Channels(hidden, channels, bias=config.bias, bias_dtype=dtype, **like)
         self.gate = Channels(hidden, channels, bias=config.bias, bias_dtype=dtype, **like)
         self.convolution = ShortConvolution(
-            (channels,), config.kernel, Role.HEADS, bias=config.convolution_bias, **like
+            (channels,), config.d_conv, Role.HEADS, bias=config.convolution_bias, **like
         )
         self.select = parameter.normal(
             rngs, (channels, rank + 2 * width), (Role.HEADS, None), fan_in=channels, dtype=dtype
@@ -84,7 +84,7 @@ class Mamba(nnx.Module):
         rows = self._selection(seen, step)
         with jax.named_scope("advance"):
             scan = partial(selective_scan, rates=-jnp.exp(self.log_rates[...]))
-            out, states = states.advance(layer, rows, (seen.shape[1], self.config.width), step, scan)
+            out, states = states.advance(layer, rows, (seen.shape[1], self.config.d_state), step, scan)
         out = (out + self.skip[...] * seen) * jax.nn.silu(self.gate(x).astype(jnp.float32))
         part = product("th,hd->td", out.astype(x.dtype), self.output)
         if self.output_bias is not None:
@@ -95,6 +95,6 @@ class Mamba(nnx.Module):
         """All channels, those of other devices too, say how far to go, and what is taken in and read."""
         config = self.config
         selected = sum_devices(seen @ self.select[...], step.residual.placement.axes(Role.HEADS))
-        far, into, out = jnp.split(selected, [config.rank, config.rank + config.width], axis=-1)
+        far, into, out = jnp.split(selected, [config.dt_rank, config.dt_rank + config.d_state], axis=-1)
         steps = jax.nn.softplus(self.step(self.step_norm(far)).astype(jnp.float32))
         return Selection(seen, steps, self.into_norm(into), self.out_norm(out))

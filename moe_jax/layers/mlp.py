@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moe_jax.config import Activation, DenseConfig, SharedExpertConfig
+from moe_jax.kernels.activation import gated
 from moe_jax.layers import parameter
-from moe_jax.layers.activation import gated
 from moe_jax.layers.parameter import product
 from moe_jax.sharding import Combine, Role, Rows
 

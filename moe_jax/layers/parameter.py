@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import Quantization
-from moe_jax.layers.quantised import Quantised, quantise
+from moe_jax.kernels.quantized import QuantizedWeight, quantize
+from moe_jax.kernels.stacked_weight import LayerSlice, StackedWeight
 from moe_jax.sharding import Placement, Role
 
 Dims = tuple[Role | None, ...]
@@ -57,7 +57,7 @@ def product(
 ) -> Float[Array, "..."]:
     """`einsum(equation, x, part(parameter))`, in the dtype of `x`. `part` takes some of the outputs."""
     value = parameter.get_value()
-    if isinstance(value, Quantised):
+    if isinstance(value, QuantizedWeight):
         return value.map(lambda each: part(each[...])).product(equation, x)
     return jnp.einsum(equation, x, part(value[...]))
 
@@ -86,50 +86,15 @@ def once(bias: Array, placement: Placement, role: Role) -> Array:
     return jnp.where(placement.index(role) == 0, bias, 0)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class InPlace:
-    """A layer's parameter in the stack of those of many layers, of which parts can be read without the whole."""
-
-    stack: Shaped[Array, "L E ..."] | Quantised
-    layer: Int32[Array, ""]
-
-    @classmethod
-    def of_one(cls, parameter: Shaped[Array, "E ..."] | Quantised) -> InPlace:
-        """A stack of one."""
-        return cls(jax.tree.map(lambda whole: whole[None], parameter), jnp.zeros((), jnp.int32))
-
-    def part(self, index: Int32[Array, ""]) -> Shaped[Array, "..."]:
-        return self.stack[self.layer, index]
-
-    def whole(self) -> Shaped[Array, "E ..."]:
-        return self.stack[self.layer]
-
-    def reshape(self, *shape: int) -> InPlace:
-        """The parameter in another shape."""
-        return InPlace(self.stack.reshape(self.stack.shape[0], *shape), self.layer)
-
-
-class Cut:
-    """A parameter as a layer of a scanned stack sees it: `parameter[...]` is the layer's own, as of any parameter."""
-
-    def __init__(self, own: Array, stack: Array, layer: Int32[Array, ""]) -> None:
-        self._own, self.shape, self.dtype = own, own.shape, own.dtype
-        self.in_place = InPlace(stack, layer)
-
-    def __getitem__(self, index: Any) -> Array:
-        return self._own if index is ... else self._own[index]
-
-
-def in_place(parameter: nnx.Param) -> InPlace:
+def stacked(parameter: nnx.Param) -> StackedWeight:
     """Where a parameter lies."""
     match parameter.get_value():
-        case Cut() as cut:
-            return cut.in_place
-        case Quantised(numbers=Cut() as cut) as value:
-            return InPlace(value.map(lambda cut: cut.in_place.stack), cut.in_place.layer)
+        case LayerSlice() as layer_slice:
+            return layer_slice.stacked
+        case QuantizedWeight(numbers=LayerSlice() as layer_slice) as value:
+            return StackedWeight(value.map(lambda layer_slice: layer_slice.stacked.stack), layer_slice.stacked.layer)
         case value:
-            return InPlace.of_one(value)
+            return StackedWeight.of_one(value)
 
 
 def placed(parameters: nnx.State, placement: Placement, quantization: Quantization | None = None) -> nnx.State:
@@ -143,7 +108,7 @@ def placed(parameters: nnx.State, placement: Placement, quantization: Quantizati
         shape = _shape_of_scales(param.shape, dims, inputs, placement, quantization.block)
         whole = tuple(role if size > 1 else None for role, size in zip(dims, shape[-len(dims) :], strict=True))
         scales = _placed(shape, jnp.float32, whole, placement)
-        return param.replace(Quantised(numbers, scales, quantization.dtype, param.dtype))
+        return param.replace(QuantizedWeight(numbers, scales, quantization.dtype, param.dtype))
 
     return jax.tree.map(place, parameters, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -153,15 +118,15 @@ def inputs_of(parameter: nnx.Variable) -> tuple[int, ...] | None:
     return parameter.get_metadata().get("inputs")
 
 
-def quantised(parameters: nnx.State, like: nnx.State, quantization: Quantization) -> nnx.State:
+def quantized(parameters: nnx.State, like: nnx.State, quantization: Quantization) -> nnx.State:
     """Arrays as `placed` says that they are held."""
 
     def convert(param: nnx.Param, wanted: nnx.Param) -> nnx.Variable:
         inputs, value = inputs_of(param), wanted.get_value()
         if inputs is None:
             return param
-        assert isinstance(value, Quantised)
-        numbers, scales = quantise(param[...].astype(jnp.float32), inputs, quantization)
+        assert isinstance(value, QuantizedWeight)
+        numbers, scales = quantize(param[...].astype(jnp.float32), inputs, quantization)
         return param.replace(replace(value, numbers=numbers, scales=jnp.broadcast_to(scales, value.scales.shape)))
 
     return jax.tree.map(convert, parameters, like, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from moe_jax.config import MoEConfig, RouterConfig
+from moe_jax.kernels.routing import SparseMixer, TopKRouting
 from moe_jax.layers import parameter
-from moe_jax.layers.choice import Scored, SparseMixer
 from moe_jax.sharding.rows import masked
 
 
@@ -45,7 +45,7 @@ class Router(nnx.Module):
         self.selection_bias = (
             parameter.zeros((experts,), (None,), dtype=jnp.float32) if scored and router.selection_bias else None
         )
-        self.choice = Scored(router, config.top_k) if scored else SparseMixer(router, config.top_k)
+        self.choice = TopKRouting(router, config.top_k) if scored else SparseMixer(router, config.top_k)
 
     def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None) -> Routing:
         logits = x.astype(jnp.float32) @ self.weight[...]

@@ -13,10 +13,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from moe_jax.kernels.recurrent_states import States
+from moe_jax.kernels.step import Step
 from moe_jax.layers import parameter
 from moe_jax.layers.parameter import HeadNumber, one_head
-from moe_jax.layers.states import States
-from moe_jax.layers.step import Step
 from moe_jax.sharding import Role
 
 S = TypeVar("S", bound=States)

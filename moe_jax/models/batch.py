@@ -1,6 +1,6 @@
-"""The input of one forward pass, packed from the tokens that each sequence takes part with.
+"""Pack segments of sequences into the arrays of a forward batch, on the host.
 
-T  rows of a token shard     L  lines of a token shard     N  pages of a line, in one table
+T  rows of a token shard     L  segments of a token shard     N  pages of a segment, in one page table
 """
 
 from __future__ import annotations
@@ -11,72 +11,62 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Int32
 
-from moe_jax.layers import Grid, Packing, Table
+from moe_jax.kernels.forward_batch import ForwardBatch, PageTable, QueryLayout
 from moe_jax.sharding import Placement, Role, Rows
 from moe_jax.sharding.rows import on_host
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Batch:
-    """All token shards' rows, shard after shard on the leading dimension. T is the capacity of `rows`."""
-
-    tokens: Int32[Array, "shards*T"]
-    packing: Packing
-    rows: Rows
-
-
 class PageRange(NamedTuple):
-    """Where some consecutive positions of a sequence lie: pages of a token shard, for layers that look back equally
-    far."""
+    """Pages of consecutive positions of one sequence, for the layers that share one window."""
 
     first: int
-    """The position at which the first page begins."""
+    """Position at which the first page begins."""
     pages: array[int]
+    """Page numbers of one token shard."""
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of one sequence in one step: a line."""
+    """Consecutive tokens of one sequence in one step."""
 
     start: int
-    """The position of the first of them in its sequence."""
+    """Position of the first token in its sequence."""
     tokens: Sequence[int]
     tables: Sequence[PageRange] = ()
-    """One for each of the decoder's `windows`: pages of all positions that these tokens see, their own included."""
+    """For each window of the decoder, the pages of all positions that these tokens see, their own included."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The static sizes of a step."""
+class BatchShape:
+    """Static sizes of a forward batch."""
 
-    grids: tuple[Grid, ...]
+    layouts: tuple[QueryLayout, ...]
     capacity: int
-    """T."""
+    """Rows of a token shard (T)."""
     tables: tuple[tuple[int | None, int], ...] = ()
-    """Of each table, the window and N."""
+    """Window and number of pages (N) of each page table."""
 
 
-class Lines:
-    """The segments of one grid of a token shard, by column, which costs the host least; missing ones take no part."""
+class Segments:
+    """Segments of one layout of a token shard, column by column: that costs the host least. May be fewer than the
+    layout has places."""
 
     __slots__ = ("lengths", "starts", "tables", "tokens")
 
     def __init__(self, tables: int = 0) -> None:
-        """Without any; each will have so many page ranges."""
-        self.starts, self.lengths, self.tokens = array("i"), array("i"), array("i")
-        """The tokens of all segments, one segment after the other, and how many each has."""
+        """Make an empty list of segments with this number of page tables."""
+        self.starts, self.lengths = array("i"), array("i")
+        self.tokens = array("i")
+        """Tokens of all segments, one segment after the other."""
         self.tables: list[list[PageRange]] = [[] for _ in range(tables)]
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], tables: int = 0) -> Lines:
-        lines = cls(tables)
+    def of(cls, segments: Iterable[Segment], tables: int = 0) -> Segments:
+        made = cls(tables)
         for segment in segments:
-            lines.add(segment)
-        return lines
+            made.add(segment)
+        return made
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -89,52 +79,63 @@ class Lines:
             ranges.append(own)
 
 
-def pack(shards: Sequence[Sequence[Lines]], shape: Shape, placement: Placement) -> tuple[Batch, list[int]]:
-    """The arrays of a step, from the lines of each grid of each shard, and the row, over all shards, at which each
-    segment begins, in order."""
-    places, capacity = len(shards), shape.capacity
-    assert places == placement.size(Role.TOKENS)
-    parts = [grid for of_shard in shards for grid in of_shard]
-    owners, into, lines = _places(shards, shape.grids)
+def pack(
+    shards: Sequence[Sequence[Segments]], shape: BatchShape, placement: Placement
+) -> tuple[ForwardBatch, list[int]]:
+    """Pack the segments of each layout of each token shard.
+
+    Returns:
+      The batch, as NumPy arrays, and the first row of each segment, counted over all token shards, in order.
+    """
+    assert len(shards) == placement.size(Role.TOKENS)
+    parts = list(chain.from_iterable(shards))
+    owners, places, per_shard = _places(shards, shape.layouts)
     lengths = _joined(part.lengths for part in parts)
-    counts = np.bincount(owners, lengths, places).astype(np.int32)
-    first_rows = np.cumsum(lengths) - lengths + (np.arange(places) * capacity - np.cumsum(counts) + counts)[owners]
+    counts = np.bincount(owners, lengths, len(shards)).astype(np.int32)
+    shard_starts = np.arange(len(shards)) * shape.capacity
+    first_rows = np.cumsum(lengths) - lengths + (shard_starts - np.cumsum(counts) + counts)[owners]
 
     rows = _runs(first_rows, lengths)
-    tokens, positions = np.zeros((2, places * capacity), np.int32)
-    line_of = np.full(places * capacity, lines, np.int32)
+    tokens, positions = np.zeros((2, len(shards) * shape.capacity), np.int32)
+    segment_of_row = np.full(len(shards) * shape.capacity, per_shard, np.int32)
     tokens[rows] = _joined(part.tokens for part in parts)
     positions[rows] = _runs(_joined(part.starts for part in parts), lengths)
-    line_of[rows] = np.repeat(into % lines, lengths)
-    starts, rows_of = np.zeros((2, places * lines), np.int32)
-    starts[into], rows_of[into] = first_rows - owners * capacity, lengths
+    segment_of_row[rows] = np.repeat(places % per_shard, lengths)
+    starts, rows_of_segment = np.zeros((2, len(shards) * per_shard), np.int32)
+    starts[places], rows_of_segment[places] = first_rows - shard_starts[owners], lengths
     tables = []
     for number, (window, length) in enumerate(shape.tables):
-        pages = np.zeros((places * lines, length), np.int32)
-        tables.append(_table(list(chain.from_iterable(part.tables[number] for part in parts)), into, pages, window))
-    packing = Packing(*map(on_host, (line_of, positions, starts, rows_of)), tables=tuple(tables), grids=shape.grids)
-    return Batch(on_host(tokens), packing, Rows.of(counts.tolist(), placement, capacity)), first_rows.tolist()
+        pages = np.zeros((len(shards) * per_shard, length), np.int32)
+        ranges = list(chain.from_iterable(part.tables[number] for part in parts))
+        tables.append(_page_table(ranges, places, pages, window))
+    batch = ForwardBatch(
+        *map(on_host, (tokens, segment_of_row, positions, starts, rows_of_segment)),
+        tables=tuple(tables),
+        rows=Rows.of(counts.tolist(), placement, shape.capacity),
+        layouts=shape.layouts,
+    )
+    return batch, first_rows.tolist()
 
 
-def _places(shards: Sequence[Sequence[Lines]], grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Of each segment its shard, and its line over all shards; and how many lines a shard has."""
+def _places(shards: Sequence[Sequence[Segments]], layouts: Sequence[QueryLayout]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Find each segment's token shard and its place over all shards; and the number of places of a shard."""
     taken = np.array([[len(segments) for segments in of_shard] for of_shard in shards], np.int32)
-    sizes = np.array([grid.lines for grid in grids], np.int32)
-    assert taken.shape == (len(shards), len(grids))
+    sizes = np.array([layout.segments for layout in layouts], np.int32)
+    assert taken.shape == (len(shards), len(layouts))
     assert (taken <= sizes).all()
     firsts = np.arange(len(shards))[:, None] * sizes.sum() + np.cumsum(sizes) - sizes
     owners = np.repeat(np.arange(len(shards)), taken.sum(axis=1))
     return owners, _runs(firsts.reshape(-1), taken.reshape(-1)), int(sizes.sum())
 
 
-def _table(ranges: Sequence[PageRange], into: np.ndarray, pages: np.ndarray, window: int | None) -> Table:
-    """The ranges written into their lines of `pages`."""
+def _page_table(ranges: Sequence[PageRange], places: np.ndarray, pages: np.ndarray, window: int | None) -> PageTable:
+    """Write each segment's page range into its row of `pages`."""
     held = np.fromiter((len(each.pages) for each in ranges), np.int32, len(ranges))
     assert held.max(initial=0) <= pages.shape[1]
-    pages.reshape(-1)[_runs(into * pages.shape[1], held)] = _joined(each.pages for each in ranges)
+    pages.reshape(-1)[_runs(places * pages.shape[1], held)] = _joined(each.pages for each in ranges)
     firsts = np.zeros(len(pages), np.int32)
-    firsts[into] = [each.first for each in ranges]
-    return Table(on_host(pages), on_host(firsts), window)
+    firsts[places] = [each.first for each in ranges]
+    return PageTable(on_host(pages), on_host(firsts), window)
 
 
 def _joined(columns: Iterable[array[int]]) -> np.ndarray:
@@ -142,6 +143,6 @@ def _joined(columns: Iterable[array[int]]) -> np.ndarray:
 
 
 def _runs(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers from each first on, as many as its length, one run after the other."""
+    """Concatenate the ranges `[first, first + length)`."""
     ends = np.cumsum(lengths)
     return np.repeat(firsts - ends + lengths, lengths) + np.arange(lengths.sum())

@@ -25,9 +25,11 @@ from moe_jax.config import (
     MoEConfig,
     RecurrentConfig,
 )
+from moe_jax.kernels.kv_cache import KVCache
+from moe_jax.kernels.recurrent_states import States
+from moe_jax.kernels.step import Step
 from moe_jax.layers import (
     Attention,
-    Cache,
     DeltaAttention,
     DenseMLP,
     LatentAttention,
@@ -35,21 +37,19 @@ from moe_jax.layers import (
     Load,
     Mamba,
     MoE,
-    States,
-    Step,
     Vocabulary,
     parameter,
     row_norm,
 )
 from moe_jax.models.grouping import Group
 
-Caches = list[list[Cache | States]]
+Caches = list[list[KVCache | States]]
 """A cache for each layer of the unit of each group, of the kind that it takes, its arrays stacked over the repeats."""
 Mixer: TypeAlias = Attention | LatentAttention | DeltaAttention | Mamba | LightningAttention
 """What takes a row's part of other positions of its sequence."""
 
 
-class Block(nnx.Module):
+class DecoderLayer(nnx.Module):
     """One pre-norm layer."""
 
     def __init__(
@@ -110,22 +110,22 @@ class Stack(nnx.Module):
         @nnx.vmap
         def stacked(rngs: nnx.Rngs) -> nnx.List:
             blocks = zip(group.unit, group.numbers, strict=True)
-            return nnx.List([Block(layer, model, numbers, dtype=dtype, rngs=rngs) for layer, numbers in blocks])
+            return nnx.List([DecoderLayer(layer, model, numbers, dtype=dtype, rngs=rngs) for layer, numbers in blocks])
 
         self.repeats = group.repeats
         self.unit = stacked(rngs)
 
     def __call__(
-        self, x: Float[Array, "B D"], step: Step, caches: list[Cache | States]
-    ) -> tuple[Float[Array, "B D"], list[Cache | States], list[Load]]:
+        self, x: Float[Array, "B D"], step: Step, caches: list[KVCache | States]
+    ) -> tuple[Float[Array, "B D"], list[KVCache | States], list[Load]]:
         """The loads' arrays are stacked over the repeats."""
         blocks, parameters = nnx.split(self.unit)
 
-        def body(carry: tuple[Array, list[Cache | States]], repeat: tuple[Array, Any]) -> tuple[Any, list[Load]]:
+        def body(carry: tuple[Array, list[KVCache | States]], repeat: tuple[Array, Any]) -> tuple[Any, list[Load]]:
             (x, caches), (index, own) = carry, repeat
-            cut = jax.tree.map(lambda own, stack: parameter.Cut(own, stack, index), own, parameters)
+            layer_slice = jax.tree.map(lambda own, stack: parameter.LayerSlice(own, stack, index), own, parameters)
             written, loads = [], []
-            for block, cache in zip(nnx.merge(blocks, cut), caches, strict=True):
+            for block, cache in zip(nnx.merge(blocks, layer_slice), caches, strict=True):
                 x, cache, load = block(x, step, cache, index)
                 written.append(cache)
                 loads += [] if load is None else [load]

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float
 
 from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, Quantization, RecurrentConfig
 from moe_jax.errors import ConfigError
-from moe_jax.layers import PagedCache, SlotStates, Step, parameter
-from moe_jax.layers.cache import portion_on
-from moe_jax.layers.states import STATE_DTYPE
-from moe_jax.models.batch import Batch
+from moe_jax.kernels.forward_batch import ForwardBatch
+from moe_jax.kernels.kv_cache import PagedKVCache, attention_tile_on
+from moe_jax.kernels.recurrent_states import STATE_DTYPE, SlotStates
+from moe_jax.kernels.step import Step
+from moe_jax.layers import parameter
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import Group, each_apart, group_layers
 from moe_jax.sharding import (
@@ -29,15 +30,15 @@ from moe_jax.sharding import (
     Hardware,
     Placement,
     Policy,
-    Residual,
+    ResidualLayout,
     Role,
     Route,
     RowBytes,
     Strategy,
     as_encoding,
-    asked_residual,
-    asked_strategy,
-    check_fit,
+    as_residual_layout,
+    as_strategy,
+    check_divisibility,
 )
 
 Parameters = nnx.State
@@ -67,7 +68,7 @@ class ShardedDecoder:
     def __post_init__(self) -> None:
         if str(self.dtype) not in DTYPES:
             raise ConfigError(f"dtype must be bfloat16, float16 or float32, got {str(self.dtype)!r}")
-        check_fit(self.config, self.placement)
+        check_divisibility(self.config, self.placement)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -87,7 +88,7 @@ class ShardedDecoder:
         self,
         hardware: Hardware,
         combine: str | Strategy = "auto",
-        residual: str | type[Residual] = "auto",
+        residual: str | type[ResidualLayout] = "auto",
         gather_dtype: str = "exact",
     ) -> Policy:
         """How rows go through the layers, as users ask for it.
@@ -96,7 +97,7 @@ class ShardedDecoder:
           PlacementError, ConfigError: no such strategy, residual or dtype.
         """
         encoding = as_encoding(gather_dtype)
-        strategy, kept = asked_strategy(combine), asked_residual(residual)
+        strategy, kept = as_strategy(combine), as_residual_layout(residual)
         layers = tuple(self.rows_of(layer, encoding) for layer in self.config.layers)
         return Policy(self.placement, layers, hardware, strategy, kept, encoding)
 
@@ -118,10 +119,10 @@ class ShardedDecoder:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.parameters)
 
         def draw(key: Array) -> Parameters:
-            drawn = nnx.state(Decoder(self.config, self.groups, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
+            emitted = nnx.state(Decoder(self.config, self.groups, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
             if self.quantization is None:
-                return drawn
-            return parameter.quantised(drawn, self.parameters, self.quantization)
+                return emitted
+            return parameter.quantized(emitted, self.parameters, self.quantization)
 
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
 
@@ -163,7 +164,7 @@ class ShardedDecoder:
             shape = (repeats, max(heads, placement.size(Role.HEADS)), shards * places, *rest)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(placement.mesh, self.cache_spec))
 
-        def cache(repeats: int, layer: LayerConfig) -> PagedCache | SlotStates:
+        def cache(repeats: int, layer: LayerConfig) -> PagedKVCache | SlotStates:
             attention = layer.attention
             if isinstance(attention, RecurrentConfig):
                 recent = (abstract(repeats, heads, slots, *rest) for heads, *rest in attention.recent_shapes)
@@ -171,7 +172,7 @@ class ShardedDecoder:
                 return SlotStates(tuple(recent), abstract(repeats, heads, slots, *rest, dtype=STATE_DTYPE))
             pool = (repeats, attention.kv_heads, pages[attention.window], page)
             keys, values = (abstract(*pool, width) for width in attention.cached_widths)
-            return PagedCache(keys, values, portion_on(placement.device))
+            return PagedKVCache(keys, values, attention_tile_on(placement.device))
 
         return [[cache(group.repeats, layer) for layer in group.unit] for group in self.groups]
 
@@ -188,11 +189,9 @@ class ShardedDecoder:
         specs = (self.parameter_specs, *in_specs)
         return jax.shard_map(run, mesh=self.placement.mesh, in_specs=specs, out_specs=out_specs, check_vma=True)
 
-    @property
-    def batch_specs(self) -> Batch:
-        """How a batch is split: all rows by token shard, the counts everywhere."""
-        tokens = self.rows_spec
-        return Batch(tokens, tokens, PartitionSpec())  # type: ignore[arg-type]
+    def batch_specs(self, batch: ForwardBatch) -> ForwardBatch:
+        """Specs of a batch: arrays of rows and segments are split over the token shards, counts are replicated."""
+        return batch.labelled(self.rows_spec, PartitionSpec())
 
     @property
     def rows_spec(self) -> PartitionSpec:
@@ -204,16 +203,16 @@ class ShardedDecoder:
         return PartitionSpec(None, *self.placement.spec((Role.HEADS, Role.TOKENS), (0, 0)))
 
     def all_logits(
-        self, parameters: Parameters, caches: Caches, batch: Batch, route: Route
+        self, parameters: Parameters, caches: Caches, batch: ForwardBatch, route: Route
     ) -> tuple[Float[Array, "shards*T vocab"], Caches]:
         """Logits after every row, and the caches with the batch written."""
 
-        def run(decoder: Decoder, caches: Caches, batch: Batch) -> tuple[Array, Caches]:
-            x, caches, _ = decoder(batch.tokens, Step.of(batch.rows, batch.packing, route), caches)
+        def run(decoder: Decoder, caches: Caches, batch: ForwardBatch) -> tuple[Array, Caches]:
+            x, caches, _ = decoder(batch.tokens, Step.of(batch, route), caches)
             with jax.named_scope("head"):
                 return decoder.vocabulary.all_logits(x, route.residual), caches
 
-        in_specs, out_specs = (self.cache_spec, self.batch_specs), (self.rows_spec, self.cache_spec)
+        in_specs, out_specs = (self.cache_spec, self.batch_specs(batch)), (self.rows_spec, self.cache_spec)
         return self.per_device(run, in_specs, out_specs)(parameters, caches, batch)
 
 

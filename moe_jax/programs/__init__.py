@@ -1,8 +1,22 @@
-"""The compiled steps of a decoder."""
+"""Compiled steps of a decoder: their inputs, outputs, and sampling."""
 
-from moe_jax.programs.denoising import BlockSlots, BlockTurn, Pace
-from moe_jax.programs.parcel import Parcel
+from moe_jax.programs.diffusion_input import DenoisingSchedule, DiffusionSlots, DiffusionStepInput
+from moe_jax.programs.outputs import RowLogprobs, SampledTokens
+from moe_jax.programs.packed_buffer import PackedBuffer
 from moe_jax.programs.programs import PAGE, Programs
-from moe_jax.programs.steps import Asked, Drawn, Scored, Slots, Turn
+from moe_jax.programs.step_input import FROM_BUFFER, Slots, StepFlags, StepInput
 
-__all__ = ["PAGE", "Asked", "BlockSlots", "BlockTurn", "Drawn", "Pace", "Parcel", "Programs", "Scored", "Slots", "Turn"]
+__all__ = [
+    "FROM_BUFFER",
+    "PAGE",
+    "DenoisingSchedule",
+    "DiffusionSlots",
+    "DiffusionStepInput",
+    "PackedBuffer",
+    "Programs",
+    "RowLogprobs",
+    "SampledTokens",
+    "Slots",
+    "StepFlags",
+    "StepInput",
+]

@@ -1,14 +1,13 @@
-"""One program for each shape of step, compiled once.
+"""Compiled programs: one for each shape and kind of step.
 
-S  slots of a token shard     P  positions of a sequence
+S  slots of a token shard     P  positions of a sequence     L  segments of a token shard
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import fields, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,148 +17,114 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from jaxtyping import Array, Int32
 
-from moe_jax.layers import Grid
-from moe_jax.models import Batch, Caches, Lines, Parameters, Shape, ShardedDecoder, pack, zeros
+from moe_jax.kernels.forward_batch import QueryLayout
+from moe_jax.models import BatchShape, Caches, Parameters, Segments, ShardedDecoder, pack, zeros
 from moe_jax.models.decoder import Decoder
-from moe_jax.programs.denoising import BlockSlots, BlockTurn, denoise
-from moe_jax.programs.parcel import Parcel
-from moe_jax.programs.steps import Asked, Scored, Slots, Turn, advance, decode
-from moe_jax.sampling import Knobs
+from moe_jax.programs.decoding import advance, decode
+from moe_jax.programs.denoising import denoise
+from moe_jax.programs.diffusion_input import DiffusionSlots, DiffusionStepInput
+from moe_jax.programs.outputs import RowLogprobs
+from moe_jax.programs.packed_buffer import PackedBuffer
+from moe_jax.programs.sampling import SamplingMetadata
+from moe_jax.programs.step_input import Slots, StepInput
 from moe_jax.sharding import Role, Route
 
 PAGE = 16
-"""Positions of a page."""
+"""Positions of a page of the KV cache."""
 
 
 class Programs:
-    """Compiles on the first use of a shape and keeps the result."""
+    """Compile each program on its first use, and keep it."""
 
     def __init__(self, decoder: ShardedDecoder, options: Mapping[str, Any] | None = None) -> None:
-        """`options` are XLA's."""
+        """`options` are XLA compiler options."""
         self.decoder = decoder
+        self.compilations = 0
+        self.compile_seconds = 0.0
         self._options = dict(options or {})
         self._compiled: dict[Any, Compiled] = {}
         self._shardings = self._named((decoder.rows_spec, PartitionSpec()))
-        """Of a parcel's two arrays."""
-        self.compilations = 0
-        self.compile_seconds = 0.0
+        """Shardings of the two arrays of a packed buffer."""
 
-    def advance(
-        self, parameters: Parameters, caches: Caches, slots: Slots, turn: Turn, *, route: Route, asked: Asked
-    ) -> tuple[Int32[Array, "shards*L W"], Scored | None, Slots, Caches]:
-        """One step: `steps.advance`. The caches and slots given are overwritten: use those returned."""
-        run = partial(advance, route=route, asked=asked)
-        return self._run(run, parameters, caches, slots, self.on_devices(turn))
+    def run(
+        self, parameters: Parameters, caches: Caches, slots: Slots, step_input: StepInput, route: Route
+    ) -> tuple[Int32[Array, "shards*L W"], RowLogprobs | None, Slots, Caches]:
+        """Run one dispatch: `advance`, `decode` or `denoise`, whichever the input is for.
 
-    def decode(
-        self,
-        parameters: Parameters,
-        caches: Caches,
-        slots: Slots,
-        turn: Turn,
-        budgets: Int32[Array, "shards*L"],
-        *,
-        most: int,
-        route: Route,
-        asked: Asked,
-    ) -> tuple[Int32[Array, "shards*L W"], None, Slots, Caches]:
-        """Several steps: `steps.decode`. The caches and slots given are overwritten: use those returned."""
-        asked = replace(asked, logits=False)  # there are no prompts
-        run = partial(decode, most=most, route=route, asked=asked)
-        return self._run(run, parameters, caches, slots, self.on_devices(turn, budgets))
+        `caches` and `slots` are donated: use the returned ones.
 
-    def denoise(
-        self,
-        parameters: Parameters,
-        caches: Caches,
-        slots: BlockSlots,
-        turn: BlockTurn,
-        limits: Int32[Array, "shards*D"],
-        *,
-        most: int,
-        route: Route,
-        asked: Asked,
-    ) -> tuple[Int32[Array, "shards*D W"], Scored | None, BlockSlots, Caches]:
-        """Steps of a model that decodes blocks: `denoising.denoise`. The caches and slots given are overwritten: use
-        those returned."""
-        diffusion = self.decoder.config.diffusion
-        assert diffusion is not None, "it decodes blocks"
-        run = partial(denoise, most=most, route=route, asked=asked, diffusion=diffusion)
-        return self._run(run, parameters, caches, slots, self.on_devices(turn, limits))
+        Returns:
+          The packed `SampledTokens`, the scores of targets, slots and caches. The call returns before they are ready.
+        """
+        args = parameters, caches, slots, self.on_devices(step_input)
+        return self._program(route, step_input, *args)(*args)
 
-    def decode_step(self, lines: int, positions: int, route: Route) -> Compiled:
-        """The program that gives the likeliest next token of as many sequences on each token shard, over full caches;
-        or chooses some of the tokens of a block.
+    def decode_step(self, segments: int, positions: int, route: Route) -> Compiled:
+        """Compile a greedy step of `segments` sequences (or blocks) on each token shard, over full caches.
 
-        It needs neither weights nor the devices to be there.
+        Needs neither weights nor the devices themselves: they may be those of `analysis.targets`.
         """
         decoder, pages, block = self.decoder, -(-positions // PAGE), self.decoder.config.block
         tables = tuple((window, pages) for window in decoder.windows)
         shards = decoder.placement.size(Role.TOKENS)
-        batch, _ = pack(
-            [[Lines(len(tables))]] * shards, Shape((Grid(lines, block),), lines * block, tables), decoder.placement
-        )
-        nowhere, all_draw = np.zeros(shards * lines, np.int32), np.ones(shards * lines, bool)
-        if (diffusion := decoder.config.diffusion) is None:
-            step = partial(advance, route=route, asked=Asked())
-            parcel = self._parcel(Turn(batch, nowhere, all_draw, None))  # type: ignore[arg-type]
-        else:
-            step = partial(denoise, most=1, route=route, asked=Asked(), diffusion=diffusion)
-            parcel = self._parcel(BlockTurn(batch, nowhere, all_draw, None), nowhere)  # type: ignore[arg-type]
-        abstract = parcel.each(_abstract, *self._shardings)
-        caches = decoder.abstract_caches(dict.fromkeys(decoder.windows, lines * pages), PAGE, lines)
-        return self._compile(step, decoder.parameters, caches, self.abstract_slots(lines, positions), abstract)
+        shape = BatchShape((QueryLayout(segments, block),), segments * block, tables)
+        batch, _ = pack([[Segments(len(tables))]] * shards, shape, decoder.placement)
+        numbers: Any = np.zeros(shards * segments, np.int32)
+        step_input = StepInput(batch, numbers, numbers == 0, None)
+        if (diffusion := decoder.config.diffusion) is not None:
+            step_input = DiffusionStepInput(batch, numbers, numbers == 0, None, limits=numbers, diffusion=diffusion)
+        caches = decoder.abstract_caches(dict.fromkeys(decoder.windows, segments * pages), PAGE, segments)
+        packed = self._pack(step_input).map(_abstract, *self._shardings)
+        slots = self.abstract_slots(segments, positions)
+        return self._program(route, step_input, decoder.parameters, caches, slots, packed)
 
     def abstract_slots(self, slots: int, positions: int) -> Slots:
-        """Shapes, dtypes and shardings for `slots` requests on each token shard."""
+        """Shapes, dtypes and shardings of `slots` slots on each token shard."""
         shards = self.decoder.placement.size(Role.TOKENS)
         sharding = NamedSharding(self.decoder.placement.mesh, self.decoder.rows_spec)
 
         def rows(row: jax.ShapeDtypeStruct | Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((shards * slots, *row.shape[1:]), row.dtype, sharding=sharding)
 
-        tape = jax.ShapeDtypeStruct((1, positions), jnp.int32)
-        slot = Slots(tape, Knobs.of([None]))  # type: ignore[arg-type]
+        token_buffer = jax.ShapeDtypeStruct((1, positions), jnp.int32)
+        slot = Slots(token_buffer, SamplingMetadata.of([None]))  # type: ignore[arg-type]
         diffusion = self.decoder.config.diffusion
-        return jax.tree.map(rows, slot if diffusion is None else BlockSlots.of(slot, diffusion.block))
+        return jax.tree.map(rows, slot if diffusion is None else DiffusionSlots.of(slot, diffusion.block))
 
     def empty_slots(self, slots: int, positions: int) -> Slots:
         return zeros(self.abstract_slots(slots, positions))
 
-    def on_devices(self, turn: Turn, *budgets: Int32[Array, "shards*L"]) -> Parcel:
-        """What a step takes, on the devices that take it."""
-        return self._parcel(turn, *budgets).each(_placed, *self._shardings)
+    def on_devices(self, step_input: StepInput) -> PackedBuffer:
+        """Copy a step's input to the devices, each device its own part."""
+        return self._pack(step_input).map(_placed, *self._shardings)
 
-    def _parcel(self, *contents: Any) -> Parcel:
-        """Split by token shard, all but the counts of rows."""
-        turn, *rest = contents
-        split = type(turn)(**{part.name: True for part in fields(turn)} | {"batch": Batch(True, True, False)})  # type: ignore[arg-type]
-        return Parcel.wrap(contents, (split, *(True for _ in rest)), self.decoder.placement.size(Role.TOKENS))
+    def _pack(self, step_input: StepInput) -> PackedBuffer:
+        split = jax.tree.map(lambda _: True, step_input)
+        split = replace(split, batch=step_input.batch.labelled(True, False))
+        return PackedBuffer.pack(step_input, split, self.decoder.placement.size(Role.TOKENS))
 
-    def _run(self, step: partial[Any], parameters: Parameters, *args: Any) -> Any:
-        return self._compile(step, parameters, *args)(parameters, *args)
-
-    def _compile(self, step: partial[Any], parameters: Parameters, *args: Any) -> Compiled:
-        """The program of a step, written for one device, over parameters, caches, slots and a parcel."""
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
-        key = (step.func, *step.keywords.values(), jax.tree.structure(args), shapes)
+    def _program(self, route: Route, step_input: StepInput, *args: Any) -> Compiled:
+        """Return the compiled program for these arguments; compile it if there is none."""
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args[1:]))
+        key = (route, jax.tree.structure(args[1:]), shapes)
         if key not in self._compiled:
             began = time.perf_counter()
-            program = self._program(step, args[-1])
-            self._compiled[key] = program.lower(parameters, *args).compile(self._options)
+            self._compiled[key] = self._jit(route, step_input, args[-1]).lower(*args).compile(self._options)
             self.compile_seconds += time.perf_counter() - began
             self.compilations += 1
         return self._compiled[key]
 
-    def _program(self, step: partial[Any], parcel: Parcel) -> Any:
-        def run(decoder: Decoder, caches: Caches, slots: Slots, parcel: Parcel) -> Any:
-            return step(decoder, caches, slots, *parcel.open())
+    def _jit(self, route: Route, step_input: StepInput, packed: PackedBuffer) -> Any:
+        step = _step_of(step_input)
+
+        def run(decoder: Decoder, caches: Caches, slots: Slots, packed: PackedBuffer) -> Any:
+            return step(decoder, caches, slots, packed.unpack(), route)
 
         rows, caches = self.decoder.rows_spec, self.decoder.cache_spec
-        specs = replace(parcel, split=rows, same=PartitionSpec())
+        specs = replace(packed, split=rows, same=PartitionSpec())
         program = self.decoder.per_device(run, (caches, rows, specs), (rows, rows, rows, caches))
-        program.__name__ = step.func.__name__  # what profiles call it
-        results = PartitionSpec() if jax.process_count() > 1 else rows  # each process can read its own devices
+        program.__name__ = step.__name__  # the name in profiles
+        results = PartitionSpec() if jax.process_count() > 1 else rows  # a process reads its own devices only
         kept = self._named((results, results, rows, caches))
         return jax.jit(program, donate_argnums=(1, 2), out_shardings=kept)
 
@@ -170,8 +135,19 @@ class Programs:
         )
 
 
+def _step_of(step_input: StepInput) -> Callable[..., Any]:
+    """Choose the per-device function that runs an input."""
+    match step_input:
+        case DiffusionStepInput():
+            return denoise
+        case StepInput(limits=None):
+            return advance
+        case _:
+            return decode
+
+
 def _placed(array: np.ndarray, sharding: NamedSharding) -> Array:
-    """An array over the devices of all processes, each of which has the whole on its host."""
+    """Copy to the devices of all processes; every process has the whole array on its host."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

@@ -20,7 +20,7 @@ class CacheGroup:
         """The first page, of `page` positions each, that the row at a position sees."""
         return 0 if self.window is None else max(position - self.window + 1, 0) // page
 
-    def most_pages(self, positions: int, rows: int, page: int) -> int:
+    def max_pages(self, positions: int, rows: int, page: int) -> int:
         """The most pages that a sequence of so many positions needs at a time, if a dispatch feeds at most `rows` of
         them."""
         whole = -(-positions // page)

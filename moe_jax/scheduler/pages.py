@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from moe_jax.scheduler.limits import Limits
 from moe_jax.scheduler.prefix import Node, Pool
-from moe_jax.scheduler.request import NEVER, Request, Table
+from moe_jax.scheduler.request import NEVER, PageTable, Request
 
 
 class Pages:
@@ -61,13 +61,13 @@ class Pages:
             request.node.uses += 1
         for number, pool in enumerate(self.pools):
             ids = array("i", self._shared(hit, number))
-            table = Table(pool, len(hit) - len(ids), ids)
+            table = PageTable(pool, len(hit) - len(ids), ids)
             for page in ids:
                 pool.hold(page)
             had = pool.take(self._new(request, hit, pool), ids)
             assert had, "only what fits is admitted"
             request.pages.append(table)
-        request.reach = min((table.first + len(table.ids)) * self._page for table in request.pages)
+        request.allocated = min((table.first + len(table.ids)) * self._page for table in request.pages)
 
     def extend(self, request: Request, end: int) -> bool:
         """Have pages for all positions before `end`, and let go of those that windows have passed.
@@ -84,7 +84,7 @@ class Pages:
             missing = pages - table.first - len(ids)
             if missing > 0 and not pool.take(missing, ids):
                 return False
-        request.reach = pages * page
+        request.allocated = pages * page
         return True
 
     def missing(self, request: Request, end: int) -> list[int]:
@@ -128,7 +128,7 @@ class Pages:
         block in it."""
         return request.sequence(end - self._page, _whole(end, self._limits.block))
 
-    def _slide(self, table: Table, position: int) -> None:
+    def _slide(self, table: PageTable, position: int) -> None:
         """Let go of the pages that the row at a position no longer sees, nor any later one."""
         passed = table.pool.group.first_page(position, self._page) - table.first
         if passed > 0:
@@ -148,7 +148,7 @@ class Pages:
     def _new(self, request: Request, hit: Sequence[Node], pool: Pool) -> int:
         """Pages that a request takes when it is admitted: for one position more than is known, so that its next token
         can be fed, to the end of the block; where there is a window, for one chunk."""
-        end = min(_whole(request.known + 1, self._limits.block), request.most_positions)
+        end = min(_whole(request.known + 1, self._limits.block), request.max_positions)
         if pool.group.window is not None:
             end = min(end, len(hit) * self._page + self._limits.chunk)
         return -(-end // self._page) - len(hit)

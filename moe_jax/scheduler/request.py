@@ -17,7 +17,7 @@ NEW: tuple[int, int] = (0, -1)
 """The place in the line of a request that was not added yet."""
 
 
-class Table:
+class PageTable:
     """The pages of consecutive positions of one request, in one group of layers."""
 
     __slots__ = ("first", "ids", "pool")
@@ -40,25 +40,42 @@ class Request:
     """
 
     __slots__ = (
-        "awaited", "cached", "computed", "decode_end", "ended", "id", "most_tokens", "node", "order", "pages",
-        "priority", "prompt", "reach", "shard", "share_at", "shared", "shares_prefix", "slot", "tokens",
+        "allocated",
+        "awaited",
+        "cached",
+        "computed",
+        "decode_end",
+        "ended",
+        "id",
+        "max_tokens",
+        "node",
+        "order",
+        "pages",
+        "priority",
+        "prompt",
+        "shard",
+        "share_at",
+        "shared",
+        "shares_prefix",
+        "slot",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
         self,
         id: Hashable,
         prompt: Sequence[int],
-        most_tokens: int,
+        max_tokens: int,
         priority: int = 0,
         shares_prefix: bool = True,
     ) -> None:
         if not len(prompt):
             raise RequestError(f"request {id!r}: the prompt must have at least one token")
-        if most_tokens < 1:
-            raise RequestError(f"request {id!r}: there must be at least one token to generate, got {most_tokens}")
+        if max_tokens < 1:
+            raise RequestError(f"request {id!r}: there must be at least one token to generate, got {max_tokens}")
         self.id = id
         self.prompt = prompt
-        self.most_tokens = most_tokens
+        self.max_tokens = max_tokens
         """Tokens to generate at most."""
         self.priority = priority
         """Each step of it overtakes at most `OVERTAKES` requests that came before."""
@@ -70,7 +87,7 @@ class Request:
         """Positions whose keys and values are written, or planned to be."""
         self.shard = self.slot = -1
         """-1 while it does not run."""
-        self.pages: list[Table] = []
+        self.pages: list[PageTable] = []
         """Of each group of layers, while it runs."""
         self.cached = 0
         """Positions that its last admission took from the prefix cache."""
@@ -83,7 +100,7 @@ class Request:
         """Positions after the last that decode steps may be planned for; 0 until its known tokens are computed."""
         self.awaited = len(prompt)
         """Tokens of the sequence that are known or planned, where no decode steps are."""
-        self.reach = 0
+        self.allocated = 0
         """Positions for which it has pages, in all groups."""
         self.node: Node | None = None
         """Where its first `shared` pages end in the prefix cache; `None` where it does not share."""
@@ -102,9 +119,9 @@ class Request:
         return (self.computed + 1 if self.decode_end else self.awaited) - self.known
 
     @property
-    def most_positions(self) -> int:
+    def max_positions(self) -> int:
         """Positions of the cache that it can come to fill."""
-        return len(self.prompt) + self.most_tokens - 1
+        return len(self.prompt) + self.max_tokens - 1
 
     def sequence(self, start: int, end: int) -> tuple[int, ...]:
         """Some of the prompt and the known tokens."""

@@ -94,11 +94,11 @@ class Scheduler:
             raise RequestError(f"there is a request {request.id!r} already: give each its own id")
         limits = self.limits
         for group in limits.groups:
-            needed = group.most_pages(request.most_positions, max(limits.chunk, limits.decode_steps), limits.page)
+            needed = group.max_pages(request.max_positions, max(limits.chunk, limits.decode_steps), limits.page)
             if needed > group.pages:
                 raise RequestError(
                     f"request {request.id!r} needs {needed} pages of {limits.page} positions for its prompt of "
-                    f"{len(request.prompt)} and {request.most_tokens} tokens more, but a token shard has "
+                    f"{len(request.prompt)} and {request.max_tokens} tokens more, but a token shard has "
                     f"{group.pages}: shorten it, or give the cache more memory"
                 )
         request.order = (self._arrivals - request.priority * OVERTAKES, self._arrivals)
@@ -108,7 +108,7 @@ class Scheduler:
 
     def finish(self, id: Hashable) -> bool:
         """A request has had its last token, or is no longer wanted: its slot and pages are free, and tokens in flight
-        are dropped. Whether there was one: `landed` ends those that had all their tokens.
+        are dropped. Whether there was one: `update_from_output` ends those that had all their tokens.
         """
         request = self._requests.get(id)
         if request is None:
@@ -123,10 +123,10 @@ class Scheduler:
         plan = Plan([self._decode(shard, steps) for shard in self._shards], steps, chunks)
         for chunk in chain(*chunks):
             if chunk.samples:
-                chunk.request.decode_end = chunk.request.most_positions
+                chunk.request.decode_end = chunk.request.max_positions
         return plan
 
-    def landed(self, plan: Plan, tokens: Mapping[Request, Sequence[int]]) -> None:
+    def update_from_output(self, plan: Plan, tokens: Mapping[Request, Sequence[int]]) -> None:
         """What the device gave for a plan: of each request as many as planned, or fewer, up to a stop token.
 
         Those of requests that have ended meanwhile are ignored. Requests with fewer than planned, or as many as they
@@ -140,7 +140,7 @@ class Scheduler:
             if len(all_tokens) >= request.share_at:
                 # A token that stops a request is not fed: only the next one shows that its position was written.
                 self._shards[request.shard].pages.share(request, request.known - 1)
-            if len(given) < planned or len(all_tokens) >= request.most_tokens:
+            if len(given) < planned or len(all_tokens) >= request.max_tokens:
                 self._end(request)
 
     def preference(
@@ -173,7 +173,7 @@ class Scheduler:
         shard.pages.release(request)
         request.awaited = request.known + request.pending
         request.shard = request.slot = -1
-        request.computed = request.decode_end = request.reach = 0
+        request.computed = request.decode_end = request.allocated = 0
 
     def _preempt(self, request: Request) -> None:
         self._vacate(request)
@@ -211,7 +211,7 @@ class Scheduler:
                 end = position + steps
                 if end > last:
                     end = last
-                if end > request.reach and not (extend(request, end) or self._extend(shard, request, end)):
+                if end > request.allocated and not (extend(request, end) or self._extend(shard, request, end)):
                     break
                 request.computed = end
                 requests.append(request)
@@ -236,7 +236,7 @@ class Scheduler:
         count = 0
         for request in shard.running:
             if request.computed < request.decode_end:
-                if request.computed >= request.reach and not self._extend(shard, request, request.computed + 1):
+                if request.computed >= request.allocated and not self._extend(shard, request, request.computed + 1):
                     break
                 count += 1
         return count
@@ -248,7 +248,7 @@ class Scheduler:
             if taken == rows or len(chunks) == self.limits.chunks:
                 break
             end = self._chunk_end(request, rows - taken)
-            if end > request.reach and not self._extend(shard, request, end):
+            if end > request.allocated and not self._extend(shard, request, end):
                 break
             taken += self._taken(request, end)
             chunks.append(self._chunk(shard, request, end))
@@ -293,8 +293,8 @@ class Scheduler:
             if not request.decode_end and request.computed < request.known:
                 end = self._chunk_end(request, self.limits.chunk)
             else:
-                end = min(self._next_end(request), request.most_positions)
-            if end > request.reach:
+                end = min(self._next_end(request), request.max_positions)
+            if end > request.allocated:
                 wanted = [sum(pair) for pair in zip(wanted, shard.pages.missing(request, end), strict=True)]
         return wanted
 

@@ -7,13 +7,13 @@ from moe_jax.errors import PlacementError, ReductionError
 from moe_jax.sharding.all_to_all import AllToAllCombine
 from moe_jax.sharding.collectives import PartialSum
 from moe_jax.sharding.combine import Combine, Gathered
+from moe_jax.sharding.divisibility import check_divisibility
 from moe_jax.sharding.encoding import EXACT, Encoding, as_encoding
-from moe_jax.sharding.fit import check_fit
 from moe_jax.sharding.hardware import Hardware, as_hardware
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.placement import Placement, Role, as_placement
-from moe_jax.sharding.policy import Decision, Policy, Route, Strategy, asked_residual, asked_strategy
-from moe_jax.sharding.residual import Residual, SplitResidual, WholeResidual
+from moe_jax.sharding.policy import Decision, Policy, Route, Strategy, as_residual_layout, as_strategy
+from moe_jax.sharding.residual import ResidualLayout, SplitResidual, WholeResidual
 from moe_jax.sharding.rows import FINE, Rows, bucket
 from moe_jax.sharding.strategies import RaggedCombine, ReduceCombine, ScatterCombine
 from moe_jax.sharding.traffic import RowBytes
@@ -34,7 +34,7 @@ __all__ = [
     "RaggedCombine",
     "ReduceCombine",
     "ReductionError",
-    "Residual",
+    "ResidualLayout",
     "Role",
     "Route",
     "RowBytes",
@@ -46,9 +46,9 @@ __all__ = [
     "as_encoding",
     "as_hardware",
     "as_placement",
-    "asked_residual",
-    "asked_strategy",
+    "as_residual_layout",
+    "as_strategy",
     "bucket",
-    "check_fit",
+    "check_divisibility",
     "make_mesh",
 ]

@@ -1,4 +1,4 @@
-"""What moving rows costs on a machine: a few public figures for each, or those that `moe_jax.calibration` measured.
+"""Cost of moving rows on a machine, from public figures or from those that `moe_jax.analysis.calibration` measured.
 
 Seconds of a collective = launches * launch
                         + hops * latency of the slowest link + bytes sent / bandwidth of that link

@@ -13,7 +13,7 @@ from moe_jax.sharding.combine import Combine
 from moe_jax.sharding.encoding import EXACT, Encoding
 from moe_jax.sharding.hardware import Hardware
 from moe_jax.sharding.placement import Placement, Role
-from moe_jax.sharding.residual import RESIDUALS, Residual, WholeResidual
+from moe_jax.sharding.residual import RESIDUALS, ResidualLayout, WholeResidual
 from moe_jax.sharding.strategies import RaggedCombine, ReduceCombine, ScatterCombine
 from moe_jax.sharding.traffic import RowBytes, sent_bytes
 
@@ -32,7 +32,7 @@ T = TypeVar("T", bound=type)
 class Route:
     """How rows go through every layer of a step."""
 
-    residual: Residual
+    residual: ResidualLayout
     combine: Combine
     """On the placement that the residual's `blocks` see."""
 
@@ -117,7 +117,7 @@ class Policy:
     hardware: Hardware
     strategy: Strategy | None = None
     """Insisted on."""
-    residual: type[Residual] | None = None
+    residual: type[ResidualLayout] | None = None
     """Insisted on."""
     encoding: Encoding = EXACT
 
@@ -146,7 +146,7 @@ class Policy:
         return Decision(asked, f"asked for; the policy says {auto}", (asked, *others))
 
     def _choose(
-        self, counts: Sequence[int], capacity: int, strategy: Strategy | None, residual: type[Residual] | None
+        self, counts: Sequence[int], capacity: int, strategy: Strategy | None, residual: type[ResidualLayout] | None
     ) -> Decision:
         split = self.placement.axes(Role.HEADS)
         residuals = [residual] if residual else list(RESIDUALS.values()) if split else [WholeResidual]
@@ -159,7 +159,7 @@ class Policy:
         return Decision(best, _reason(best, others), candidates)
 
     def _routes(
-        self, residual: Residual, strategy: Strategy | None, counts: Sequence[int], capacity: int
+        self, residual: ResidualLayout, strategy: Strategy | None, counts: Sequence[int], capacity: int
     ) -> Iterator[Route]:
         kept, counts = residual.capacity(capacity), residual.counts(counts, capacity)
         for each in [strategy] if strategy else self._sensible(residual.blocks):
@@ -207,7 +207,7 @@ def _written(axes: tuple[str, ...]) -> str:
     return ", ".join(axes) or "no axis"
 
 
-def asked_strategy(wanted: str | Strategy) -> Strategy | None:
+def as_strategy(wanted: str | Strategy) -> Strategy | None:
     """The strategy that a user insists on; `None` for `auto`.
 
     Raises:
@@ -216,13 +216,13 @@ def asked_strategy(wanted: str | Strategy) -> Strategy | None:
     return _asked("combine", wanted, STRATEGIES, Combine)
 
 
-def asked_residual(wanted: str | type[Residual]) -> type[Residual] | None:
+def as_residual_layout(wanted: str | type[ResidualLayout]) -> type[ResidualLayout] | None:
     """The residual that a user insists on; `None` for `auto`.
 
     Raises:
       PlacementError: no such residual.
     """
-    return _asked("residual", wanted, RESIDUALS, Residual)
+    return _asked("residual", wanted, RESIDUALS, ResidualLayout)
 
 
 def _asked(option: str, wanted: str | T, known: Mapping[str, T], base: T) -> T | None:

@@ -32,7 +32,7 @@ Counts = TypeVar("Counts", Array, np.ndarray)
 
 
 @dataclass(frozen=True)
-class Residual(ABC):
+class ResidualLayout(ABC):
     """What attention and the vocabulary need of other devices; the placement is that of the parameters."""
 
     placement: Placement
@@ -76,7 +76,7 @@ class Residual(ABC):
 
 
 @dataclass(frozen=True)
-class WholeResidual(Residual):
+class WholeResidual(ResidualLayout):
     """All rows on every heads device."""
 
     @property
@@ -107,7 +107,7 @@ class WholeResidual(Residual):
 
 
 @dataclass(frozen=True)
-class SplitResidual(Residual):
+class SplitResidual(ResidualLayout):
     """Each heads device keeps as many rows as the others, the first device the first ones."""
 
     @property
@@ -160,5 +160,5 @@ class SplitResidual(Residual):
         return (of_shards - firsts).clip(0, part).reshape(-1)
 
 
-RESIDUALS: dict[str, type[Residual]] = {"whole": WholeResidual, "split": SplitResidual}
+RESIDUALS: dict[str, type[ResidualLayout]] = {"whole": WholeResidual, "split": SplitResidual}
 """By the name that users ask for."""

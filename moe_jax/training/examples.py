@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int32
 
-from moe_jax.layers import Grid
-from moe_jax.models import Batch, Lines, Segment, Shape, pack
+from moe_jax.kernels.forward_batch import ForwardBatch, QueryLayout
+from moe_jax.models import BatchShape, Segment, Segments, pack
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
 
@@ -24,7 +24,7 @@ NOT_A_TARGET = -1
 class Examples:
     """A batch of sequences, each whole in one step, and the token that follows each row."""
 
-    batch: Batch
+    batch: ForwardBatch
     targets: Int32[Array, "shards*T"]
     """`NOT_A_TARGET` where nothing is to be learned."""
 
@@ -35,10 +35,10 @@ def examples(
     """Sequences of a prompt, which is given, and an answer, which is learned; none longer than `longest` tokens."""
     inputs = [(prompt + answer)[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
     shards = spread([len(tokens) for tokens in inputs], placement.size(Role.TOKENS))
-    lines = max(map(len, shards))
-    shape = Shape((Grid(lines, longest),), lines * longest)
+    segments = max(map(len, shards))
+    shape = BatchShape((QueryLayout(segments, longest),), segments * longest)
     segments = ([Segment(0, inputs[number]) for number in of_shard] for of_shard in shards)
-    batch, first_rows = pack([[Lines.of(each)] for each in segments], shape, placement)
+    batch, first_rows = pack([[Segments.of(each)] for each in segments], shape, placement)
     targets = np.full(batch.tokens.shape, NOT_A_TARGET, np.int32)
     for first, number in zip(first_rows, chain(*shards), strict=True):
         prompt, answer = prompts[number], answers[number]

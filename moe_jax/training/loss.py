@@ -15,8 +15,12 @@ from jaxtyping import Array, Float
 
 from moe_jax.config import RecurrentConfig
 from moe_jax.errors import ConfigError
-from moe_jax.layers import Load, Stateless, Step, Uncached
-from moe_jax.models import Batch, Caches, Decoder, Parameters, ShardedDecoder
+from moe_jax.kernels.forward_batch import ForwardBatch
+from moe_jax.kernels.kv_cache import Uncached
+from moe_jax.kernels.recurrent_states import Stateless
+from moe_jax.kernels.step import Step
+from moe_jax.layers import Load
+from moe_jax.models import Caches, Decoder, Parameters, ShardedDecoder
 from moe_jax.sharding import EXACT, Role, Route
 from moe_jax.sharding.collectives import sum_devices
 from moe_jax.training.examples import NOT_A_TARGET, Examples
@@ -45,8 +49,8 @@ def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, 
     ]
     axes, kept = (here.axes(Role.TOKENS) for here in (decoder.placement, route.residual.blocks))
 
-    def run(model: Decoder, batch: Batch, targets: Array) -> Losses:
-        step = Step.of(batch.rows, batch.packing, route)
+    def run(model: Decoder, batch: ForwardBatch, targets: Array) -> Losses:
+        step = Step.of(batch, route)
         x, _, loads = model(batch.tokens, step, caches)
         logits = model.vocabulary.all_logits(x, route.residual)
         wanted = targets != NOT_A_TARGET
@@ -58,7 +62,7 @@ def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, 
             jnp.mean(jnp.concatenate(balances)) if balances else jnp.ones(()),
         )
 
-    in_specs = (decoder.batch_specs, decoder.rows_spec)
+    in_specs = (decoder.batch_specs(batch), decoder.rows_spec)
     return decoder.per_device(run, in_specs, PartitionSpec())(parameters, batch, examples.targets)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int32
 from tqdm import tqdm
 
 from moe_jax.errors import ConfigError
-from moe_jax.layers.quantised import NO_GRADIENT
+from moe_jax.kernels.quantized import NO_GRADIENT
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import Route
 from moe_jax.training.examples import Examples

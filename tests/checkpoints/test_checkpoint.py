@@ -18,7 +18,7 @@ from test_goldens import GOLDENS, MAIN_CASES
 
 from moe_jax.checkpoints import Checkpoint, loading
 from moe_jax.checkpoints.export import export
-from moe_jax.checkpoints.names import regions
+from moe_jax.checkpoints.weight_mapping import regions
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import as_placement
@@ -81,7 +81,7 @@ def test_of_a_model_that_takes_pictures_the_text_is_read(tmp_path: Path) -> None
     raw = json.loads((case / "config.json").read_text())
     raw["text_config"]["eos_token_id"] = [3, 4]
     (case / "config.json").write_text(json.dumps(raw))
-    assert Checkpoint(case).end_token_ids == {3, 4}
+    assert Checkpoint(case).eos_token_ids == {3, 4}
 
 
 def test_large_exports_are_split_and_indexed(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_end_tokens_of_the_generation_config_win_unless_null(copy: Path) -> None
     (copy / "config.json").write_text(json.dumps(raw | {"eos_token_id": 3}))
     for ids, wanted in ((None, {3}), (5, {5}), ([5, 6], {5, 6})):
         (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-        assert Checkpoint(copy).end_token_ids == wanted
+        assert Checkpoint(copy).eos_token_ids == wanted
 
 
 def test_what_describes_a_checkpoint_is_kept_and_a_neighbour_not_touched(copy: Path, tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from moe_jax.config import (
     MoEConfig,
     Norm,
     QKNorm,
+    QueryScalingConfig,
     RopeConfig,
     RouterConfig,
     Score,
     SwiGLUConfig,
-    TemperatureConfig,
     YarnScaling,
 )
 from moe_jax.errors import ConfigError
@@ -374,7 +374,7 @@ def test_files_of_the_hub_whose_layers_differ() -> None:
     llama = read(HUB["llama4"])
     assert llama == read(HUB["llama4_text"])
     assert [attended(llama, layer).window for layer in range(5)] == [8192, 8192, 8192, None, 8192]
-    assert [attended(llama, layer).temperature for layer in (2, 3)] == [None, TemperatureConfig(8192, 0.1)]
+    assert [attended(llama, layer).query_scaling for layer in (2, 3)] == [None, QueryScalingConfig(8192, 0.1)]
     assert [attended(llama, layer).qk_norm for layer in (2, 3)] == [QKNorm.ROTATED_UNIT, None]
     assert attended(llama, 0).rope == RopeConfig(5e5, interleaved=True, scaling=Llama3Scaling(16.0, 1.0, 1.0, 8192))
     assert attended(llama, 3).rope is None

@@ -21,7 +21,7 @@ CASE, BLOCK = "qwen3_moe_gqa2_e12_top1_dense", (24, 12)
 SOME = "model.layers.1.mlp.up_proj.weight"
 
 
-def quantised(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The weight in eight bits, its scales, and the numbers that they mean, block after block."""
     rows, columns = (range(0, size, of) for size, of in zip(weight.shape, BLOCK, strict=True))
     eight, meant = np.zeros(weight.shape, ml_dtypes.float8_e4m3fn), np.zeros(weight.shape, np.float32)
@@ -49,7 +49,7 @@ def both() -> tuple[Tensors, Tensors]:
     """A checkpoint with its projections in eight bits, and one with the numbers that they mean."""
     held, meant = tensors(GOLDENS / CASE), tensors(GOLDENS / CASE)
     for name in [name for name in held if name.endswith("proj.weight")]:
-        held[name], held[f"{name}_scale_inv"], meant[name] = quantised(held[name])
+        held[name], held[f"{name}_scale_inv"], meant[name] = quantized(held[name])
     return held, meant
 
 

@@ -144,7 +144,7 @@ def test_gated_delta_nets_of_the_hub() -> None:
 
 def test_a_state_space_of_the_hub() -> None:
     config = read(HUB["jamba"])
-    mamba = MambaConfig(channels=8192, width=16, rank=256, kernel=4)
+    mamba = MambaConfig(channels=8192, d_state=16, dt_rank=256, d_conv=4)
     assert [layer.attention == mamba for layer in config.layers[:8]] == [True] * 4 + [False] + [True] * 3
     assert [isinstance(layer.ffn, MoEConfig) for layer in config.layers[:4]] == [False, True, False, True]
     assert config.layers[1].ffn == MoEConfig(16, 2, 14336, RouterConfig())

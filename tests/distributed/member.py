@@ -31,11 +31,11 @@ def readable(outputs: list[RequestOutput]) -> str:
 
 def main(coordinator: str, processes: str, process: str, mesh: str, how_often: str) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
-    with distributed.join(coordinator, int(processes), int(process)) as crew:
+    with distributed.join(coordinator, int(processes), int(process)) as process_group:
         print("joined", flush=True)
-        llm = LLM(mesh=mesh, crew=crew, **OPTIONS)
-        if not crew.leads:
-            llm.follow()
+        llm = LLM(mesh=mesh, process_group=process_group, **OPTIONS)
+        if not process_group.is_driver:
+            llm.run_worker()
             return
         params = PARAMS if how_often == "once" else CHEAP
         print(readable(llm.generate(PROMPTS, params)), flush=True)

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 
 from moe_jax import LLM, SamplingParams
-from moe_jax.batch_files import generate_file
-from moe_jax.bundled import ADDER
 from moe_jax.checkpoints import Checkpoint
-from moe_jax.distributed import Alone, Follower, Leader
-from moe_jax.errors import CrewError
+from moe_jax.checkpoints.bundled import ADDER
+from moe_jax.engine.distributed import Driver, SingleProcess, Worker
+from moe_jax.errors import ProcessGroupError
+from moe_jax.llm.batch_files import generate_file
 from moe_jax.models import ShardedDecoder
 from moe_jax.sharding import as_placement
 
@@ -210,21 +210,21 @@ def test_a_mistake_ends_all_with_status_2(start: Start, first: list[str], second
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Leader, Follower]]:
+def pair() -> Iterator[tuple[Driver, Worker]]:
     """Both ends in this process, which neither may end."""
     here, there = Pipe()
-    leader, follower = Leader({here: 1}), Follower(1, there)
+    leader, follower = Driver({here: 1}), Worker(1, there)
     yield leader, follower
     leader._leave()
 
 
-class Script(Alone):
+class Script(SingleProcess):
     """Writes down what is told, and has another follow it."""
 
     def __init__(self) -> None:
         self.told: list[bytes] = []
 
-    def tell(self, order: Any) -> None:
+    def broadcast(self, order: Any) -> None:
         self.told.append(pickle.dumps(order))
 
     def orders(self) -> Iterator[Any]:
@@ -233,44 +233,44 @@ class Script(Alone):
 
 def test_who_follows_the_orders_ends_with_the_same_sequences() -> None:
     script = Script()
-    leader, follower = (LLM(mesh="expert=2", crew=script, **member.OPTIONS) for _ in range(2))
+    leader, follower = (LLM(mesh="expert=2", process_group=script, **member.OPTIONS) for _ in range(2))
     leader.generate(member.PROMPTS, member.PARAMS)
     leader.explain(2)
-    follower.follow()
-    tapes = [np.asarray(llm.engine._executor._slots.tape) for llm in (leader, follower)]
+    follower.run_worker()
+    tapes = [np.asarray(llm.engine._executor._slots.token_buffer) for llm in (leader, follower)]
     assert tapes[0].any()
     np.testing.assert_array_equal(tapes[0], tapes[1])
     assert [llm._programs.compilations for llm in (leader, follower)] == [len(leader._programs._compiled)] * 2
 
 
-def test_orders_reach_followers_until_the_leader_is_done(pair: tuple[Leader, Follower]) -> None:
+def test_orders_reach_followers_until_the_leader_is_done(pair: tuple[Driver, Worker]) -> None:
     leader, follower = pair
-    leader.tell("one")
-    leader.tell([2])
+    leader.broadcast("one")
+    leader.broadcast([2])
     leader._leave()
     assert list(follower.orders()) == ["one", [2]]
     assert follower._leave() is None
 
 
-def test_who_leaves_early_is_told(pair: tuple[Leader, Follower]) -> None:
+def test_who_leaves_early_is_told(pair: tuple[Driver, Worker]) -> None:
     leader, follower = pair
-    leader.tell("one")
+    leader.broadcast("one")
     assert "process 1 left while process 0 went on" in str(follower._leave())
 
 
-def test_who_does_what(pair: tuple[Leader, Follower]) -> None:
+def test_who_does_what(pair: tuple[Driver, Worker]) -> None:
     leader, follower = pair
-    with pytest.raises(CrewError, match="call follow here, and all else there"):
-        follower.tell("one")
-    for crew in (leader, Alone()):
-        with pytest.raises(CrewError, match="call generate"):
-            crew.orders()
+    with pytest.raises(ProcessGroupError, match="call follow here, and all else there"):
+        follower.broadcast("one")
+    for process_group in (leader, SingleProcess()):
+        with pytest.raises(ProcessGroupError, match="call generate"):
+            process_group.orders()
 
 
-def test_all_must_have_been_given_the_same(pair: tuple[Leader, Follower]) -> None:
+def test_all_must_have_been_given_the_same(pair: tuple[Driver, Worker]) -> None:
     leader, follower = pair
     for dtype in ("float32", "float32"):
-        leader.agree({"the dtype": dtype})
-    follower.agree({"the dtype": "float32"})
-    with pytest.raises(CrewError, match="process 1 was given the dtype bfloat16, process 0 float32"):
-        follower.agree({"the dtype": "bfloat16"})
+        leader.check_agreement({"the dtype": dtype})
+    follower.check_agreement({"the dtype": "float32"})
+    with pytest.raises(ProcessGroupError, match="process 1 was given the dtype bfloat16, process 0 float32"):
+        follower.check_agreement({"the dtype": "bfloat16"})

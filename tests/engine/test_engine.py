@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from moe_jax import LLM, SamplingParams
-from moe_jax.engine import Generation, News
+from moe_jax.engine import Generation, OutputQueue
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 WINDOWED = GOLDENS / "qwen2_moe_gqa4_e12_top2_window"
@@ -60,13 +60,13 @@ class Crowd(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.llm, self.news = crowded(), News()
+        self.llm, self.queue = crowded(), OutputQueue()
         self.open: dict[Generation, tuple[int, int]] = {}
 
     @rule(prompt=st.integers(0, len(PROMPTS) - 1), params=st.integers(0, len(PARAMS) - 1))
     def arrive(self, prompt: int, params: int) -> None:
-        (job,) = self.llm.jobs([PROMPTS[prompt]], PARAMS[params])
-        (generation,) = job.begin(self.llm.ends, self.news)
+        (group,) = self.llm.request_groups([PROMPTS[prompt]], PARAMS[params])
+        (generation,) = group.begin(self.llm.ends, self.queue)
         self.llm.engine.add(generation)
         self.open[generation] = (prompt, params)
 
@@ -86,7 +86,7 @@ class Crowd(RuleBasedStateMachine):
         assert generation not in self.open
 
     def check(self) -> None:
-        for generation in self.news.read():
+        for generation in self.queue.read():
             whole = alone(*self.open[generation])
             assert generation.tokens == whole[: len(generation.tokens)]
             if generation.finish_reason == "length":

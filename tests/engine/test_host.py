@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from moe_jax import SamplingParams
-from moe_jax.engine import Engine, Generation, News
-from moe_jax.engine.generation import Landing
+from moe_jax.engine import Engine, Generation, OutputQueue
+from moe_jax.engine.generation import StepOutput
 from moe_jax.engine.sizes import Sizes
 from moe_jax.errors import RequestError
 from moe_jax.scheduler import Request
@@ -24,15 +24,15 @@ GREEDY = SamplingParams(temperature=0)
 
 def serve(engine: Engine, numbers: range) -> Iterator[Generation]:
     """Requests of many lengths, never more than a hundred waiting; each as it ends."""
-    news, coming = News(), iter(numbers)
+    queue, coming = OutputQueue(), iter(numbers)
     while True:
         while engine.waiting < 100 and (number := next(coming, None)) is not None:
             prompt = [number % 50] * (1 + number % 40)
-            engine.add(Generation(Request(number, prompt, 1 + number % 4), GREEDY, 0, frozenset(), None, news))
+            engine.add(Generation(Request(number, prompt, 1 + number % 4), GREEDY, 0, frozenset(), None, queue))
         if not engine.has_work:
             return
         engine.step()
-        yield from (generation for generation in news.read() if generation.finish_reason is not None)
+        yield from (generation for generation in queue.read() if generation.finish_reason is not None)
 
 
 def objects() -> int:
@@ -46,7 +46,7 @@ def test_memory_is_constant_over_ten_thousand_requests() -> None:
     counts = []
     number = 0
     for number, generation in enumerate(serve(engine, range(10_000)), 1):
-        assert len(generation.tokens) == generation.request.most_tokens
+        assert len(generation.tokens) == generation.request.max_tokens
         if number in (3_000, 10_000):
             counts.append(objects())
     assert number == 10_000
@@ -71,7 +71,7 @@ def test_stats() -> None:
 
 def test_ids_are_unique_among_those_that_run() -> None:
     engine, _ = recorded(positions=64, slots=4, pages=16)
-    make = lambda: Generation(Request("one", [1], 2), GREEDY, 0, frozenset(), None, News())  # noqa: E731
+    make = lambda: Generation(Request("one", [1], 2), GREEDY, 0, frozenset(), None, OutputQueue())  # noqa: E731
     engine.add(make())
     with pytest.raises(RequestError, match="there is a request 'one' already"):
         engine.add(make())
@@ -83,7 +83,7 @@ def test_ids_are_unique_among_those_that_run() -> None:
 def test_what_could_never_run_is_refused_at_once() -> None:
     engine, _ = recorded(positions=512, slots=4, pages=16)
     with pytest.raises(RequestError, match=r"needs 20 pages of 16 positions .* but a token shard has 16"):
-        engine.add(Generation(Request(0, [1] * 300, 20), GREEDY, 0, frozenset(), None, News()))
+        engine.add(Generation(Request(0, [1] * 300, 20), GREEDY, 0, frozenset(), None, OutputQueue()))
 
 
 @given(st.integers(1, 300), st.integers(1, 5000), st.integers(1, 700), st.integers(1, 16), st.data())
@@ -99,7 +99,7 @@ def test_every_step_has_a_size_and_the_sizes_are_few(
     assert size.decoding >= decoding
     assert size.prompt_rows >= rows
     assert size.pages * 16 >= longest
-    assert not rows or (size.prompt_lines - prompts) * size.chunk + size.chunk > rows - size.chunk
+    assert not rows or (size.prompt_segments - prompts) * size.chunk + size.chunk > rows - size.chunk
     assert len(known) <= 5 * 5 + 2 * 6 * 5
 
 
@@ -107,7 +107,7 @@ def test_nothing_after_an_end_token_is_read_for_stop_strings() -> None:
     """More end tokens than the devices know of end a sample on the host."""
     words = Tokenizer(WordLevel({str(number): number for number in range(40)}, unk_token="0"))
     params = SamplingParams(temperature=0, stop="9", logprobs=None)
-    generation = Generation(Request("one", [1], 9), params, 0, frozenset(range(20, 40)), words, News())
-    generation.land(Landing([1, 25, 9], [0.0] * 3, 0, True))
+    generation = Generation(Request("one", [1], 9), params, 0, frozenset(range(20, 40)), words, OutputQueue())
+    generation.append(StepOutput([1, 25, 9], [0.0] * 3, 0, True))
     assert (generation.tokens, generation.finish_reason) == ([1, 25], "stop")
     assert "9" not in generation.text

@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe_jax import LLM, SamplingParams
+from moe_jax.analysis.roofline import held_bytes, roofline
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import PAGE
-from moe_jax.roofline import held_bytes, roofline
 from moe_jax.sharding import Placement, as_hardware
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "qwen3_next_e8_top2"
@@ -82,5 +82,5 @@ def test_a_plan_counts_the_states(checkpoint: Path) -> None:
     sizes = [held_bytes(decoder.abstract_caches({None: 0}, PAGE, slots)) for slots in (0, 1, 5)]
     assert sizes == [slots * layers * (state + recent) for slots in (0, 1, 5)]
     pages = held_bytes(decoder.abstract_caches({None: 5 * POSITIONS // PAGE}, PAGE, 0))
-    told = roofline(decoder, as_hardware("h100"), rows=8, slots=5, positions=POSITIONS, collective_seconds=0)
-    assert told.cache_bytes == pages + sizes[-1]
+    emitted = roofline(decoder, as_hardware("h100"), rows=8, slots=5, positions=POSITIONS, collective_seconds=0)
+    assert emitted.cache_bytes == pages + sizes[-1]

@@ -182,11 +182,14 @@ def reference(vocab: int, logits: Callable[[list[int]], np.ndarray], prompts: li
 
 
 def block_reference(
-    config: dict[str, Any], pace: tuple[float, int], logits: Callable[[list[int]], np.ndarray], prompts: list[list[int]]
+    config: dict[str, Any],
+    schedule: tuple[float, int],
+    logits: Callable[[list[int]], np.ndarray],
+    prompts: list[list[int]],
 ) -> tuple[dict[str, np.ndarray], str | None]:
     """The same of a model that decodes blocks, and what makes it a poor golden: logits of tokens are those of the step
     that chose them."""
-    rows, vocab, (threshold, steps) = len(prompts), config["vocab_size"], pace
+    rows, vocab, (threshold, steps) = len(prompts), config["vocab_size"], schedule
     made = {
         "prompts": np.full((rows, max(PROMPT_LENGTHS)), -1, np.int32),
         "prompt_logits": np.zeros((rows, max(PROMPT_LENGTHS), vocab), np.float32),

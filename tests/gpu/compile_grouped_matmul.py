@@ -17,12 +17,12 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
+from moe_jax.analysis.targets import COMPILER_OPTIONS, target_devices
 from moe_jax.config import WeightDtype
-from moe_jax.layers.grouped_matmul import grouped_matmul, products_on
-from moe_jax.layers.parameter import InPlace
-from moe_jax.layers.quantised import Quantised
+from moe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, grouped_matmul_on
+from moe_jax.kernels.quantized import QuantizedWeight
+from moe_jax.kernels.stacked_weight import StackedWeight
 from moe_jax.sharding import make_mesh
-from moe_jax.sharding.targets import COMPILER_OPTIONS, target_devices
 
 G, D, F, L = 16, 2048, 768, 4
 KINDS = {
@@ -39,7 +39,7 @@ def held(weights: str, shape: tuple[int, ...], dtype: str) -> Any:
     if kind is WeightDtype.EXACT:
         return jax.ShapeDtypeStruct(shape, dtype)
     scales = jax.ShapeDtypeStruct((*shape[:2], blocks, shape[3]), jnp.float32)
-    return Quantised(jax.ShapeDtypeStruct(shape, jnp.int8), scales, kind, dtype)
+    return QuantizedWeight(jax.ShapeDtypeStruct(shape, jnp.int8), scales, kind, dtype)
 
 
 def compiled(function: Callable[..., jax.Array], *shapes: Any, target: str) -> Compiled:
@@ -60,20 +60,20 @@ def found(compiled: Compiled) -> dict[str, Any]:
 
 
 def main() -> None:
-    for line in sys.stdin:
-        case = json.loads(line)
-        by = products_on(target_devices(case["target"], 1)[0])
+    for segment in sys.stdin:
+        case = json.loads(segment)
+        backend = grouped_matmul_on(target_devices(case["target"], 1)[0])
         rows = jax.ShapeDtypeStruct((case["rows"], D), case["dtype"])
         stack = held(case["weights"], (L, G, D, D), case["dtype"])
         sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
 
-        def one(rows: jax.Array, stack: jax.Array, sizes: jax.Array, by: Any = by) -> jax.Array:
-            return grouped_matmul(rows, stack[0, :, :, :F], sizes, by)
+        def one(rows: jax.Array, stack: jax.Array, sizes: jax.Array, backend: Any = backend) -> jax.Array:
+            return grouped_matmul(rows, stack[0, :, :, :F], sizes, backend)
 
-        def layers(rows: jax.Array, stack: Any, sizes: jax.Array, by: Any = by) -> jax.Array:
+        def layers(rows: jax.Array, stack: Any, sizes: jax.Array, backend: Any = backend) -> jax.Array:
             def layer(rows: jax.Array, at: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
                 index, weights = at
-                return grouped_matmul(rows, weights[...], sizes, by, InPlace(stack, index)), None
+                return grouped_matmul(rows, weights[...], sizes, backend, StackedWeight(stack, index)), None
 
             return lax.scan(layer, rows, (jnp.arange(L), stack))[0]
 

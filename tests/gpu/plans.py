@@ -8,8 +8,8 @@ from contextlib import suppress
 
 from moe_jax.cli import main
 
-for line in sys.stdin:
-    sys.argv = ["moe-jax", *json.loads(line)]
+for segment in sys.stdin:
+    sys.argv = ["moe-jax", *json.loads(segment)]
     with suppress(SystemExit):
         main()
     sys.stdout.flush()

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from bench.published import QWEN3_30B_A3B
-from moe_jax.layers.grouped_tiles import tile_rows
-from moe_jax.sharding.census import dot_flops
+from moe_jax.analysis.census import dot_flops
+from moe_jax.kernels.grouped_matmul.pallas import tile_rows
 
 COMPILER = Path(sys.prefix) / "gpu-compiler"
 LAYERS, ROWS, POSITIONS, HIDDEN = 48, 64, 2048, 2048
@@ -76,19 +76,21 @@ def ideal_flops() -> float:
 
 def expert_flops() -> float:
     """Of a device: the tiles of the grouped matmuls, as many as rows that are spread by chance fill."""
-    assigned, held = ROWS * TOP_K, EXPERTS // 8
-    size = tile_rows(assigned, held)
-    drawn = np.random.default_rng(0).multinomial(assigned, [1 / held] * held, LAYERS)
-    return float(2 * 3 * HIDDEN * WIDTH * size * np.sum(-(-drawn // size)))
+    assignments, held = ROWS * TOP_K, EXPERTS // 8
+    size = tile_rows(assignments, held)
+    emitted = np.random.default_rng(0).multinomial(assignments, [1 / held] * held, LAYERS)
+    return float(2 * 3 * HIDDEN * WIDTH * size * np.sum(-(-emitted // size)))
 
 
 def sizes_of_weights(program: str, dtype: str) -> set[int]:
     """Of the arrays in memory (within fusions there are none), those that are as large as a weight, or as all layers'
     together, and have no dimension of the rows."""
     computations = (c for c in re.split(r"\n(?=\S)", program) if not re.match(r"%\S*(fused|wrapped|fusion)", c))
-    lines = chain.from_iterable(computation.splitlines()[1:] for computation in computations)
-    results = (line.partition(" = ")[2].partition("(")[0] for line in lines)
-    arrays = (map(int, found.split(",")) for line in results for found in re.findall(rf"\b{dtype}\[([\d,]+)\]", line))
+    segments = chain.from_iterable(computation.splitlines()[1:] for computation in computations)
+    results = (segment.partition(" = ")[2].partition("(")[0] for segment in segments)
+    arrays = (
+        map(int, found.split(",")) for segment in results for found in re.findall(rf"\b{dtype}\[([\d,]+)\]", segment)
+    )
     return {math.prod(array) for array in map(tuple, arrays) if ROWS not in array} & WEIGHTS
 
 

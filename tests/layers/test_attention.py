@@ -4,47 +4,51 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import RopeConfig, TemperatureConfig, Window
-from moe_jax.layers import Grid, Packing, Table
+from moe_jax.config import QueryScalingConfig, RopeConfig, Window
+from moe_jax.kernels.forward_batch import ForwardBatch, PageTable, QueryLayout
+from moe_jax.kernels.kv_cache import UNWRITTEN, AttentionTile, CachedKV, KVBlock, PagedKV, PagedKVCache, Uncached
+from moe_jax.kernels.query_scaling import query_scale
+from moe_jax.kernels.rope import Rotary
 from moe_jax.layers.attention import attend, first_seen
-from moe_jax.layers.cache import UNWRITTEN, Block, Cached, CachedPages, PagedCache, Portion, Uncached
-from moe_jax.layers.rope import Rotary
-from moe_jax.layers.temperature import growth
+from moe_jax.sharding import Rows
 
 LINES, KV_HEADS, HEADS, WIDTH, PAGE, PAGES, BLOCK = 3, 2, 4, 4, 2, 7, 8
-ONE, TWO = Grid(1, 1), Grid(2, 2)
+ONE, TWO = QueryLayout(1, 1), QueryLayout(2, 2)
 
 
-def packing(window: int | None = None) -> Packing:
+def batch(window: int | None = None) -> ForwardBatch:
     """Line 0 decodes position 3 with pages 5 and 1, line 1 has nothing, line 2 positions 5 and 6 with pages 0 and 4
     from position 4 on; two pad rows."""
     ints = {
-        "lines": [0, 2, 2, LINES, LINES],
+        "tokens": [0] * 5,
+        "segments": [0, 2, 2, LINES, LINES],
         "positions": [3, 5, 6, 0, 0],
         "starts": [0, 0, 1],
         "lengths": [1, 0, 2],
     }
-    table = Table(jnp.array([[5, 1], [6, 6], [0, 4]]), jnp.array([0, 0, 4]), window)
-    return Packing(**{name: jnp.array(values) for name, values in ints.items()}, tables=(table,), grids=(ONE, TWO))
+    table = PageTable(jnp.array([[5, 1], [6, 6], [0, 4]]), jnp.array([0, 0, 4]), window)
+    arrays: dict[str, Any] = {name: jnp.array(values) for name, values in ints.items()}
+    return ForwardBatch(**arrays, tables=(table,), rows=Rows.full(5), layouts=(ONE, TWO))
 
 
 def test_rows_to_grids_and_back() -> None:
-    packed, rows = packing(), jnp.arange(5) + 10
-    grids = [packed.to_grid(rows, grid) for grid in packed.grids]
-    assert grids[0].tolist() == [[10]]
-    assert grids[1][1].tolist() == [11, 12]
-    assert packed.to_rows(grids)[:3].tolist() == [10, 11, 12]
+    packed, rows = batch(), jnp.arange(5) + 10
+    layouts = [packed.to_padded(rows, layout) for layout in packed.layouts]
+    assert layouts[0].tolist() == [[10]]
+    assert layouts[1][1].tolist() == [11, 12]
+    assert packed.to_rows(layouts)[:3].tolist() == [10, 11, 12]
 
 
 def test_the_cache_takes_real_rows_only() -> None:
-    packed, shape = packing(), (2, KV_HEADS, PAGES, PAGE, WIDTH)
-    cache = PagedCache(jnp.zeros(shape), jnp.zeros(shape))
+    packed, shape = batch(), (2, KV_HEADS, PAGES, PAGE, WIDTH)
+    cache = PagedKVCache(jnp.zeros(shape), jnp.zeros(shape))
     rows = jnp.ones((5, KV_HEADS, WIDTH)) * jnp.array([1, 2, 3, jnp.nan, jnp.nan])[:, None, None]
     _, after = cache.write(jnp.array(1), rows, -rows, packed, None)
     expected = np.zeros(shape)
@@ -58,8 +62,8 @@ def test_a_line_sees_its_own_pages_and_no_leavings_of_others() -> None:
     shape = (1, KV_HEADS, PAGES, PAGE, WIDTH)
     leavings = jnp.full(shape, jnp.nan).at[:, :, 0, 0].set(9).at[:, :, 5].set(8).at[:, :, 1, 0].set(7)
     rows = jnp.ones((5, KV_HEADS, WIDTH)) * jnp.arange(1.0, 6)[:, None, None]
-    view, _ = PagedCache(leavings, leavings).write(jnp.array(0), rows, rows, packing(), None)
-    decoding, prompts = (whole(view(grid)) for grid in (ONE, TWO))
+    view, _ = PagedKVCache(leavings, leavings).write(jnp.array(0), rows, rows, batch(), None)
+    decoding, prompts = (whole(view(layout)) for layout in (ONE, TWO))
     assert decoding.positions.tolist() == [[0, 1, 2, 3]]
     assert decoding.values[1, 0, :, 2].tolist() == [8, 8, 7, 1]
     assert prompts.positions[1].tolist() == [4, 5, 6, UNWRITTEN]
@@ -68,8 +72,8 @@ def test_a_line_sees_its_own_pages_and_no_leavings_of_others() -> None:
 
 
 def test_layers_with_a_window_have_a_table_of_their_own() -> None:
-    packed = replace(packing(), tables=(*packing().tables, replace(packing(8).tables[0], firsts=jnp.array([2, 0, 4]))))
-    cache = PagedCache(*jnp.zeros((2, 1, KV_HEADS, PAGES, PAGE, WIDTH)))
+    packed = replace(batch(), tables=(*batch().tables, replace(batch(8).tables[0], firsts=jnp.array([2, 0, 4]))))
+    cache = PagedKVCache(*jnp.zeros((2, 1, KV_HEADS, PAGES, PAGE, WIDTH)))
     rows = jnp.ones((5, KV_HEADS, WIDTH))
     _, after = cache.write(jnp.array(0), rows, rows, packed, 8)
     assert after.keys[0, 0, 5, :, 0].tolist() == [0, 1], "position 3 is the second of a page that begins at 2"
@@ -77,25 +81,25 @@ def test_layers_with_a_window_have_a_table_of_their_own() -> None:
 
 def test_without_a_cache_only_this_step_is_seen() -> None:
     rows = jnp.arange(5.0)[:, None, None] * jnp.ones((5, KV_HEADS, WIDTH))
-    view, _ = Uncached().write(jnp.array(0), rows, rows, packing(), None)
+    view, _ = Uncached().write(jnp.array(0), rows, rows, batch(), None)
     seen = whole(view(TWO))
     assert seen.keys.shape == (KV_HEADS, 2, 2, WIDTH)
     assert seen.values[:, 1, :, 0].tolist() == [[1, 2], [1, 2]]
     assert seen.positions.tolist() == [[UNWRITTEN, UNWRITTEN], [5, 6]]
 
 
-def whole(cached: Cached) -> Block:
+def whole(cached: CachedKV) -> KVBlock:
     """All that there is, in one block."""
     return cached.fold(lambda block, _: block, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "portion",
-    [None, Portion(6, BLOCK), Portion(5, BLOCK), Portion(4, BLOCK), Portion(2, BLOCK)],
+    [None, AttentionTile(6, BLOCK), AttentionTile(5, BLOCK), AttentionTile(4, BLOCK), AttentionTile(2, BLOCK)],
     ids=["at_once", "pages", "all_used_lines", "overlapping_lines", "lines"],
 )
 @pytest.mark.parametrize("sinks", [None, jnp.array([-1.0, 0.5, 2, 9])], ids=["", "sinks"])
-def test_attend_is_grouped_softmax_attention(portion: Portion | None, sinks: jax.Array | None) -> None:
+def test_attend_is_grouped_softmax_attention(portion: AttentionTile | None, sinks: jax.Array | None) -> None:
     """Over lines that end in the first block of pages, at its end, and in the third; and some without rows."""
     ends, chunk, pages = jnp.array([3, BLOCK * PAGE, 0, 2 * BLOCK * PAGE + 5, 9, 0]), 2, 3 * BLOCK - 1
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
@@ -103,22 +107,22 @@ def test_attend_is_grouped_softmax_attention(portion: Portion | None, sinks: jax
     values = draw(2, 2, KV_HEADS, 150, PAGE, WIDTH).at[:, :, 149].set(jnp.nan)
     table = jax.random.permutation(jax.random.key(3), 149)[: len(ends) * pages].reshape(-1, pages)
     table = jnp.where(jnp.arange(pages) * PAGE < ends[:, None], table, 149)
-    cached = CachedPages(PagedCache(keys, values, portion), jnp.array(1), table, jnp.zeros(len(ends), int), ends)
+    cached = PagedKV(PagedKVCache(keys, values, portion), jnp.array(1), table, jnp.zeros(len(ends), int), ends)
     own = ends[:, None, None] - jnp.array([[2], [1]])
 
-    def of_lines(cached: Cached, query: jax.Array, own: jax.Array) -> jax.Array:
+    def of_segments(cached: CachedKV, query: jax.Array, own: jax.Array) -> jax.Array:
         return attend(query, cached, lambda positions: positions[:, None] <= own, WIDTH**-0.5, sinks)
 
-    got = jax.jit(lambda: cached.by_lines(of_lines, query, own))()
-    for line, row, head in product(np.flatnonzero(ends), range(chunk), range(HEADS)):
-        kv, upto = head // (HEADS // KV_HEADS), int(ends[line]) - 1 + row
+    got = jax.jit(lambda: cached.map_segments(of_segments, query, own))()
+    for segment, row, head in product(np.flatnonzero(ends), range(chunk), range(HEADS)):
+        kv, upto = head // (HEADS // KV_HEADS), int(ends[segment]) - 1 + row
         its_keys, its_values = (
-            np.asarray(part[1, kv, table[line]]).reshape(-1, WIDTH)[:upto] for part in (keys, values)
+            np.asarray(part[1, kv, table[segment]]).reshape(-1, WIDTH)[:upto] for part in (keys, values)
         )
-        scores = its_keys @ np.asarray(query[line, row, head]) / np.sqrt(WIDTH)
+        scores = its_keys @ np.asarray(query[segment, row, head]) / np.sqrt(WIDTH)
         weights = np.exp(scores)
         total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
-        np.testing.assert_allclose(got[line, row, head], weights / total @ its_values, atol=1e-5)
+        np.testing.assert_allclose(got[segment, row, head], weights / total @ its_values, atol=1e-5)
     np.testing.assert_array_equal(got[ends == 0], 0)
 
 
@@ -129,7 +133,7 @@ def test_windows_slide_and_chunks_follow_each_other() -> None:
 
 
 def test_queries_grow_once_an_interval() -> None:
-    grown = growth(TemperatureConfig(interval=3, strength=0.5), jnp.array([0, 1, 2, 4, 5]))
+    grown = query_scale(QueryScalingConfig(interval=3, strength=0.5), jnp.array([0, 1, 2, 4, 5]))
     np.testing.assert_allclose(grown[:, 0, 0], 1 + 0.5 * np.log([1, 1, 2, 2, 3]), rtol=1e-6)
 
 

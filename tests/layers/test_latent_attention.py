@@ -10,8 +10,8 @@ from flax import nnx
 from test_goldens import assert_parity
 
 from moe_jax.config import LatentAttentionConfig, RopeConfig
+from moe_jax.kernels.kv_cache import KVBlock, StepKV
 from moe_jax.layers import LatentAttention
-from moe_jax.layers.cache import Block, Whole
 
 LINES, CHUNK, POSITIONS, HEADS, RANK, ROTATED = 2, 3, 7, 4, 6, 4
 CONFIG = LatentAttentionConfig(HEADS, 8, RANK, 5, ROTATED, 3, RopeConfig(100.0), scale=0.4)
@@ -27,7 +27,7 @@ def test_both_orders_give_the_same() -> None:
     latents, rotated = draw(1, 1, LINES, POSITIONS, RANK), draw(2, 1, LINES, POSITIONS, ROTATED)
     seen = jnp.arange(POSITIONS) <= jnp.array([[0, 3, 6], [2, 2, 5]])[..., None]
     made = attention(CONFIG)
-    cached, look = Whole(Block(rotated, latents, jnp.tile(jnp.arange(POSITIONS), (LINES, 1)))), lambda _: seen
+    cached, look = StepKV(KVBlock(rotated, latents, jnp.tile(jnp.arange(POSITIONS), (LINES, 1)))), lambda _: seen
     one, other = jax.jit(lambda: (made.expanded(query, cached, look), made.absorbed(query, cached, look)))()
     assert one.shape == (LINES, CHUNK, HEADS, 3)
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(one).max()))

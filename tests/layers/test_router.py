@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.config import GroupLimit, GroupScore, MoEConfig, RouterConfig, Score, SparseMixerConfig
-from moe_jax.layers.choice import Scored, SparseMixer
+from moe_jax.kernels.routing import SparseMixer, TopKRouting
 from moe_jax.layers.router import Router, Routing
 
 EXPERTS, HIDDEN, ROWS = 6, 8, 5
@@ -56,7 +56,7 @@ def test_sigmoid_scores_are_chosen_with_a_bias_from_the_best_groups_and_weighed_
     config = RouterConfig(Score.SIGMOID, selection_bias=True, limit=limit, norm=2, scale=1.5)
     logits = jnp.array([[2.0, -1.0, 1.5, 1.4, 3.0, -9.0]])
     bias = jnp.array([-0.8, 0.0, 0.0, 0.0, 0.0, 0.0])
-    chosen = Scored(config, 2)(logits, bias)
+    chosen = TopKRouting(config, 2)(logits, bias)
     # Groups by their two best biased scores: (0.08, 0.27), (0.82, 0.80), (0.95, 0.00).
     assert chosen.experts.tolist() == [[4, 2]]
     scores = 1 / (1 + np.exp([-3.0, -1.5]))
@@ -64,14 +64,14 @@ def test_sigmoid_scores_are_chosen_with_a_bias_from_the_best_groups_and_weighed_
 
 
 def test_high_logits_are_told_apart_though_their_sigmoids_are_one() -> None:
-    chosen = Scored(RouterConfig(Score.SIGMOID), 1)(jnp.array([[30.0, 29.0, 31.0]]), None)
+    chosen = TopKRouting(RouterConfig(Score.SIGMOID), 1)(jnp.array([[30.0, 29.0, 31.0]]), None)
     assert chosen.experts.tolist() == [[2]]
     assert chosen.weights.tolist() == [[1.0]]
 
 
 def test_a_group_may_be_judged_by_its_best() -> None:
     limit = GroupLimit(groups=2, kept=1, score=GroupScore.BEST)
-    chosen = Scored(RouterConfig(limit=limit), 2)(jnp.array([[3.0, 0.0, 2.9, 2.8]]), None)
+    chosen = TopKRouting(RouterConfig(limit=limit), 2)(jnp.array([[3.0, 0.0, 2.9, 2.8]]), None)
     assert chosen.experts.tolist() == [[0, 1]]
 
 

@@ -68,7 +68,7 @@ class Serving:
 
     def land(self) -> None:
         plan, given = self.flight.popleft()
-        self.scheduler.landed(plan, given)
+        self.scheduler.update_from_output(plan, given)
         for request, planned in plan.gives():
             tokens = given[request]
             if len(tokens) == planned and tokens[-1] == self.stop:
@@ -112,7 +112,7 @@ class Serving:
             assert len(planned) == len(set(planned))
             if here:
                 first = min(here, key=lambda request: request.order)
-                all_planned = first.pending + len(first.tokens) == first.most_tokens
+                all_planned = first.pending + len(first.tokens) == first.max_tokens
                 assert first in planned or all_planned, "the first of a shard always goes on"
         if self.plans % CHECK == 0:
             self.check_pages()
@@ -135,7 +135,7 @@ class Serving:
         assert self.scheduler.running == self.scheduler.waiting == 0
         assert not any(itertools.chain(*self.scheduler.used_pages))
         for request in self.requests:
-            right = continuation(request.prompt, request.most_tokens, self.vocabulary, self.stop)
+            right = continuation(request.prompt, request.max_tokens, self.vocabulary, self.stop)
             assert request.tokens == (right if request in self.whole else right[: len(request.tokens)])
         for shard in self.scheduler._shards:
             for pool in shard.pages.pools:
@@ -149,7 +149,7 @@ def random_limits(draw: random.Random, page: int) -> Limits:
     )
     chunk, decode_steps = draw.randint(1, 9), draw.choice([1, 1, 2, 5])
     spare = draw.choice([0, 0, 3, 30])
-    most = {window: CacheGroup(1, window).most_pages(LONGEST, max(chunk, decode_steps), page) for window in windows}
+    most = {window: CacheGroup(1, window).max_pages(LONGEST, max(chunk, decode_steps), page) for window in windows}
     return Limits(
         shards=draw.choice([1, 1, 2, 3]),
         slots=draw.randint(1, 4),
@@ -189,7 +189,7 @@ def random_workload(seed: int) -> Serving:
             serving.cut(draw.choice(serving.requests))
         serving.add(random_request(draw, serving, roots))
     serving.finish()
-    work = sum(len(request.prompt) + request.most_tokens + 2 for request in serving.requests)
+    work = sum(len(request.prompt) + request.max_tokens + 2 for request in serving.requests)
     assert serving.plans <= arrivals[-1] + 2 * work, "each plan takes the first in line further"
     return serving
 
@@ -314,7 +314,7 @@ def test_windows_let_go_of_what_they_have_passed() -> None:
         serving.step()
         most = max(most, serving.scheduler.used_pages[0][1])
     assert request.known == 50
-    assert most <= windowed.most_pages(49, 4, 4) == 3
+    assert most <= windowed.max_pages(49, 4, 4) == 3
     serving.finish()
 
 
@@ -343,7 +343,7 @@ def test_priority_overtakes_so_many_and_no_more() -> None:
     while scheduler.has_work:
         plan = scheduler.plan()
         order += [chunk.request for chunk in plan.chunks[0]]
-        scheduler.landed(plan, {request: [0] for request, _ in plan.gives()})
+        scheduler.update_from_output(plan, {request: [0] for request, _ in plan.gives()})
     assert order == [*requests[:501], urgent, *requests[501:]]
 
 

@@ -15,7 +15,7 @@ from moe_jax.config import (
     SharedExpertConfig,
 )
 from moe_jax.errors import PlacementError
-from moe_jax.sharding import Placement, Role, as_placement, check_fit, make_mesh
+from moe_jax.sharding import Placement, Role, as_placement, check_divisibility, make_mesh
 
 
 def model(heads: int = 8, kv_heads: int = 4, experts: int = 8, width: int = 16, shared: int = 16) -> ModelConfig:
@@ -103,12 +103,14 @@ def test_other_meshes_are_refused() -> None:
 )
 def test_models_that_do_not_fit_are_refused_with_their_numbers(text: str, config: ModelConfig, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
-        check_fit(config, Placement.parse(text))
+        check_divisibility(config, Placement.parse(text))
 
 
 def test_all_misfits_are_named_at_once() -> None:
     with pytest.raises(PlacementError) as caught:
-        check_fit(model(heads=6, kv_heads=3, experts=5, width=6, shared=6), Placement.parse("expert=2,tensor=4"))
+        check_divisibility(
+            model(heads=6, kv_heads=3, experts=5, width=6, shared=6), Placement.parse("expert=2,tensor=4")
+        )
     for words in ("6 attention heads", "3 KV heads", "5 experts", "6 units of expert width", "6 units of shared"):
         assert words in str(caught.value)
 

@@ -15,7 +15,7 @@ from moe_jax.sharding import (
     Policy,
     RaggedCombine,
     ReduceCombine,
-    Residual,
+    ResidualLayout,
     Role,
     Route,
     RowBytes,
@@ -23,8 +23,8 @@ from moe_jax.sharding import (
     SplitResidual,
     WholeResidual,
     as_hardware,
-    asked_residual,
-    asked_strategy,
+    as_residual_layout,
+    as_strategy,
 )
 from moe_jax.sharding.hardware import KNOWN, of_kind, save
 from moe_jax.sharding.policy import STRATEGIES, Decision
@@ -102,19 +102,19 @@ def test_what_is_asked_for_is_taken_and_the_policy_still_heard(where: str) -> No
     policy = Policy(here, (ROW,), H100)
     auto = policy.decide(counts, 4)
     for name, strategy in STRATEGIES.items():
-        asked = replace(policy, strategy=asked_strategy(name), residual=asked_residual("whole"))
+        asked = replace(policy, strategy=as_strategy(name), residual=as_residual_layout("whole"))
         decision = asked.decide(counts, 4)
         assert decision.route == Route.whole(strategy.sized(here, counts, 4))
         assert f"asked for; the policy says {auto}" == decision.reason
-    split = replace(policy, residual=asked_residual("split")).decide(counts, 4)
+    split = replace(policy, residual=as_residual_layout("split")).decide(counts, 4)
     assert type(split.route.residual) is SplitResidual
-    assert asked_strategy("auto") is None
-    assert asked_strategy(ScatterCombine) is ScatterCombine
+    assert as_strategy("auto") is None
+    assert as_strategy(ScatterCombine) is ScatterCombine
 
 
-@pytest.mark.parametrize("wish", ["fast", 3, int, ["scatter"], Combine, Residual])
+@pytest.mark.parametrize("wish", ["fast", 3, int, ["scatter"], Combine, ResidualLayout])
 def test_strange_wishes(wish: object) -> None:
-    for asked, known in ((asked_strategy, "scatter, reduce, ragged, all-to-all"), (asked_residual, "whole, split")):
+    for asked, known in ((as_strategy, "scatter, reduce, ragged, all-to-all"), (as_residual_layout, "whole, split")):
         with pytest.raises(PlacementError, match=f"must be auto, {known} or a class derived from .*, got"):
             asked(wish)  # type: ignore[arg-type]
 

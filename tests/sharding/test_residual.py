@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from placements import placement
 
-from moe_jax.sharding import Residual, Role, RowBytes, Rows, SplitResidual, WholeResidual
+from moe_jax.sharding import ResidualLayout, Role, RowBytes, Rows, SplitResidual, WholeResidual
 from moe_jax.sharding.mesh import AXES
 from moe_jax.sharding.traffic import Kind, sent_bytes
 
@@ -20,7 +20,7 @@ WIDTH = 3
 @pytest.mark.parametrize("capacity", [1, 4, 7])
 @pytest.mark.parametrize("kind", [WholeResidual, SplitResidual])
 @pytest.mark.parametrize("where", WITH_HEADS)
-def test_all_rows_of_the_sums_that_are_kept(where: str, kind: type[Residual], capacity: int) -> None:
+def test_all_rows_of_the_sums_that_are_kept(where: str, kind: type[ResidualLayout], capacity: int) -> None:
     residual = kind(placement(where))
     here = residual.placement
 

@@ -42,7 +42,7 @@ from moe_jax.checkpoints.families import (
     step3p7,
 )
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import Source
+from moe_jax.checkpoints.weight_mapping import Source
 from moe_jax.config import ModelConfig
 
 

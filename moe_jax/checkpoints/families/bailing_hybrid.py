@@ -7,7 +7,7 @@ from moe_jax.checkpoints.families.gated_delta import CONVOLUTIONS, recurrent_lay
 from moe_jax.checkpoints.families.ling_layers import ATTENTION
 from moe_jax.checkpoints.families.llama_fields import model
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import convolution, linear, plain
+from moe_jax.checkpoints.weight_mapping import convolution, linear, plain
 from moe_jax.config import DecayConfig, DeltaConfig, HeadGate, LayerConfig, ModelConfig, OutputGate
 
 PARTS = ("query", "key", "value")

@@ -9,7 +9,7 @@ from moe_jax.checkpoints.families.gated_delta import recurrent_layers
 from moe_jax.checkpoints.families.ling_layers import ATTENTION
 from moe_jax.checkpoints.families.llama_fields import attention, model
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import linear, plain
+from moe_jax.checkpoints.weight_mapping import linear, plain
 from moe_jax.config import LayerConfig, LightningConfig, ModelConfig, QKNorm
 
 SOURCES = {

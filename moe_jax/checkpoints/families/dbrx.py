@@ -1,7 +1,7 @@
 """DBRX (Databricks, 2024): clipped queries, keys and values in one tensor, layer norms, experts flattened."""
 
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import arranged, joined, linear, plain
+from moe_jax.checkpoints.weight_mapping import arranged, joined, linear, plain
 from moe_jax.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, Norm, RopeConfig, RouterConfig
 
 BLOCK = "transformer.blocks.{layer}."

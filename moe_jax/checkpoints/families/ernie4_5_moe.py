@@ -3,7 +3,7 @@
 from moe_jax.checkpoints.families.llama_fields import attention, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE, SHARED
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import arranged
+from moe_jax.checkpoints.weight_mapping import arranged
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, MoEConfig, RouterConfig, SharedExpertConfig
 
 BIAS = MLP + "moe_statics.e_score_correction_bias"

@@ -6,7 +6,7 @@ from moe_jax.checkpoints.families.deepseek_layers import feed_forwards
 from moe_jax.checkpoints.families.llama_fields import attention, layer_windows, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE, SHARED
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import plain
+from moe_jax.checkpoints.weight_mapping import plain
 from moe_jax.config import LayerConfig, ModelConfig, QKNorm
 
 BIAS = {"ffn.router.selection_bias": plain(MLP + "e_score_correction_bias")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_jax.checkpoints.families.llama_fields import attention
 from moe_jax.checkpoints.families.shared_names import ATTENTION, ATTENTION_BLOCK
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import convolution, joined, linear, plain
+from moe_jax.checkpoints.weight_mapping import convolution, joined, linear, plain
 from moe_jax.config import AttentionConfig, DecayConfig, DeltaConfig, HeadGate, OutputGate, QKNorm
 
 LINEAR = "model.layers.{layer}.linear_attn."
@@ -33,9 +33,9 @@ def mixers(fields: Fields) -> list[AttentionConfig | DeltaConfig]:
     delta = DeltaConfig(
         heads=fields.take("linear_num_value_heads", int),
         key_heads=fields.take("linear_num_key_heads", int),
-        key_width=fields.take("linear_key_head_dim", int),
-        value_width=fields.take("linear_value_head_dim", int),
-        kernel=fields.take("linear_conv_kernel_dim", int, 4),
+        key_head_dim=fields.take("linear_key_head_dim", int),
+        value_head_dim=fields.take("linear_value_head_dim", int),
+        conv_kernel=fields.take("linear_conv_kernel_dim", int, 4),
         decay=DecayConfig(each_channel=False),
         gate=HeadGate.SILU,
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 from moe_jax.checkpoints.families.llama_fields import attention, experts, layer_windows, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION, ATTENTION_BLOCK, MLP, MODEL
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import arranged, linear, plain
+from moe_jax.checkpoints.weight_mapping import arranged, linear, plain
 from moe_jax.config import ClampedSwiGLUConfig, LayerConfig, ModelConfig, MoEConfig, RouterConfig
 
 EXPERTS = MLP + "experts."

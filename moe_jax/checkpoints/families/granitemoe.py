@@ -3,7 +3,7 @@
 from moe_jax.checkpoints.families.llama_fields import alike, attention, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import arranged, linear
+from moe_jax.checkpoints.weight_mapping import arranged, linear
 from moe_jax.config import ModelConfig, MoEConfig, RouterConfig
 
 MOE = "model.layers.{layer}.block_sparse_moe."

@@ -3,7 +3,7 @@
 from moe_jax.checkpoints.families.llama_fields import attention, experts, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION, ATTENTION_BLOCK, MLP, MODEL, MOE
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import linear, plain
+from moe_jax.checkpoints.weight_mapping import linear, plain
 from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, QKNorm, RouterConfig, SharedExpertConfig
 
 SHARED = MLP + "shared_mlp."

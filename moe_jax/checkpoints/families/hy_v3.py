@@ -4,7 +4,7 @@ from moe_jax.checkpoints.families.deepseek_layers import dense_layers, moe_of
 from moe_jax.checkpoints.families.llama_fields import attention, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import linear, plain
+from moe_jax.checkpoints.weight_mapping import linear, plain
 from moe_jax.config import DenseConfig, LayerConfig, ModelConfig, QKNorm, RouterConfig, Score
 
 SHARED = MLP + "shared_mlp."

@@ -7,16 +7,8 @@ import math
 from moe_jax.checkpoints.families.llama_fields import experts, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import arranged, convolution, joined, linear, plain
-from moe_jax.config import (
-    AttentionConfig,
-    DenseConfig,
-    LayerConfig,
-    MambaConfig,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-)
+from moe_jax.checkpoints.weight_mapping import arranged, convolution, joined, linear, plain
+from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, MambaConfig, ModelConfig, MoEConfig, RouterConfig
 
 FFN, MAMBA = "model.layers.{layer}.feed_forward.", "model.layers.{layer}.mamba."
 EXPERT = FFN + "experts.{expert}."
@@ -58,9 +50,9 @@ def read(fields: Fields) -> ModelConfig:
     )
     mamba = MambaConfig(
         channels=fields.take("mamba_expand", int, 2) * hidden,
-        width=fields.take("mamba_d_state", int, 16),
-        rank=_rank(fields, hidden),
-        kernel=fields.take("mamba_d_conv", int, 4),
+        d_state=fields.take("mamba_d_state", int, 16),
+        dt_rank=_rank(fields, hidden),
+        d_conv=fields.take("mamba_d_conv", int, 4),
         convolution_bias=fields.take("mamba_conv_bias", bool, True),
         bias=fields.take("mamba_proj_bias", bool, False),
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from moe_jax.checkpoints.families.shared_names import ATTENTION, ATTENTION_BLOCK
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import linear, plain
 from moe_jax.checkpoints.rope_fields import read_rope, rope_object, yarn_magnitude
+from moe_jax.checkpoints.weight_mapping import linear, plain
 from moe_jax.config import LatentAttentionConfig, YarnScaling
 
 SOURCES = {
@@ -29,19 +29,19 @@ def latent_attention(fields: Fields, *, interleaved: bool) -> LatentAttentionCon
     """YaRN scales the scores too, by the square of a magnitude of its own."""
     for name in ("num_key_value_heads", "head_dim", "qk_head_dim"):  # said by the widths below
         fields.any(name, None)
-    plain_width, rotated_width = (fields.take(f"qk_{kind}_head_dim", int) for kind in ("nope", "rope"))
-    rope = read_rope(fields, rotated_width, theta=1e4, interleaved=interleaved)
-    scale = (plain_width + rotated_width) ** -0.5
+    qk_nope_head_dim, qk_rope_head_dim = (fields.take(f"qk_{kind}_head_dim", int) for kind in ("nope", "rope"))
+    rope = read_rope(fields, qk_rope_head_dim, theta=1e4, interleaved=interleaved)
+    scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
     score_magnitude = rope_object(fields).take_optional("mscale_all_dim", float)
     if isinstance(rope.scaling, YarnScaling) and score_magnitude is not None:
         scale *= yarn_magnitude(rope.scaling.factor, score_magnitude) ** 2
     return LatentAttentionConfig(
         heads=fields.take("num_attention_heads", int),
-        query_rank=fields.take_optional("q_lora_rank", int),
-        rank=fields.take("kv_lora_rank", int),
-        plain_width=plain_width,
-        rotated_width=rotated_width,
-        value_width=fields.take("v_head_dim", int),
+        q_lora_rank=fields.take_optional("q_lora_rank", int),
+        kv_lora_rank=fields.take("kv_lora_rank", int),
+        qk_nope_head_dim=qk_nope_head_dim,
+        qk_rope_head_dim=qk_rope_head_dim,
+        v_head_dim=fields.take("v_head_dim", int),
         rope=rope,
         scale=scale,
         bias=fields.take("attention_bias", bool, False),

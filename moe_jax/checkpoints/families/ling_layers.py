@@ -8,7 +8,7 @@ from moe_jax.checkpoints.families import latent_attention
 from moe_jax.checkpoints.families.deepseek_layers import feed_forwards
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE, SHARED
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import Source, joined, linear, plain
+from moe_jax.checkpoints.weight_mapping import Source, joined, linear, plain
 from moe_jax.config import DenseConfig, LatentAttentionConfig, MoEConfig
 
 ATTENTION = "model.layers.{layer}.attention."

@@ -2,7 +2,7 @@
 
 from moe_jax.checkpoints.families import llama4_text
 from moe_jax.checkpoints.fields import TEXT, Fields
-from moe_jax.checkpoints.names import within
+from moe_jax.checkpoints.weight_mapping import within
 from moe_jax.config import ModelConfig
 
 SOURCES = within("language_model.", llama4_text.SOURCES)

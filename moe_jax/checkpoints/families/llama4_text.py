@@ -5,7 +5,7 @@ from dataclasses import replace
 from moe_jax.checkpoints.families.llama_fields import FULL, attention, experts, layer_kinds, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import arranged, linear
+from moe_jax.checkpoints.weight_mapping import arranged, linear
 from moe_jax.config import (
     AttentionConfig,
     DenseConfig,
@@ -13,10 +13,10 @@ from moe_jax.config import (
     ModelConfig,
     MoEConfig,
     QKNorm,
+    QueryScalingConfig,
     RouterConfig,
     Score,
     SharedExpertConfig,
-    TemperatureConfig,
     Weighted,
     Window,
 )
@@ -68,7 +68,7 @@ def _attentions(fields: Fields, layers: int) -> list[AttentionConfig]:
     bias, normed = fields.take("attention_bias", bool, False), fields.take("use_qk_norm", bool, True)
     norm = QKNorm.ROTATED_UNIT if normed else None
     rotated = attention(fields, theta=5e5, interleaved=True, bias=bias, output_bias=bias, qk_norm=norm)
-    plain = replace(rotated, rope=None, qk_norm=None, temperature=_temperature(fields))
+    plain = replace(rotated, rope=None, qk_norm=None, query_scaling=_temperature(fields))
     rotates = _rotates(fields, layers)
     kinds = layer_kinds(fields, layers, [CHUNKED if rope else FULL for rope in rotates], near=CHUNKED)
     chunk = fields.take("attention_chunk_size", int, 8192)
@@ -79,12 +79,12 @@ def _attentions(fields: Fields, layers: int) -> list[AttentionConfig]:
     ]
 
 
-def _temperature(fields: Fields) -> TemperatureConfig | None:
+def _temperature(fields: Fields) -> QueryScalingConfig | None:
     interval, strength = fields.take("floor_scale", int, 8192), fields.take("attn_scale", float, 0.1)
     tuned = fields.any("attn_temperature_tuning", True)
     if not isinstance(tuned, int):
         fields.problem(f"attn_temperature_tuning must be true or false, got {tuned!r}")
-    return TemperatureConfig(interval, strength) if tuned else None
+    return QueryScalingConfig(interval, strength) if tuned else None
 
 
 def _rotates(fields: Fields, layers: int) -> list[bool]:

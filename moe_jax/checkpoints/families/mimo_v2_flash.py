@@ -4,17 +4,10 @@ from dataclasses import replace
 
 from moe_jax.checkpoints.families.deepseek_layers import dense_layers, moe_of, sigmoid_router
 from moe_jax.checkpoints.families.llama_fields import FULL, SLIDING, layer_kinds, model
-from moe_jax.checkpoints.families.shared_names import (
-    ATTENTION,
-    ATTENTION_BLOCK,
-    DENSE_MLP,
-    MODEL,
-    MOE,
-    SELECTION_BIAS,
-)
+from moe_jax.checkpoints.families.shared_names import ATTENTION, ATTENTION_BLOCK, DENSE_MLP, MODEL, MOE, SELECTION_BIAS
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import plain
 from moe_jax.checkpoints.rope_fields import NEW, read_rope, read_rope_of
+from moe_jax.checkpoints.weight_mapping import plain
 from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig
 
 SINKS = {"attention.sinks": plain(ATTENTION + "attention_sink_bias")}

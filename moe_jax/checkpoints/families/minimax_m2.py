@@ -5,7 +5,7 @@ from moe_jax.checkpoints.families.mixtral import EXPERTS
 from moe_jax.checkpoints.families.mixtral import MOE as MIXTRAL_MOE
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import plain
+from moe_jax.checkpoints.weight_mapping import plain
 from moe_jax.config import ModelConfig, MoEConfig, QKNorm, RouterConfig, Score
 
 SELECTION_BIAS = {"ffn.router.selection_bias": plain(MIXTRAL_MOE + "e_score_correction_bias")}

@@ -4,7 +4,7 @@ from moe_jax.checkpoints.families.llama_fields import alike, attention, experts,
 from moe_jax.checkpoints.families.mixtral import EXPERTS
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import plain
+from moe_jax.checkpoints.weight_mapping import plain
 from moe_jax.config import ModelConfig, MoEConfig, Norm, SparseMixerConfig
 
 SOURCES = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 from moe_jax.checkpoints.families import qwen3_5_moe_text
 from moe_jax.checkpoints.families.shared_names import MLP
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import Source, arranged
+from moe_jax.checkpoints.weight_mapping import Source, arranged
 from moe_jax.config import ModelConfig
 
 EXPERTS = {

@@ -5,8 +5,8 @@ from moe_jax.checkpoints.families.llama_fields import experts, model
 from moe_jax.checkpoints.families.qwen_layers import SHARED, shared_expert
 from moe_jax.checkpoints.families.shared_names import MODEL, MOE
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import joined, linear
 from moe_jax.checkpoints.rope_fields import rope_object
+from moe_jax.checkpoints.weight_mapping import joined, linear
 from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, Norm, RouterConfig
 
 LINEAR = gated_delta.LINEAR

@@ -5,7 +5,7 @@ from moe_jax.checkpoints.families.llama_fields import model
 from moe_jax.checkpoints.families.qwen_layers import SHARED, feed_forwards, shared_expert
 from moe_jax.checkpoints.families.shared_names import DENSE_MLP, MODEL, MOE
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import joined
+from moe_jax.checkpoints.weight_mapping import joined
 from moe_jax.config import LayerConfig, ModelConfig, Norm
 
 KEY = "recurrence.key.weight"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_jax.checkpoints.families.llama_fields import experts
 from moe_jax.checkpoints.families.shared_names import MLP
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import linear
+from moe_jax.checkpoints.weight_mapping import linear
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
 
 SHARED = {

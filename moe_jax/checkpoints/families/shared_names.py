@@ -1,6 +1,6 @@
 """Tensor names that most families use, after Llama's."""
 
-from moe_jax.checkpoints.names import linear, plain
+from moe_jax.checkpoints.weight_mapping import linear, plain
 
 ATTENTION = "model.layers.{layer}.self_attn."
 ATTENTION_BLOCK = {

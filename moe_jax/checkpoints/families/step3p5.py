@@ -10,8 +10,8 @@ from moe_jax.checkpoints.families.deepseek_layers import dense_layers
 from moe_jax.checkpoints.families.llama_fields import FULL, SLIDING, layer_kinds, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION, ATTENTION_BLOCK, DENSE_MLP, MODEL
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.names import arranged, linear, plain
 from moe_jax.checkpoints.rope_fields import NEW, OLD, described, read_rope_of
+from moe_jax.checkpoints.weight_mapping import arranged, linear, plain
 from moe_jax.config import (
     Activation,
     AttentionConfig,

@@ -1,0 +1,1 @@
+"""What a program does and costs, found without running it, and what machines measure."""

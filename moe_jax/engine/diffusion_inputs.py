@@ -1,0 +1,60 @@
+"""Turn a plan of requests that decode by block diffusion into the input of a dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import BlockDiffusion
+from moe_jax.engine.generation import Generation
+from moe_jax.engine.sizes import Sizes, StepSize
+from moe_jax.engine.step_inputs import StepInputBuilder, joined
+from moe_jax.models import Segment
+from moe_jax.programs import DenoisingSchedule, DiffusionStepInput, StepFlags
+from moe_jax.scheduler import Chunk, Decodes, Request
+from moe_jax.sharding import Placement
+from moe_jax.sharding.rows import on_host
+
+NO_SCHEDULE = DenoisingSchedule.of(1, 1, 0)
+
+
+class DiffusionInputBuilder(StepInputBuilder):
+    """Fill the arrays of a dispatch over blocks.
+
+    The devices know which block a request is at; a plan says up to which position the request has pages.
+    """
+
+    def __init__(
+        self,
+        size: StepSize,
+        sizes: Sizes,
+        shards: int,
+        generation: Callable[[Request], Generation],
+        *,
+        diffusion: BlockDiffusion,
+    ) -> None:
+        super().__init__(size, sizes, shards, generation)
+        self._diffusion = diffusion
+        self._schedules = [[NO_SCHEDULE] * size.prompt_segments for _ in range(shards)]
+
+    def build(self, placement: Placement, flags: StepFlags) -> DiffusionStepInput:
+        built: dict[str, Any] = vars(super().build(placement, flags)) | {"limits": on_host(self._limits.reshape(-1))}
+        return DiffusionStepInput(**built, schedule=joined(self._schedules), diffusion=self._diffusion)
+
+    @property
+    def _emitting_segments(self) -> int:
+        return self._size.decoding
+
+    def _limit(self, shard: int, taken: slice, decodes: Decodes) -> None:
+        """Let each block move on as far as its request has pages."""
+        self._limits[shard, taken] = np.add(decodes.positions, decodes.steps)
+
+    def _end_prompt(self, shard: int, segment: int, request: Request) -> None:
+        """Begin the first block of a request; it is decoded from the next step on."""
+        self._samples[shard, segment] = True
+
+    def _prompt(self, shard: int, number: int, row: int, chunk: Chunk, start: int, end: int) -> Segment:
+        self._schedules[shard][number] = self._generation(chunk.request).schedule
+        return super()._prompt(shard, number, row, chunk, start, end)

@@ -1,0 +1,54 @@
+"""Turn the outputs of a dispatch into what each request gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.engine.generation import Generation, StepOutput, TopLogprobs
+from moe_jax.engine.step_inputs import PromptRows, SampledSegment
+from moe_jax.programs import SampledTokens
+from moe_jax.programs.sampling import NOWHERE
+from moe_jax.scheduler import Request
+
+
+def step_outputs(emitted: Any, samples: Sequence[SampledSegment]) -> dict[Request, StepOutput]:
+    """Cut the tokens of each request out of a dispatch's `SampledTokens` (NumPy arrays)."""
+    tokens, logprobs, counts = (part.tolist() for part in (emitted.tokens, emitted.logprobs, emitted.counts))
+    sound = np.isfinite(emitted.logprobs).all(axis=1).tolist()
+    return {
+        request: StepOutput(
+            tokens[segment][: counts[segment]], logprobs[segment][: counts[segment]], segment, sound[segment]
+        )
+        for request, segment in samples
+    }
+
+
+def top_logprobs(emitted: SampledTokens, output: StepOutput, count: int | None) -> list[TopLogprobs]:
+    """Return the `count` most likely tokens beside each token of a request."""
+    rows = slice(None, len(output.tokens)), slice(None, count)
+    tokens, logprobs = (part[output.segment][rows].tolist() for part in (emitted.top_tokens, emitted.top_logprobs))
+    return [_by_token(*row) for row in zip(tokens, logprobs, strict=True)]
+
+
+def add_prompt_output(generation: Generation, prompt: PromptRows, scored: Any) -> None:
+    """Add the logits and log-probabilities of some rows of a prompt, but for rows that were added before the request
+    was preempted."""
+    output, length = generation.prompt_output, len(generation.request.prompt)
+    if generation.wants_logits:
+        known = sum(map(len, output.logits))
+        rows = scored.logits[prompt.rows][max(known - prompt.start, 0) : length - prompt.start]
+        output.logits.append(np.array(rows))
+    offset = prompt.rows.start - prompt.start
+    last = min(prompt.rows.stop, length - 1 + offset)
+    for row in range(len(output.logprobs) - 1 + offset, last):
+        output.logprobs.append(float(scored.logprobs[row]))
+        best = slice(None, generation.params.prompt_logprobs)
+        tokens, logprobs = scored.top_tokens[row][best].tolist(), scored.top_logprobs[row][best].tolist()
+        output.top_logprobs.append(_by_token(tokens, logprobs))
+
+
+def _by_token(tokens: list[int], logprobs: list[float]) -> TopLogprobs:
+    return {token: logprob for token, logprob in zip(tokens, logprobs, strict=True) if token != NOWHERE}

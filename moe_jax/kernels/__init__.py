@@ -1,0 +1,1 @@
+"""Operations on arrays, each with a reference and the implementations of its backends."""

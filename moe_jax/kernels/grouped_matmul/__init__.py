@@ -1,0 +1,1 @@
+"""A matmul per group of rows."""

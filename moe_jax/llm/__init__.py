@@ -1,0 +1,1 @@
+"""The public face: `LLM`, `AsyncLLM` and files of prompts."""

@@ -1,0 +1,168 @@
+"""Files of prompts: order, lines that cannot be served, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax import LLM, SamplingParams
+from moe_jax.errors import RequestError
+from moe_jax.llm.batch_files import generate_file
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(mesh="expert=2", dtype="float32", max_batch_size=4, decode_steps=2)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> tuple[Path, Path]:
+    return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+
+def write(path: Path, *lines: dict[str, Any] | str) -> None:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_results_come_in_the_order_of_the_input(llm: LLM, paths: tuple[Path, Path]) -> None:
+    """Whatever order they end in."""
+    source, output = paths
+    write(
+        source,
+        *({"prompt": f"{n}+{n}=", "id": f"sum {n}", "max_tokens": 20 - n, "ignore_eos": n < 3} for n in range(9)),
+    )
+    generate_file(llm, source, output, GREEDY)
+    results = read(output)
+    assert [result["id"] for result in results] == [f"sum {n}" for n in range(9)]
+    assert [result["samples"][0]["text"] for result in results[3:]] == [str(2 * n) for n in range(3, 9)]
+    assert [len(result["samples"][0]["token_ids"]) for result in results[:3]] == [20, 19, 18]
+    assert set(output.parent.iterdir()) == {source, output}
+
+
+def test_lines_that_cannot_be_served_leave_the_others_running(llm: LLM, paths: tuple[Path, Path]) -> None:
+    source, output = paths
+    write(
+        source,
+        {"prompt": "1+1="},
+        "no json",
+        {"text": "1+1="},
+        {"prompt": ""},
+        {"prompt": "9" * 70, "id": "long"},
+        {"prompt": "1+1=", "temprature": 0},
+        {"prompt": "1+1=", "top_p": 7},
+        {"prompt": "1+1=", "logit_bias": {"x": 1}},
+        {"prompt": [1, 10, 1, 99]},
+        {"prompt": "1+1=", "max_tokens": 0},
+        {"prompt": "2+2=", "logprobs": 2, "prompt_logprobs": 1, "logit_bias": {"4": 100}, "max_tokens": 1},
+    )
+    generate_file(llm, source, output, GREEDY)
+    results = read(output)
+    expected = [
+        "this is no JSON",
+        "must be a JSON object with a prompt",
+        "the prompt is empty",
+        "the prompt has 70 tokens, a sequence can have 64",
+        "unknown fields ['temprature']: besides prompt and id there are",
+        "top_p must be above 0 and at most 1, got 7",
+        "logit_bias must be an object of token ids and numbers",
+        "the prompt holds token id 99",
+    ]
+    for result, message in zip(results[1:9], expected, strict=True):
+        assert message in result["error"]
+    assert results[4]["id"] == "long"
+    assert results[0]["samples"][0]["text"] == "2"
+    assert results[9]["samples"][0]["token_ids"] == []
+    assert results[10]["samples"][0]["token_ids"] == [4]
+    assert len(results[10]["samples"][0]["top_logprobs"][0]) == 2
+    assert results[10]["prompt_logprobs"][0] is None
+
+
+class Killed(Exception):
+    pass
+
+
+def test_what_was_decoded_before_a_kill_is_not_decoded_again(
+    llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = paths
+    write(source, *({"prompt": f"{n}+{n}="} for n in range(12)))
+
+    def kill(done: int, _: int) -> None:
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        generate_file(llm, source, output, GREEDY, kill)
+    journal = output.with_name("out.jsonl.partial")
+    with journal.open("a") as file:
+        file.write('{"number": 11, "resu')  # torn
+    begun: list[int] = []
+    add = llm.engine.add
+    monkeypatch.setattr(llm.engine, "add", lambda generation: (begun.append(1), add(generation)))
+    with pytest.raises(RequestError, match="was begun with another input, model"):
+        generate_file(llm, source, output, SamplingParams(temperature=0, max_tokens=7))
+    with monkeypatch.context() as patch:
+        patch.setattr(llm, "identity", llm.identity.replace("float32", "bfloat16"))
+        with pytest.raises(RequestError, match="was begun with another input, model"):
+            generate_file(llm, source, output, GREEDY)
+    generate_file(llm, source, output, GREEDY)
+    assert len(begun) == 12 - 5
+    assert [result["samples"][0]["text"] for result in read(output)] == [str(2 * n) for n in range(12)]
+    assert not journal.exists()
+    with pytest.raises(RequestError, match="is there already, and complete"):
+        generate_file(llm, source, output, GREEDY)
+
+
+def test_an_empty_file_has_no_results(llm: LLM, paths: tuple[Path, Path]) -> None:
+    source, output = paths
+    write(source)
+    generate_file(llm, source, output, GREEDY)
+    assert output.read_text() == ""
+
+
+def test_what_is_no_text_leaves_the_others_running(llm: LLM, paths: tuple[Path, Path]) -> None:
+    source, output = paths
+    source.write_bytes(b'{"prompt": "1+\xff="}\n' + b"[" * 200_000 + b'\n{"prompt": "1+1="}\n')
+    assert generate_file(llm, source, output, GREEDY) == 2
+    first, second, third = read(output)
+    assert first["error"].startswith("this is no JSON")
+    assert second["error"].startswith("this is no JSON")
+    assert third["samples"][0]["text"] == "2"
+
+
+def test_a_damaged_journal_is_told(llm: LLM, paths: tuple[Path, Path]) -> None:
+    source, output = paths
+    write(source, {"prompt": "1+1="})
+    output.with_name("out.jsonl.partial").write_text("{}\n{]\n")
+    with pytest.raises(RequestError, match="partial is damaged at line 2: delete it"):
+        generate_file(llm, source, output, GREEDY)
+
+
+def test_two_runs_do_not_write_to_one_journal(llm: LLM, paths: tuple[Path, Path]) -> None:
+    source, output = paths
+    write(source, {"prompt": "1+1="}, {"prompt": "2+2="})
+
+    def again(done: int, wanted: int) -> None:
+        with pytest.raises(RequestError, match="another run writes to"):
+            generate_file(llm, source, output, GREEDY)
+
+    assert generate_file(llm, source, output, GREEDY, again) == 0
+    assert len(output.read_text().splitlines()) == 2
+
+
+def test_bad_paths(llm: LLM, paths: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = paths
+    with pytest.raises(RequestError, match="there is no file"):
+        generate_file(llm, source, tmp_path / "out", GREEDY)
+    write(source)
+    with pytest.raises(RequestError, match="there is no directory"):
+        generate_file(llm, source, tmp_path / "nowhere" / "out", GREEDY)

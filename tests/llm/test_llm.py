@@ -1,0 +1,286 @@
+"""The public face: batches, sampling, limits, and what it says of bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax import LLM, MoEJaxError, SamplingParams
+from moe_jax.checkpoints.bundled import ADDER
+from moe_jax.errors import CheckpointError, ConfigError, PlacementError, RequestError
+from moe_jax.sharding import Placement, ScatterCombine, make_mesh
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "qwen3_moe_gqa4_e8_top2"
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def adder() -> LLM:
+    return LLM(mesh="expert=4,tensor=2", dtype="float32", max_batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def golden() -> LLM:
+    """Without a tokenizer, 64 positions, 97 tokens."""
+    return LLM(GOLDEN, mesh="expert=8", dtype="float32")
+
+
+def test_it_adds(adder: LLM) -> None:
+    prompts = ["1+1=", "12+34=", "999+999=", "1234+5678="]
+    outputs = adder.generate(prompts, SamplingParams(temperature=0))
+    assert [output.text for output in outputs] == ["2", "46", "1998", "6912"]
+    for output, prompt in zip(outputs, prompts, strict=True):
+        assert output.finish_reason == "stop"
+        assert len(output.prompt_token_ids) == len(prompt)
+        assert len(output.token_ids) == len(output.logprobs) == len(output.text or "") + 1
+        assert all(-0.1 < logprob <= 0 for logprob in output.logprobs)
+
+
+def test_one_text_is_a_batch_of_one(adder: LLM) -> None:
+    (output,) = adder.generate("2+2=", SamplingParams(temperature=0))
+    assert output.text == "4"
+
+
+def test_layers_compiled_apart_give_the_same_tokens(golden: LLM) -> None:
+    prompts, flags = [[5, 6, 7], list(range(20, 50))], SamplingParams(temperature=0, max_tokens=12)
+    apart = LLM(GOLDEN, mesh="expert=2", dtype="float32", scan_layers=False)
+    for got, wanted in zip(apart.generate(prompts, flags), golden.generate(prompts, flags), strict=True):
+        assert got.token_ids == wanted.token_ids
+        np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-5)
+
+
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 9999)), min_size=20, max_size=20))
+def test_answers_do_not_depend_on_the_neighbours(adder: LLM, sums: list[tuple[int, int]]) -> None:
+    """More requests than fit are decoded in waves; each gets what it gets alone."""
+    prompts = [f"{left}+{right}=" for left, right in sums]
+    together = adder.generate(prompts, GREEDY)
+    alone = [adder.generate(prompt, GREEDY)[0] for prompt in prompts[:3]]
+    assert [output.token_ids for output in alone] == [output.token_ids for output in together[:3]]
+    backwards = adder.generate(prompts[::-1], GREEDY)[::-1]
+    assert [output.text for output in backwards] == [output.text for output in together]
+
+
+def test_seeds(adder: LLM) -> None:
+    hot = [SamplingParams(temperature=3.0, max_tokens=6, seed=seed, ignore_eos=True) for seed in range(6)]
+    first = [output.token_ids for output in adder.generate(["1+1="] * 6, hot)]
+    assert first == [output.token_ids for output in adder.generate(["1+1="] * 6, hot[::-1])][::-1]
+    assert len({tuple(tokens) for tokens in first}) > 1
+    unseeded = SamplingParams(temperature=3.0, max_tokens=6, ignore_eos=True)
+    emitted = {tuple(output.token_ids) for output in adder.generate(["1+1="] * 16, unseeded)}
+    assert len(emitted) > 1
+
+
+def test_each_prompt_its_own_parameters(adder: LLM) -> None:
+    outputs = adder.generate(
+        ["5+5=", "6+6=", "7+7=", "8+8="],
+        [
+            SamplingParams(temperature=0, max_tokens=0),
+            SamplingParams(temperature=0, max_tokens=1),
+            SamplingParams(temperature=0, max_tokens=9, stop_token_ids=(4,)),
+            SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
+        ],
+    )
+    assert [output.text for output in outputs[:3]] == ["", "1", "14"]
+    assert [output.finish_reason for output in outputs] == ["length", "length", "stop", "length"]
+    assert len(outputs[3].token_ids) == 4
+
+
+def test_a_sequence_ends_where_the_cache_ends(golden: LLM) -> None:
+    (output,) = golden.generate([[1] * 60], SamplingParams(temperature=0, max_tokens=50))
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == 64 - 60 + 1
+    assert output.text is None
+    longest, shortest = golden.generate([[2] * 64, [3]], SamplingParams(temperature=0, max_tokens=100))
+    assert (len(longest.token_ids), len(shortest.token_ids)) == (1, 64)
+
+
+def test_long_prompts_are_prefilled_in_chunks_with_the_same_result() -> None:
+    prompts = [np.random.default_rng(seed).integers(0, 97, 20 + 13 * seed).tolist() for seed in range(4)]
+    found = []
+    for prefill_tokens in (512, 9):
+        llm = LLM(GOLDEN, mesh="expert=2", dtype="float32", max_batch_size=8, prefill_tokens=prefill_tokens)
+        found.append((llm.logits(prompts), [output.token_ids for output in llm.generate(prompts, GREEDY)]))
+    (whole, tokens), (chunked, chunked_tokens) = found
+    for one, other in zip(chunked, whole, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+    assert chunked_tokens == tokens
+
+
+def test_bfloat16_stays_close_to_float32(golden: LLM) -> None:
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    half = LLM(GOLDEN, mesh="data=2,expert=4", dtype="bfloat16", combine="reduce")
+    for one, other in zip(half.logits(prompts), golden.logits(prompts), strict=True):
+        assert np.abs(one - other).max() < 0.1 * np.abs(other).max()
+    assert half.logits(prompts)[0].dtype == np.float32
+
+
+def test_explain(golden: LLM) -> None:
+    said = golden.explain(batch_size=64)
+    assert said.decision.name == "ScatterCombine"
+    assert said.as_dict()["collectives_per_step"]["reduce-scatter"] == 2
+    routing = 2 * (4 + 4)
+    assert said.sent_bytes_per_step == 2 * 7 * 8 * (32 * 4 + 32 * 4 + routing)
+    for words in ("data=1,expert=8,tensor=1", "ScatterCombine", "64 rows", "2 reduce-scatter"):
+        assert words in str(said)
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize(
+    ("case", "combine"),
+    [
+        ("qwen2_moe_gqa2_e8_top4_sparse_step", "scatter"),
+        ("qwen2_moe_gqa2_e8_top4_sparse_step", "reduce"),
+        ("qwen2_moe_gqa2_e8_top4_sparse_step", "all-to-all"),
+        ("mixtral_gqa8_e16_top4_sharded", "all-to-all"),
+    ],
+)
+def test_what_is_reckoned_to_be_sent_is_sent(case: str, combine: str) -> None:
+    """By dense layers, shared experts and routed ones, each in its own way."""
+    said = LLM(GOLDEN.parent / case, mesh="expert=4", dtype="float32", combine=combine).explain(16).as_dict()
+    assert said["collective_bytes_per_step"] == pytest.approx(said["sent_bytes_per_step"])
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, {"expert": 8}, make_mesh("expert=8"), Placement.parse("expert=8"), "data=1,expert=8,tensor=1"]
+)
+def test_a_mesh_may_be_given_in_many_ways(mesh: Any) -> None:
+    llm = LLM(GOLDEN, mesh=mesh)
+    assert llm.explain(8).placement.startswith("data=1,expert=8,tensor=1")
+
+
+def test_a_strategy_of_ones_own() -> None:
+    class Mine(ScatterCombine):
+        pass
+
+    llm = LLM(GOLDEN, mesh="expert=2", combine=Mine)
+    assert llm.explain(8).decision.name == "Mine"
+
+
+def test_no_prompts_no_outputs(golden: LLM) -> None:
+    assert golden.generate([], GREEDY) == []
+    assert golden.logits([]) == []
+
+
+BAD_PROMPTS: list[tuple[Any, str]] = [
+    ([[]], "prompt 0 is empty"),
+    ([[1], []], "prompt 1 is empty"),
+    ([[1] * 65], "prompt 0 has 65 tokens, a sequence can have 64"),
+    ([[1, 97]], "prompt 0 holds token id 97, the ids go from 0 to 96"),
+    ([[-1]], "prompt 0 holds token id -1"),
+    ("text", "has no tokenizer.json: give prompts as lists of token ids"),
+    ([[1.5]], "prompt 0 must be a text or a list of token ids"),
+    ([1, 2], "prompt 0 must be a text or a list of token ids"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "message"), BAD_PROMPTS)
+def test_bad_prompts(golden: LLM, prompts: Any, message: str) -> None:
+    for serve in (golden.generate, golden.logits):
+        with pytest.raises(RequestError, match=message):
+            serve(prompts)
+
+
+def test_empty_text(adder: LLM) -> None:
+    with pytest.raises(RequestError, match="prompt 0 is empty"):
+        adder.generate([""])
+
+
+def test_text_that_has_no_tokens(adder: LLM) -> None:
+    with pytest.raises(RequestError, match="prompt 1, 'one plus 1=', has text that the tokenizer has no token for"):
+        adder.generate(["1+1=", "one plus 1="])
+
+
+def test_wrong_number_of_parameters(golden: LLM) -> None:
+    with pytest.raises(RequestError, match=r"one for each of 2 prompts, got \[Sampling"):
+        golden.generate([[1], [2]], [GREEDY])
+    with pytest.raises(RequestError, match=r"one for each of 1 prompts, got \[None\]"):
+        golden.generate([[1]], [None])  # type: ignore[list-item]
+
+
+def test_a_step_of_nothing_cannot_be_explained(golden: LLM) -> None:
+    with pytest.raises(RequestError, match="at least one sequence, got 0"):
+        golden.explain(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"checkpoint": "/nowhere"}, CheckpointError, "is no directory"),
+        ({"mesh": "expert=3"}, PlacementError, "8 experts do not divide over 3 devices"),
+        ({"mesh": "expert=16"}, PlacementError, "needs 16 devices, there are 8"),
+        ({"mesh": "gpu=8"}, PlacementError, "cannot read 'gpu=8'"),
+        (
+            {"combine": "both"},
+            PlacementError,
+            "combine must be auto, scatter, reduce, ragged, all-to-all or a class derived from Combine, got 'both'",
+        ),
+        ({"dtype": "float8"}, ConfigError, "dtype must be bfloat16, float16 or float32, got 'float8'"),
+        ({"dtype": object()}, ConfigError, "dtype must be bfloat16, float16 or float32, got '<object"),
+        ({"mesh": 8}, PlacementError, "cannot make a mesh from 8"),
+        ({"mesh": {"expert": 2.0}}, PlacementError, "cannot make a mesh from"),
+        ({"dtype": "int32"}, ConfigError, "dtype must be bfloat16, float16 or float32, got 'int32'"),
+        ({"max_length": 65}, RequestError, "from 1 to the 64 positions of this model, got 65"),
+        ({"max_length": 0}, RequestError, "from 1 to the 64 positions of this model, got 0"),
+        ({"max_batch_size": 0}, RequestError, "max_batch_size must be a whole number, at least 1, got 0"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[MoEJaxError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LLM(**{"checkpoint": GOLDEN, **options})
+
+
+def test_the_bundled_model_is_small_and_the_default() -> None:
+    assert sum(path.stat().st_size for path in ADDER.iterdir()) < 5 * 2**20
+    assert LLM(mesh="data=1").config.max_positions == 64
+    assert jax.device_count() == 8
+
+
+def test_after_an_interrupted_step_answers_are_as_before(golden: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was planned and never ran is not taken for computed, nor shared."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    prompt, greedy = [list(range(50, 83))], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(golden.engine._executor, "run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            golden.generate(prompt, greedy)
+    assert golden.stats().cache_use == golden.stats().running == golden.stats().waiting == 0
+    (first,), hits = golden.generate(prompt, greedy), golden.stats().prefix_hits
+    assert hits == 0
+    (second,) = golden.generate(prompt, greedy)
+    assert golden.stats().prefix_hits == 32
+    assert first.token_ids == second.token_ids
+
+
+def test_warm_up_between_requests(adder: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a step planned ahead still in flight; and not while requests run."""
+    monkeypatch.setattr(type(adder.engine._sizes), "steps", lambda _: [])
+    adder.generate("1+1=", SamplingParams(temperature=0))
+    adder.warm_up()
+    stream = adder.stream("1+1=", SamplingParams(temperature=0))
+    next(stream)
+    with pytest.raises(RequestError, match="requests are running"):
+        adder.warm_up()
+    assert [event.finish_reason for event in stream][-1] == "stop"
+
+
+def test_a_stream_of_no_tokens_says_why_it_ended(adder: LLM) -> None:
+    (event,) = adder.stream("1+1=", SamplingParams(max_tokens=0))
+    assert (event.text, event.token_ids, event.finish_reason) == ("", [], "length")
+    (event,) = adder.stream("1+1=", SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=1))
+    assert (event.text, event.token_ids, event.finish_reason) == ("", [], "length")
+
+
+def test_candidates_are_tokens_of_the_vocabulary(adder: LLM) -> None:
+    (output,) = adder.generate("1+1=", SamplingParams(temperature=0, logprobs=20))
+    assert output.samples[0].top_logprobs is not None
+    assert all(token >= 0 for column in output.samples[0].top_logprobs for token in column)
