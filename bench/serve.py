@@ -165,7 +165,8 @@ def _hear(generation: Generation, coming: Sequence[Arrival], now: float, heard: 
 
 def measure(decoder: ShardedDecoder, options: Namespace) -> tuple[dict[str, Any], dict[str, list[Pass]]]:
     sizes = Options(options.positions, options.slots, options.prefill, options.decode_steps)
-    programs, parameters, policy = Programs(decoder), decoder.init(seed=0), decoder.policy(as_hardware(None))
+    programs, parameters = Programs(decoder), decoder.init(seed=0)
+    policy = decoder.policy(as_hardware(None), "auto", "auto", "exact")
     sizes.engine(programs, parameters, policy, SingleProcess()).warm_up([StepFlags()], progress=True)
     compiled, coming = programs.compilations, arrivals(options, decoder.config.vocab_size)
     passes: dict[str, list[Pass]] = {name: [] for name in WAYS}

@@ -13,7 +13,7 @@ class ConfigError(MoEJaxError):
 
 
 class PlacementError(MoEJaxError):
-    """A mesh or placement that does not exist, or that the model cannot be split over."""
+    """A mesh or placement that does not exist, that does not fit the model, or that a layer is called outside of."""
 
 
 class CheckpointError(MoEJaxError):

@@ -27,6 +27,7 @@ ARROW = [
     "llm",
     "training",
     "cli",
+    "__main__",
 ]
 """Rooms from left to right: a module imports only from its own room and those to its left."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class ShapesAlone(nnx.Rngs):
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, *, fan_in: int, dtype: DTypeLike) -> nnx.Param:
     """A normally distributed parameter of variance `1 / fan_in`. `dims` names what splits each dimension."""
-    return nnx.Param(_drawn(rngs, shape, fan_in, dtype), dims=dims)
+    return _param(_drawn(rngs, shape, fan_in, dtype), dims)
 
 
 def matrix(
@@ -43,7 +44,7 @@ def matrix(
     """A normally distributed parameter that rows are multiplied with, by `product` or where it lies: it may be held in
     eight bits, if it is not to be `exact`. `inputs` are the dimensions that products sum over."""
     drawn = _drawn(rngs, shape, math.prod(shape[dim] for dim in inputs), dtype)
-    return nnx.Param(drawn, dims=dims, inputs=None if exact else tuple(dim - len(shape) for dim in inputs))
+    return _param(drawn, dims, inputs=None if exact else tuple(dim - len(shape) for dim in inputs))
 
 
 def _drawn(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> Array:
@@ -63,11 +64,16 @@ def product(
 
 
 def zeros(shape: tuple[int, ...], dims: Dims, *, dtype: DTypeLike) -> nnx.Param:
-    return nnx.Param(jnp.zeros(shape, dtype), dims=dims)
+    return _param(jnp.zeros(shape, dtype), dims)
 
 
 def ones(shape: tuple[int, ...], dims: Dims, *, dtype: DTypeLike) -> nnx.Param:
-    return nnx.Param(jnp.ones(shape, dtype), dims=dims)
+    return _param(jnp.ones(shape, dtype), dims)
+
+
+def _param(value: Array, dims: Dims, **metadata: Any) -> nnx.Param:
+    """A parameter with Flax's sharding metadata. Flax leaves the value where it is: only a placement knows the mesh."""
+    return nnx.Param(value, out_sharding=dims, eager_sharding=False, **metadata)
 
 
 def one_head(weight: Array, only: HeadNumber | None, *, axis: int) -> Array:
@@ -101,7 +107,7 @@ def placed(parameters: nnx.State, placement: Placement, quantization: Quantizati
     """The shapes, dtypes and, from their labels, shardings of parameters, whether they are arrays or abstract."""
 
     def place(param: nnx.Param) -> nnx.Variable:
-        dims, inputs = param.get_metadata("dims"), inputs_of(param)
+        dims, inputs = param.get_metadata("out_sharding"), inputs_of(param)
         if quantization is None or inputs is None:
             return param.replace(_placed(param.shape, param.dtype, dims, placement))
         numbers = _placed(param.shape, jnp.int8, dims, placement)

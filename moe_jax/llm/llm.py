@@ -78,7 +78,7 @@ class LLM:
         process 0 uses it and the others `run_worker`.
 
     Raises:
-      CheckpointError, ConfigError, PlacementError, CrewError: see `moe_jax.errors`.
+      CheckpointError, ConfigError, PlacementError, ProcessGroupError: see `moe_jax.errors`.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class LLM:
         residual: str | type[ResidualLayout] = "auto",
         gather_dtype: str = "exact",
         hardware: str | Hardware | None = None,
-        scan_layers: bool = True,
+        scan_layers: bool = ShardedDecoder.scan_layers,
         max_length: int | None = None,
-        max_batch_size: int = 256,
-        prefill_tokens: int = 512,
-        decode_steps: int = 8,
-        cache_pages: int | None = None,
-        cache_memory: float = 0.8,
-        prefix_cache: bool = True,
+        max_batch_size: int = Options.max_batch_size,
+        prefill_tokens: int = Options.prefill_tokens,
+        decode_steps: int = Options.decode_steps,
+        cache_pages: int | None = Options.cache_pages,
+        cache_memory: float = Options.cache_memory,
+        prefix_cache: bool = Options.prefix_cache,
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._checkpoint = Checkpoint(checkpoint)
@@ -182,7 +182,7 @@ class LLM:
         """In all processes but the first: do what that one asks of all, until it leaves the crew.
 
         Raises:
-          CrewError: this is the first, or the only one.
+          ProcessGroupError: this is the first, or the only one.
         """
         for order in self._process_group.orders():
             match order:

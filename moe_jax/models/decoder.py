@@ -107,7 +107,7 @@ class Stack(nnx.Module):
 
     def __init__(self, group: Group, model: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         @nnx.split_rngs(splits=group.repeats)
-        @nnx.vmap
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
         def stacked(rngs: nnx.Rngs) -> nnx.List:
             blocks = zip(group.unit, group.numbers, strict=True)
             return nnx.List([DecoderLayer(layer, model, numbers, dtype=dtype, rngs=rngs) for layer, numbers in blocks])

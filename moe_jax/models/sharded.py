@@ -85,11 +85,7 @@ class ShardedDecoder:
         return RowBytes.of(self.config.hidden, self.dtype, top_k=top_k, shared=shared, encoding=encoding)
 
     def policy(
-        self,
-        hardware: Hardware,
-        combine: str | Strategy = "auto",
-        residual: str | type[ResidualLayout] = "auto",
-        gather_dtype: str = "exact",
+        self, hardware: Hardware, combine: str | Strategy, residual: str | type[ResidualLayout], gather_dtype: str
     ) -> Policy:
         """How rows go through the layers, as users ask for it.
 

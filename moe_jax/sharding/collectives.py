@@ -18,9 +18,10 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array, Int32, Shaped
 
-from moe_jax.errors import ReductionError
+from moe_jax.errors import PlacementError, ReductionError
 
 Axes = tuple[str, ...]
 Tree = TypeVar("Tree")
@@ -85,9 +86,11 @@ def partial_sum(value: Shaped[Array, "..."], axes: Axes, *, exchanged: Axes = ()
 
     Raises:
       ReductionError: `value` is the same on all devices of one of the axes, so that summing it would multiply it.
+      PlacementError: called outside of the mesh.
     """
     if isinstance(value, PartialSum):
         raise ReductionError(f"this is a partial sum already, over {value.axes}: pass it on as it is")
+    _require_mesh(axes)
     if same := set(axes) - _varying(value):
         raise ReductionError(
             f"a value that is the same on every device of {sorted(same)} is no partial sum over them: "
@@ -143,6 +146,7 @@ def exchange(
     """
     if not axes:
         return blocks
+    _require_mesh(axes)
     if not ragged:
         return lax.all_to_all(blocks, axes, 0, 0, tiled=True)
     devices, rows, *_ = blocks.shape
@@ -185,16 +189,19 @@ def all_gather(value: Shaped[Array, "..."], axes: Axes, *, dim: int = 0) -> Arra
     """The parts of all devices of `axes`, concatenated along `dim`: `[T, D] {V:axes} -> [n*T, D]`."""
     if isinstance(value, PartialSum):
         raise ReductionError(f"gathering parts of a sum over {value.axes}: reduce it first")
+    _require_mesh(axes)
     return lax.all_gather(value, axes, axis=dim, tiled=True) if axes else value
 
 
 def all_gather_same(value: Shaped[Array, "..."], axes: Axes, *, dim: int = 0) -> Array:
     """As `all_gather`, with the result typed as the same on every device of `axes`, as it is."""
+    _require_mesh(axes)
     return lax.all_gather(value, axes, axis=dim, tiled=True, to="invarying") if axes else value
 
 
 def axis_index(axes: Axes) -> Array | int:
     """This device's position along `axes`, the first of them the slowest."""
+    _require_mesh(axes)
     return lax.axis_index(axes) if axes else 0
 
 
@@ -214,6 +221,18 @@ def argsort(keys: Shaped[Array, "M"]) -> Int32[Array, "M"]:
     misses a sum.
     """
     return vary_alike(jnp.argsort(keys, stable=True), keys)[0]
+
+
+def _require_mesh(axes: Axes) -> None:
+    """Raise `PlacementError` unless this code runs on each device of `axes` by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    mapped = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Manual]
+    if missing := [axis for axis in axes if axis not in mapped]:
+        raise PlacementError(
+            f"a layer was called outside of its mesh: it needs the axes {', '.join(missing)}. For MoE and DenseMLP "
+            "write `y, load = moe_jax.layers.on_mesh(layer, placement)(x)`; run others in `jax.shard_map(..., "
+            "mesh=placement.mesh)`, their parameters split by `moe_jax.layers.specs(layer, placement)`"
+        )
 
 
 def _varying(value: Array) -> frozenset[str]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from enum import Enum, auto
+from enum import StrEnum, auto
 
 import jax
 import numpy as np
@@ -32,7 +32,9 @@ from moe_jax.sharding import collectives
 from moe_jax.sharding.mesh import AXES, DATA, EXPERT, TENSOR, Device, make_mesh
 
 
-class Role(Enum):
+class Role(StrEnum):
+    """Logical axis of a dimension; its value is the axis's name in Flax's `out_sharding`, as in `"experts"`."""
+
     TOKENS = auto()
     HEADS = auto()
     EXPERTS = auto()
@@ -138,6 +140,15 @@ class Placement:
             Role.KV_HEADS: self.heads,
         }[role]
         return tuple(axis for axis in AXES if axis in names and self.mesh.shape[axis] > 1)
+
+    @property
+    def rules(self) -> tuple[tuple[str, tuple[str, ...] | None], ...]:
+        """Flax's logical axis rules: `with nnx.logical_axis_rules(placement.rules): nnx.get_partition_spec(state)`.
+
+        They split KV heads over all heads devices, which JAX refuses where there are fewer KV heads than devices:
+        `moe_jax.layers.specs` then replicates them.
+        """
+        return tuple((role.value, self.axes(role) or None) for role in Role)
 
     def size(self, role: Role) -> int:
         """Into how many parts a role splits."""

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from moe_jax import cli
+from moe_jax.cli.options import CombineName, GatherDtype, ResidualName
 from moe_jax.config import WeightDtype
 from moe_jax.sharding.encoding import ENCODINGS
 from moe_jax.sharding.hardware import KNOWN, as_hardware, save
 from moe_jax.sharding.policy import STRATEGIES
 from moe_jax.sharding.residual import RESIDUALS
 
-GOLDEN = str(Path(__file__).parent / "goldens" / "qwen3_moe_gqa4_e8_top2")
+GOLDEN = str(Path(__file__).parents[1] / "goldens" / "qwen3_moe_gqa4_e8_top2")
 MEMBER = ("--num-processes", "2", "--process-id")
 
 
@@ -194,6 +195,6 @@ def test_unknown_words_are_refused_with_usage(run: Run, arguments: list[str]) ->
 
 
 def test_options_offer_what_there_is() -> None:
-    for option, known in ((cli.CombineName, STRATEGIES), (cli.ResidualName, RESIDUALS)):
+    for option, known in ((CombineName, STRATEGIES), (ResidualName, RESIDUALS)):
         assert {name.value for name in option} == {"auto", *known}
-    assert {name.value for name in cli.GatherDtype} == set(ENCODINGS)
+    assert {name.value for name in GatherDtype} == set(ENCODINGS)

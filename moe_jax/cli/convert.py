@@ -1,0 +1,40 @@
+"""The command `moe-jax convert`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_jax.checkpoints import Checkpoint
+from moe_jax.checkpoints.checkpoint import check_new
+from moe_jax.cli.options import Mesh
+from moe_jax.models import ShardedDecoder
+from moe_jax.sharding import as_placement
+
+
+class Format(StrEnum):
+    """Checkpoint formats."""
+
+    ORBAX = "orbax"
+    HUGGING_FACE = "huggingface"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint directory in any supported format.")],
+    output: Annotated[Path, typer.Argument(help="New directory for the converted checkpoint.")],
+    to: Annotated[Format, typer.Option(help="Format to write.")],
+    mesh: Mesh = None,
+) -> None:
+    """Rewrite a checkpoint in another format, in the dtype that its config.json names."""
+    checkpoint = Checkpoint(source)
+    check_new(output)
+    decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), checkpoint.dtype)
+    parameters = checkpoint.load(decoder)
+    if to is Format.ORBAX:
+        checkpoint.save_orbax(output, parameters)
+    else:
+        checkpoint.save_hugging_face(output, decoder, parameters)
+    typer.echo(f"written to {output}")

@@ -1,0 +1,135 @@
+"""Options shared by several commands. Their defaults and choices belong to the library."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from inspect import signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_jax.config import WeightDtype
+from moe_jax.engine import Options
+from moe_jax.llm.llm import LLM
+from moe_jax.programs import PAGE
+from moe_jax.sharding.encoding import ENCODINGS
+from moe_jax.sharding.policy import STRATEGIES
+from moe_jax.sharding.residual import RESIDUALS
+
+DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in signature(LLM).parameters.items()}
+"""Default of each argument of `LLM`."""
+
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        help="Mesh axes and sizes, as in 'data=2,expert=4', with optional roles after semicolons, as in "
+        "'data=2,expert=4; tokens=data; heads=expert'.",
+        show_default="all devices on expert",
+    ),
+]
+Hardware = Annotated[
+    str | None,
+    typer.Option(
+        help="Hardware that the policy estimates times for: a name such as h100, or a file written by "
+        "moe-jax bench --calibrate.",
+        show_default="the devices",
+    ),
+]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Maximum positions of a sequence, prompt included.", show_default="the model's")
+]
+
+
+def _members(*names: str) -> dict[str, str]:
+    """Return the members of an enum, each named like its value."""
+    return {name: name for name in names}
+
+
+# The enums below take their members from dictionaries. Type checkers accept such an enum as an annotation if it is
+# written as a class.
+
+
+class CombineName(StrEnum):
+    """Names of the combine strategies, and `auto`."""
+
+    vars().update(_members("auto", *STRATEGIES))
+
+
+class ResidualName(StrEnum):
+    """Names of the residual layouts, and `auto`."""
+
+    vars().update(_members("auto", *RESIDUALS))
+
+
+class GatherDtype(StrEnum):
+    """Names of the encodings of gathered rows."""
+
+    vars().update(_members(*ENCODINGS))
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A checkpoint, its mesh and its precision."""
+
+    model: Annotated[Path, typer.Option(help="Checkpoint directory.", show_default="the bundled model")] = DEFAULTS[
+        "checkpoint"
+    ]
+    mesh: Mesh = DEFAULTS["mesh"]
+    dtype: Annotated[str | None, typer.Option(help="Dtype of weights and computation.", show_default="as saved")] = (
+        DEFAULTS["dtype"]
+    )
+    weight_dtype: Annotated[
+        WeightDtype,
+        typer.Option(help="Precision of attention and feed-forward matrices; exact keeps the dtype of computation."),
+    ] = DEFAULTS["weight_dtype"]
+    gather_dtype: Annotated[
+        GatherDtype, typer.Option(help="Precision of the rows gathered for feed-forward blocks.")
+    ] = DEFAULTS["gather_dtype"]
+
+    def load(self, **others: Any) -> LLM:
+        """Load the model, with any other arguments of `LLM`."""
+        arguments = asdict(self)
+        return LLM(arguments.pop("model"), **arguments, **others)
+
+
+@dataclass(frozen=True)
+class RouteOptions:
+    """The route of rows through the layers, and how the layers are compiled."""
+
+    combine: Annotated[CombineName, typer.Option(help="Strategy that combines the outputs of feed-forward blocks.")] = (
+        DEFAULTS["combine"]
+    )
+    residual: Annotated[
+        ResidualName,
+        typer.Option(
+            help="Residual rows on devices that split attention heads: whole on each, or split between them "
+            "(sequence parallelism)."
+        ),
+    ] = DEFAULTS["residual"]
+    hardware: Hardware = DEFAULTS["hardware"]
+    scan_layers: Annotated[
+        bool,
+        typer.Option(help="Compile repeated layers as one loop; compilation is faster, but steps copy more weights."),
+    ] = DEFAULTS["scan_layers"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The sizes of the engine's batches and cache."""
+
+    max_length: MaxLength = DEFAULTS["max_length"]
+    max_batch_size: Annotated[int, typer.Option(help="Maximum sequences decoded together.")] = Options.max_batch_size
+    prefill_tokens: Annotated[int, typer.Option(help="Maximum prompt tokens per step on each token shard.")] = (
+        Options.prefill_tokens
+    )
+    decode_steps: Annotated[
+        int, typer.Option(help="Decode steps that the devices run before the host reads the tokens.")
+    ] = Options.decode_steps
+    cache_pages: Annotated[
+        int | None,
+        typer.Option(
+            help=f"KV cache pages, of {PAGE} positions each, on each token shard.", show_default="as memory allows"
+        ),
+    ] = Options.cache_pages
