@@ -1,5 +1,6 @@
 # make demo           decode with the bundled model
-# make test           the tests; on another Python: make test PYTHON=python3.13
+# make test           all tests; on another Python: make test PYTHON=python3.13
+# make quick          the quick tests: pure Python, and one placement of each mechanism (tests/quick.txt)
 # make check          formatting, lint and types
 # make bench          the benchmarks with tiny sizes: that they run, not how fast
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 endif
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test quick lint check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/moe-jax generate
@@ -19,6 +20,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test $(VENV)/gpu-compiler
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+quick: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --quick
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
