@@ -29,8 +29,8 @@ ROWS, POSITIONS = 64, 1024
 
 PAGE = """# Scaling
 
-Predictions of `moe-jax plan` for published models, with {rows} sequences on each device and caches of {positions} positions,
-in bfloat16. The figures follow from sizes and data sheets; nothing was measured.
+Predictions of `moe-jax plan` for published models, with {rows} sequences on each device and caches of
+{positions} positions, in bfloat16. The figures follow from sizes and data sheets; nothing was measured.
 `python -m bench.scaling > docs/scaling.md` writes this page.
 
 {table}
