@@ -47,7 +47,7 @@ class ModelConfig:
     norm: Norm = Norm.RMS
     head_bias: bool = False
     """Whether the logits have a bias."""
-    unit_head: bool = False
+    norm_head: bool = False
     """Whether each of the head's columns, which has a number of every token, is scaled to unit length."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0

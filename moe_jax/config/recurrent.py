@@ -60,7 +60,7 @@ class DeltaConfig:
         return self.heads, self.key_head_dim, self.value_head_dim
 
     @property
-    def recent_shapes(self) -> tuple[StateShape, ...]:
+    def conv_state_shapes(self) -> tuple[StateShape, ...]:
         """The last inputs of each convolution: of queries, keys and values, heads first."""
         keys = self.key_heads, self.conv_kernel - 1, self.key_head_dim
         return keys, keys, (self.heads, self.conv_kernel - 1, self.value_head_dim)
@@ -91,7 +91,7 @@ class MambaConfig:
         return self.channels, self.d_state
 
     @property
-    def recent_shapes(self) -> tuple[StateShape, ...]:
+    def conv_state_shapes(self) -> tuple[StateShape, ...]:
         """The last inputs of the convolution, channels first."""
         return ((self.channels, self.d_conv - 1),)
 
@@ -110,7 +110,7 @@ class LightningConfig:
     """Neighbouring heads whose outputs are normalised together: how many such groups there are."""
     scale: float
     """By which the rates of the first layer are multiplied."""
-    fall: float
+    scale_decrement: float
     """How much less that is in each layer after another."""
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class LightningConfig:
         return self.heads, self.head_dim, self.head_dim
 
     @property
-    def recent_shapes(self) -> tuple[StateShape, ...]:
+    def conv_state_shapes(self) -> tuple[StateShape, ...]:
         """There are no convolutions."""
         return ()
 

@@ -36,17 +36,17 @@ class YarnScaling:
     factor: float
     original_positions: int
     """The longest sequence before the model was stretched."""
-    amplitude: float
+    attention_factor: float
     """By which rotated queries and keys are multiplied."""
     fast: float = 32.0
     """Frequencies that turn more often than this within the original positions are kept."""
     slow: float = 1.0
     """Those that turn less often are divided."""
-    whole_ends: bool = True
+    truncate: bool = True
     """Whether the ends of the ramp are rounded to whole frequencies, outwards."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "factor", "original_positions", "amplitude", "fast", "slow")
+        check_positive(self, "factor", "original_positions", "attention_factor", "fast", "slow")
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class LongRopeScaling:
     """LongRoPE (Ding et al., arXiv:2402.13753): each frequency divided by a factor of its own."""
 
     factors: tuple[float, ...]
-    amplitude: float
+    attention_factor: float
     """By which rotated queries and keys are multiplied."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "amplitude")
+        check_positive(self, "attention_factor")
         if not all(0 < factor < math.inf for factor in self.factors):
             raise ConfigError(f"LongRopeScaling.factors must be positive and finite, got {self.factors}")
 

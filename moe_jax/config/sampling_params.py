@@ -18,7 +18,7 @@ MAX_LOGIT_BIASES = 300
 """Entries of a `logit_bias`, as the OpenAI API has it."""
 MAX_STOP_IDS = 16
 """End tokens that `min_tokens` can hold back."""
-CONFIDENCE = 0.95
+DEFAULT_CONFIDENCE_THRESHOLD = 0.95
 """The `confidence_threshold` of requests that say none."""
 ENDLESS = 2**63 - 1
 
@@ -179,14 +179,14 @@ class SamplingParams:
                 raise RequestError(f"{name} cannot be had of a model that decodes blocks: {reason}")
 
     @property
-    def penalises(self) -> bool:
+    def uses_penalties(self) -> bool:
         """Whether the choice of a token depends on the tokens before it, beyond the model."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
-    def takes_likeliest(self) -> bool:
+    def is_plain_greedy(self) -> bool:
         """Whether each token is simply the model's likeliest."""
-        return self.temperature == 0 and not (self.penalises or self.logit_bias or self.min_tokens)
+        return self.temperature == 0 and not (self.uses_penalties or self.logit_bias or self.min_tokens)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

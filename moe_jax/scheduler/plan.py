@@ -58,7 +58,7 @@ class Plan:
     def __bool__(self) -> bool:
         return any(self.decodes) or any(self.chunks)
 
-    def gives(self) -> Iterator[tuple[Request, int]]:
+    def planned_tokens(self) -> Iterator[tuple[Request, int]]:
         """Each request that tokens are planned for, with how many."""
         for decodes in self.decodes:
             yield from zip(decodes.requests, decodes.steps, strict=True)

@@ -132,7 +132,7 @@ class Scheduler:
         Those of requests that have ended meanwhile are ignored. Requests with fewer than planned, or as many as they
         may have, end here; the caller ends (`finish`) those that stop otherwise.
         """
-        for request, planned in plan.gives():
+        for request, planned in plan.planned_tokens():
             if request.ended:
                 continue
             given, all_tokens = tokens[request], request.tokens
@@ -143,7 +143,7 @@ class Scheduler:
             if len(given) < planned or len(all_tokens) >= request.max_tokens:
                 self._end(request)
 
-    def preference(
+    def rank_shards(
         self, request: Request, shards: Sequence[tuple[Shard, list[Node]]]
     ) -> list[tuple[Shard, list[Node]]]:
         """Shards that have room for a request's first chunk, each with what it shares there, the best first.
@@ -269,7 +269,7 @@ class Scheduler:
             for shard in self._shards
             if shard.free_slots and rows[shard.number] and len(chunks[shard.number]) < self.limits.chunks
         ]
-        for shard, hit in self.preference(request, open_to_it):
+        for shard, hit in self.rank_shards(request, open_to_it):
             if shard.pages.fits(request, hit, self._upcoming(shard)):
                 break
         else:

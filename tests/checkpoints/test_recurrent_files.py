@@ -174,7 +174,9 @@ def test_kimi_delta_attention_of_the_hub() -> None:
 def test_lightning_attention_of_the_hub() -> None:
     config = read(HUB["bailing_moe_linear"])
     rope = RopeConfig(1e6, width=64)
-    lightning = LightningConfig(16, 128, rope, qk_norm=True, norm_groups=4, scale=1 + 1 / 19 + 1e-5, fall=1 / 19)
+    lightning = LightningConfig(
+        16, 128, rope, qk_norm=True, norm_groups=4, scale=1 + 1 / 19 + 1e-5, scale_decrement=1 / 19
+    )
     assert [layer.attention == lightning for layer in config.layers] == [number % 5 < 4 for number in range(20)]
     assert full(config, 4) == AttentionConfig(16, 4, 128, rope, qk_norm=QKNorm.HEAD)
 

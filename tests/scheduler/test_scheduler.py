@@ -69,7 +69,7 @@ class Serving:
     def land(self) -> None:
         plan, given = self.flight.popleft()
         self.scheduler.update_from_output(plan, given)
-        for request, planned in plan.gives():
+        for request, planned in plan.planned_tokens():
             tokens = given[request]
             if len(tokens) == planned and tokens[-1] == self.stop:
                 self.scheduler.finish(request.id)
@@ -343,7 +343,7 @@ def test_priority_overtakes_so_many_and_no_more() -> None:
     while scheduler.has_work:
         plan = scheduler.plan()
         order += [chunk.request for chunk in plan.chunks[0]]
-        scheduler.update_from_output(plan, {request: [0] for request, _ in plan.gives()})
+        scheduler.update_from_output(plan, {request: [0] for request, _ in plan.planned_tokens()})
     assert order == [*requests[:501], urgent, *requests[501:]]
 
 
