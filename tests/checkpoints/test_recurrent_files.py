@@ -196,7 +196,11 @@ def test_lightning_attention_of_the_hub() -> None:
             "expert_swiglu_limit_list limits what experts compute",
         ),
         ("bailing_hybrid", {"kda_lower_bound": "low"}, "kda_lower_bound must be a number, got 'low'"),
-        ("bailing_hybrid", {"kda_lower_bound": 5}, "DecayConfig.floor is the logarithm of a decay, below 0, got 5"),
+        (
+            "bailing_hybrid",
+            {"kda_lower_bound": 5},
+            "DecayConfig.floor must be the logarithm of a decay, between -1000 and 0, got 5",
+        ),
         ("bailing_moe_linear", {"kv_lora_rank": 512}, "fields not understood.*kv_lora_rank"),
         ("bailing_moe_linear", {"layer_group_size": 3}, "layer_group_size must divide the layers"),
         ("bailing_moe_linear", {"head_dim": 64}, "head_dim=64 is not supported"),
