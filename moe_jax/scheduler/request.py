@@ -1,61 +1,60 @@
-"""A request, and what the scheduler knows of it."""
+"""Request and its scheduling state."""
 
 from __future__ import annotations
 
 import sys
 from array import array
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 from moe_jax.errors import RequestError
-
-if TYPE_CHECKING:
-    from moe_jax.scheduler.prefix import Node, Pool
+from moe_jax.scheduler.page_pool import PagePool
+from moe_jax.scheduler.prefix_tree import PrefixNode
 
 NEVER = sys.maxsize
 NEW: tuple[int, int] = (0, -1)
-"""The place in the line of a request that was not added yet."""
+"""Queue order of a request that was not added yet."""
 
 
-class PageTable:
-    """The pages of consecutive positions of one request, in one group of layers."""
+class RequestPages:
+    """Page table of one request in one cache group: pages of consecutive positions."""
 
     __slots__ = ("first", "ids", "pool")
 
-    def __init__(self, pool: Pool, first: int, ids: array[int]) -> None:
+    def __init__(self, pool: PagePool, first: int, ids: array[int]) -> None:
         self.pool = pool
-        """Where they are from."""
+        """Pool that the pages belong to."""
         self.first = first
-        """Pages of the sequence that come before them."""
+        """Index of the first page in the sequence: the window has passed the pages before it."""
         self.ids = ids
+        """Page ids."""
 
 
 class Request:
-    """A prompt on its way to being continued. Two are never equal.
+    """Prompt to continue, with its scheduling state. Requests compare by identity.
 
-    Its last token is never fed back, so it has no position in the cache.
+    The last generated token is never fed back, so it has no position in the cache.
 
     Raises:
-      RequestError: no prompt, or no token to generate.
+      RequestError: an empty prompt, or no token to generate.
     """
 
     __slots__ = (
         "allocated",
-        "awaited",
+        "cache_next_at",
         "cached",
         "computed",
         "decode_end",
         "ended",
         "id",
         "max_tokens",
-        "node",
         "order",
         "pages",
+        "planned_length",
+        "prefix_node",
+        "prefix_pages",
         "priority",
         "prompt",
         "shard",
-        "share_at",
-        "shared",
         "shares_prefix",
         "slot",
         "tokens",
@@ -70,61 +69,62 @@ class Request:
         shares_prefix: bool = True,
     ) -> None:
         if not len(prompt):
-            raise RequestError(f"request {id!r}: the prompt must have at least one token")
+            raise RequestError(f"request {id!r}: the prompt must have at least one token, got none")
         if max_tokens < 1:
-            raise RequestError(f"request {id!r}: there must be at least one token to generate, got {max_tokens}")
+            raise RequestError(f"request {id!r}: max_tokens must be 1 or more, got {max_tokens}")
         self.id = id
         self.prompt = prompt
         self.max_tokens = max_tokens
-        """Tokens to generate at most."""
+        """Maximum number of tokens to generate."""
         self.priority = priority
-        """Each step of it overtakes at most `OVERTAKES` requests that came before."""
+        """Priority in the waiting queue: each step overtakes at most `MAX_OVERTAKEN` earlier requests."""
         self.shares_prefix = shares_prefix
-        """Whether it reads and feeds the prefix cache. Whoever wants something of each prompt position does not."""
+        """Read from and write to the prefix cache. False computes every prompt position, so each has an output."""
         self.tokens: list[int] = []
-        """Generated, and known to the host."""
+        """Generated tokens that the host knows."""
         self.computed = 0
-        """Positions whose keys and values are written, or planned to be."""
+        """Number of positions whose keys and values are written, or planned to be."""
         self.shard = self.slot = -1
-        """-1 while it does not run."""
-        self.pages: list[PageTable] = []
-        """Of each group of layers, while it runs."""
+        """Token shard and slot; -1 while the request does not run."""
+        self.pages: list[RequestPages] = []
+        """Page table in each cache group, while the request runs."""
         self.cached = 0
-        """Positions that its last admission took from the prefix cache."""
+        """Number of positions that the last admission took from the prefix cache."""
 
         self.ended = False
-        """Finished or cancelled."""
+        """True once the request is finished or cancelled."""
         self.order = NEW
-        """Its place in the line."""
+        """Order in the waiting queue, and among running requests."""
         self.decode_end = 0
-        """Positions after the last that decode steps may be planned for; 0 until its known tokens are computed."""
-        self.awaited = len(prompt)
-        """Tokens of the sequence that are known or planned, where no decode steps are."""
+        """Position up to which decode steps may be planned; 0 during prefill."""
+        self.planned_length = len(prompt)
+        """Length of the sequence, known and planned, before any decode step."""
         self.allocated = 0
-        """Positions for which it has pages, in all groups."""
-        self.node: Node | None = None
-        """Where its first `shared` pages end in the prefix cache; `None` where it does not share."""
-        self.shared = 0
-        self.share_at = NEVER
-        """How many tokens it must have for its next page to be shared."""
+        """Number of positions that have pages in all cache groups."""
+        self.prefix_node: PrefixNode | None = None
+        """Prefix node of the first `prefix_pages` pages; `None` if the request does not share its prefix."""
+        self.prefix_pages = 0
+        """Number of full pages of the request that the prefix tree contains."""
+        self.cache_next_at = NEVER
+        """Number of generated tokens at which the next page can be cached."""
 
     @property
     def known(self) -> int:
-        """Tokens of the sequence that the host knows."""
+        """Length of the sequence that the host knows: prompt and generated tokens."""
         return len(self.prompt) + len(self.tokens)
 
     @property
     def pending(self) -> int:
-        """Tokens planned, not known yet. Each decode step feeds one and gives one."""
-        return (self.computed + 1 if self.decode_end else self.awaited) - self.known
+        """Number of tokens that are planned but not known. Each decode step feeds one token and generates one."""
+        return (self.computed + 1 if self.decode_end else self.planned_length) - self.known
 
     @property
     def max_positions(self) -> int:
-        """Positions of the cache that it can come to fill."""
+        """Maximum number of cache positions of the request."""
         return len(self.prompt) + self.max_tokens - 1
 
     def sequence(self, start: int, end: int) -> tuple[int, ...]:
-        """Some of the prompt and the known tokens."""
+        """Return tokens `start` to `end` of the known sequence."""
         prompt = len(self.prompt)
         if start >= prompt:
             return tuple(self.tokens[start - prompt : end - prompt])
