@@ -6,7 +6,8 @@ far as it has pages, and is planned again until all its tokens are known.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 from moe_jax.scheduler.plan import Decodes, Plan
@@ -21,26 +22,14 @@ Other requests could use the pages that a request does not reach.
 """
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class DiffusionRequest(Request):
     """Request that is decoded in blocks. All its tokens have positions in the cache, the last ones included."""
 
-    __slots__ = ("block", "in_flight")
-
-    def __init__(
-        self,
-        id: Hashable,
-        prompt: Sequence[int],
-        max_tokens: int,
-        priority: int = 0,
-        shares_prefix: bool = True,
-        *,
-        block: int,
-    ) -> None:
-        super().__init__(id, prompt, max_tokens, priority, shares_prefix)
-        self.block = block
-        """Number of positions in a block."""
-        self.in_flight = 0
-        """Number of dispatches in flight that may generate tokens of the request."""
+    block: int = field(kw_only=True)
+    """Number of positions in a block."""
+    in_flight: int = field(default=0, init=False)
+    """Number of dispatches in flight that may generate tokens of the request."""
 
     @property
     def pending(self) -> int:

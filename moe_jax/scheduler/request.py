@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 from moe_jax.errors import RequestError
 from moe_jax.scheduler.page_pool import PagePool
@@ -29,6 +30,7 @@ class RequestPages:
         """Page ids."""
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Request:
     """Prompt to continue, with its scheduling state. Requests compare by identity.
 
@@ -38,75 +40,53 @@ class Request:
       RequestError: an empty prompt, or no token to generate.
     """
 
-    __slots__ = (
-        "allocated",
-        "cache_next_at",
-        "cached",
-        "computed",
-        "decode_end",
-        "ended",
-        "id",
-        "max_tokens",
-        "order",
-        "pages",
-        "planned_length",
-        "prefix_node",
-        "prefix_pages",
-        "priority",
-        "prompt",
-        "shard",
-        "shares_prefix",
-        "slot",
-        "tokens",
-    )  # fmt: skip
+    id: Hashable
+    """Id of the request, unique among the requests that have not ended."""
+    prompt: Sequence[int]
+    """Token ids of the prompt."""
+    max_tokens: int
+    """Maximum number of tokens to generate."""
+    priority: int = 0
+    """Priority in the waiting queue: each step overtakes at most `MAX_OVERTAKEN` earlier requests."""
+    shares_prefix: bool = True
+    """Read from and write to the prefix cache. False computes every prompt position, so each has an output."""
 
-    def __init__(
-        self,
-        id: Hashable,
-        prompt: Sequence[int],
-        max_tokens: int,
-        priority: int = 0,
-        shares_prefix: bool = True,
-    ) -> None:
-        if not len(prompt):
-            raise RequestError(f"request {id!r}: the prompt must have at least one token, got none")
-        if max_tokens < 1:
-            raise RequestError(f"request {id!r}: max_tokens must be 1 or more, got {max_tokens}")
-        self.id = id
-        self.prompt = prompt
-        self.max_tokens = max_tokens
-        """Maximum number of tokens to generate."""
-        self.priority = priority
-        """Priority in the waiting queue: each step overtakes at most `MAX_OVERTAKEN` earlier requests."""
-        self.shares_prefix = shares_prefix
-        """Read from and write to the prefix cache. False computes every prompt position, so each has an output."""
-        self.tokens: list[int] = []
-        """Generated tokens that the host knows."""
-        self.computed = 0
-        """Number of positions whose keys and values are written, or planned to be."""
-        self.shard = self.slot = -1
-        """Token shard and slot; -1 while the request does not run."""
-        self.pages: list[RequestPages] = []
-        """Page table in each cache group, while the request runs."""
-        self.cached = 0
-        """Number of positions that the last admission took from the prefix cache."""
+    tokens: list[int] = field(default_factory=list, init=False)
+    """Generated tokens that the host knows."""
+    computed: int = field(default=0, init=False)
+    """Number of positions whose keys and values are written, or planned to be."""
+    shard: int = field(default=-1, init=False)
+    """Index of the token shard; -1 while the request does not run."""
+    slot: int = field(default=-1, init=False)
+    """Slot on the token shard; -1 while the request does not run."""
+    pages: list[RequestPages] = field(default_factory=list, init=False)
+    """Page table in each cache group; empty while the request does not run."""
+    cached: int = field(default=0, init=False)
+    """Number of positions that the last admission took from the prefix cache."""
+    ended: bool = field(default=False, init=False)
+    """True once the request is finished or cancelled."""
 
-        self.ended = False
-        """True once the request is finished or cancelled."""
-        self.order = NEW
-        """Order in the waiting queue, and among running requests."""
-        self.decode_end = 0
-        """Position up to which decode steps may be planned; 0 during prefill."""
-        self.planned_length = len(prompt)
-        """Length of the sequence, known and planned, before any decode step."""
-        self.allocated = 0
-        """Number of positions that have pages in all cache groups."""
-        self.prefix_node: PrefixNode | None = None
-        """Prefix node of the first `prefix_pages` pages; `None` if the request does not share its prefix."""
-        self.prefix_pages = 0
-        """Number of full pages of the request that the prefix tree contains."""
-        self.cache_next_at = NEVER
-        """Number of generated tokens at which the next page can be cached."""
+    order: tuple[int, int] = field(default=NEW, init=False)
+    """Order in the waiting queue, and among running requests."""
+    decode_end: int = field(default=0, init=False)
+    """Position up to which decode steps may be planned; 0 during prefill."""
+    planned_length: int = field(default=0, init=False)
+    """Length of the sequence, known and planned, before any decode step."""
+    allocated: int = field(default=0, init=False)
+    """Number of positions that have pages in all cache groups."""
+    prefix_node: PrefixNode | None = field(default=None, init=False)
+    """Prefix node of the first `prefix_pages` pages; `None` if the request does not share its prefix."""
+    prefix_pages: int = field(default=0, init=False)
+    """Number of full pages of the request that the prefix tree contains."""
+    cache_next_at: int = field(default=NEVER, init=False)
+    """Number of generated tokens at which the next page can be cached."""
+
+    def __post_init__(self) -> None:
+        if not len(self.prompt):
+            raise RequestError(f"request {self.id!r}: the prompt must have at least one token, got none")
+        if self.max_tokens < 1:
+            raise RequestError(f"request {self.id!r}: max_tokens must be 1 or more, got {self.max_tokens}")
+        self.planned_length = len(self.prompt)
 
     @property
     def known(self) -> int:

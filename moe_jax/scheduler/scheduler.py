@@ -4,7 +4,7 @@ A plan may be made before the tokens of earlier plans are known, so the devices 
 pages that a request gives up are free at once: the devices run plans in order, so a new owner writes after the old one
 has read.
 
-Chunked prefill beside decoding is Sarathi's (Agrawal et al., arXiv:2308.16369).
+Chunked prefill in the steps of other requests' decoding is Sarathi's (Agrawal et al., arXiv:2308.16369).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Scheduler:
     """
 
     shard_type: type[TokenShard] = TokenShard
+    """Class of the token shards."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits

@@ -1,3 +1,5 @@
+"""Validation of model configurations."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""Validation and storage of sampling parameters."""
+
 from __future__ import annotations
 
 import dataclasses
