@@ -35,7 +35,7 @@ class RoundRobin(Scheduler):
 
     step_input = 0
 
-    def preference(self, request: Request, shards: Sequence[Any]) -> list[Any]:
+    def rank_shards(self, request: Request, shards: Sequence[Any]) -> list[Any]:
         chosen = sorted(shards, key=lambda place: (place[0].number - self.step_input) % SHARDS)
         if chosen:
             self.step_input = chosen[0][0].number + 1
@@ -69,7 +69,7 @@ def balance(scheduler: Scheduler, arrivals: int) -> float:
 
 def land(scheduler: Scheduler, plan: Plan) -> float:
     """Seconds that it takes the scheduler to be told a plan's tokens."""
-    tokens = {request: [1] * count for request, count in plan.gives()}
+    tokens = {request: [1] * count for request, count in plan.planned_tokens()}
     began = time.perf_counter()
     scheduler.update_from_output(plan, tokens)
     return time.perf_counter() - began

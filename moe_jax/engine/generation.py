@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from moe_jax.config.sampling_params import CONFIDENCE, SamplingParams
+from moe_jax.config.sampling_params import DEFAULT_CONFIDENCE_THRESHOLD, SamplingParams
 from moe_jax.engine.detokenizer import Detokenizer, StopStrings
 from moe_jax.engine.outputs import FinishReason
 from moe_jax.programs import DenoisingSchedule
@@ -125,14 +125,14 @@ class Generation:
         """Where it is decoded in blocks; one of which nothing is wanted takes one step."""
         assert isinstance(self.request, DiffusionRequest)
         params, block = self.params, self.request.block
-        threshold = CONFIDENCE if params.confidence_threshold is None else params.confidence_threshold
+        threshold = DEFAULT_CONFIDENCE_THRESHOLD if params.confidence_threshold is None else params.confidence_threshold
         steps = (params.denoising_steps or block) if params.max_tokens else 1
         return DenoisingSchedule.of(threshold, steps, len(self.prompt) + self.request.max_tokens)
 
     @property
     def needs(self) -> list[OutputNeed]:
         wanted = {
-            OutputNeed.SAMPLING: not self.params.takes_likeliest,
+            OutputNeed.SAMPLING: not self.params.is_plain_greedy,
             OutputNeed.TOP_LOGPROBS: self.params.logprobs or self.params.prompt_logprobs,
             OutputNeed.LOGITS: self.wants_logits,
         }

@@ -15,7 +15,7 @@ from moe_jax.engine.sizes import Sizes, StepSize
 from moe_jax.models import PageRange, Segment, Segments, pack
 from moe_jax.programs import FROM_BUFFER, PAGE, StepFlags, StepInput
 from moe_jax.programs.sampling import SamplingMetadata
-from moe_jax.scheduler import Chunk, Decodes, PageTable, Plan, Request
+from moe_jax.scheduler import Chunk, Decodes, Plan, Request, RequestPages
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
 
@@ -172,7 +172,7 @@ def joined(shards: Sequence[Sequence[Columns]]) -> Columns | None:
     return jax.tree.map(lambda *rows: on_host(np.concatenate(rows)), *parts) if parts else None
 
 
-def _seen(table: PageTable, start: int, end: int) -> PageRange:
+def _seen(table: RequestPages, start: int, end: int) -> PageRange:
     """Select the pages that the positions from `start` up to `end` see."""
     first = table.pool.group.first_page(start, PAGE)
     return PageRange(first * PAGE, table.ids[first - table.first : -(-end // PAGE) - table.first])

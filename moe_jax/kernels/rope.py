@@ -59,7 +59,7 @@ class Rotary:
     @property
     def amplitude(self) -> float:
         scaling = self.config.scaling
-        return scaling.amplitude if isinstance(scaling, YarnScaling | LongRopeScaling) else 1.0
+        return scaling.attention_factor if isinstance(scaling, YarnScaling | LongRopeScaling) else 1.0
 
     def _pairs(self, x: Float[Array, "T H _"]) -> tuple[Float[Array, "T H f"], Float[Array, "T H f"]]:
         if self.config.interleaved:
@@ -115,7 +115,7 @@ def _yarn_ramp(scaling: YarnScaling, theta: float, width: int) -> Float[np.ndarr
         return width * math.log(scaling.original_positions / (2 * math.pi * turns)) / (2 * math.log(theta))
 
     first, last = pair(scaling.fast), pair(scaling.slow)
-    if scaling.whole_ends:
+    if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
     return (np.arange(width // 2) - first) / (last - first or 1e-3)

@@ -70,7 +70,7 @@ class LightningAttention(nnx.Module):
         rates = jnp.asarray(slopes(self.config.heads), jnp.float32)
         own = lax.dynamic_slice_in_dim(rates, placement.index(Role.HEADS) * here, here)
         number = self.numbers.start + self.numbers.step * layer
-        return -own * (self.config.scale - self.config.fall * number)
+        return -own * (self.config.scale - self.config.scale_decrement * number)
 
 
 def slopes(heads: int) -> Float[np.ndarray, "H"]:

@@ -53,7 +53,7 @@ class RequestGroup:
         """The generations to run, which report to `queue`."""
         seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
         # What is told of a prompt is computed with it, and penalties look at tokens that the devices have been sent.
-        shares_prefix = not (self._needs_prompt_rows or self.params.penalises)
+        shares_prefix = not (self._needs_prompt_rows or self.params.uses_penalties)
         for sample in range(self.samples):
             name, most = secrets.token_hex(8), max(self.max_tokens, 1)
             request = self.new_request(name, self.prompt, most, self.params.priority, shares_prefix)

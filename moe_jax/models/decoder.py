@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
     """Embedding, stacks of layers, final norm and head."""
 
     def __init__(self, config: ModelConfig, groups: Sequence[Group], *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.embedding_scale, self.unit_head = config.embedding_scale, config.unit_head
+        self.embedding_scale, self.norm_head = config.embedding_scale, config.norm_head
         self.embedding = Vocabulary(config, dtype=dtype, rngs=rngs)
         self.stacks = nnx.List([Stack(group, config, dtype=dtype, rngs=rngs) for group in groups])
         rotaries = dict.fromkeys(block.mixer.rotary for stack in self.stacks for block in stack.unit)
@@ -165,7 +165,7 @@ class Decoder(nnx.Module):
             written.append(unit_caches)
             loads += unit_loads
         x = self.norm(step.residual.all_rows(x, step.capacity))
-        if self.unit_head:
+        if self.norm_head:
             x = (x / self.vocabulary.column_lengths(step.residual.placement)).astype(x.dtype)
         return x, written, loads
 

@@ -169,7 +169,7 @@ class ShardedDecoder:
         def cache(repeats: int, layer: LayerConfig) -> PagedKVCache | SlotStates:
             attention = layer.attention
             if isinstance(attention, RecurrentConfig):
-                recent = (abstract(repeats, heads, slots, *rest) for heads, *rest in attention.recent_shapes)
+                recent = (abstract(repeats, heads, slots, *rest) for heads, *rest in attention.conv_state_shapes)
                 heads, *rest = attention.state_shape
                 return SlotStates(tuple(recent), abstract(repeats, heads, slots, *rest, dtype=STATE_DTYPE))
             pool = (repeats, attention.kv_heads, pages[attention.window], page)

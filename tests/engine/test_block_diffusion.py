@@ -166,7 +166,7 @@ def test_a_step_is_explained_with_all_rows_of_blocks(crowded: LLM) -> None:
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        (SamplingParams(repetition_penalty=1.1), "repetition_penalty cannot be had of a model that decodes blocks"),
+        (SamplingParams(repetition_penalty=1.1), "repetition_penalty is not supported by models that decode blocks"),
         (SamplingParams(presence_penalty=0.1), "any order"),
         (SamplingParams(frequency_penalty=0.1), "any order"),
         (SamplingParams(min_tokens=1), "any order"),

@@ -70,7 +70,7 @@ def model_of(
     )
     first, moe = DenseConfig(fields.take("intermediate_size", int)), _moe(fields, biased, scale)
     layers = [LayerConfig(attended, first if is_dense else moe) for is_dense in dense_layers(fields, dense)]
-    return model(fields, layers, eps=1e-6, unit_head=fields.take("norm_head", bool, False))
+    return model(fields, layers, eps=1e-6, norm_head=fields.take("norm_head", bool, False))
 
 
 def _moe(fields: Fields, biased: bool, scale: float) -> MoEConfig:
