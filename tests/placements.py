@@ -26,7 +26,7 @@ def placement(name: str) -> Placement:
     return Placement.parse(PLACEMENTS[name])
 
 
-def legal(devices: int) -> list[Placement]:
+def all_placements(devices: int) -> list[Placement]:
     """Every placement of so many devices: all sizes of the axes, and all roles of those that split anything.
 
     Of those that differ by the names of axes only there is one, with the names in some order.

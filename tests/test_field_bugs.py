@@ -79,7 +79,7 @@ from moe_jax.sharding import (
 STRATEGIES = (ScatterCombine, ReduceCombine, RaggedCombine, AllToAllCombine)
 HIDDEN, CAPACITY = 16, 4
 CONFIG = MoEConfig(experts=8, top_k=2, width=16, router=RouterConfig(norm=1), shared=SharedExpertConfig(16, gated=True))
-ROW = RowBytes(gather=8192, combine=8192, beside=16, top_k=2)
+ROW = RowBytes(gather=8192, combine=8192, metadata=16, top_k=2)
 
 
 @cache

@@ -85,7 +85,7 @@ class AllToAllCombine(ScatterCombine):
         if not row.top_k:
             return super().gather_moves(capacity, row)
         here = self.placement
-        beside = moves(Kind.ALL_GATHER, here.scatter_axes, capacity * here.gather_shards, row.beside, here)
+        beside = moves(Kind.ALL_GATHER, here.scatter_axes, capacity * here.gather_shards, row.metadata, here)
         return beside + self._exchange_moves(capacity, row.gather, row.top_k)
 
     def combine_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:

@@ -23,14 +23,14 @@ def check_divisibility(config: ModelConfig, placement: Placement) -> None:
     split = {part: None for layer in config.layers for part in _split(layer)}
     split["embedding rows", config.vocab_rows, Role.HEADS] = None
     problems = [
-        f"{count} {what} do not divide over {placement.written(role)}"
+        f"{count} {what} do not divide over {placement.describe(role)}"
         for what, count, role in split
         if count % placement.size(role)
     ]
     heads = placement.size(Role.HEADS)
     for shared, kind in dict.fromkeys(chain(*map(_shared, config.layers))):
         if shared % heads and heads % shared:
-            over = placement.written(Role.HEADS)
+            over = placement.describe(Role.HEADS)
             problems.append(f"{shared} {kind} neither divide over {over} nor repeat evenly on them")
     if problems:
         raise PlacementError(

@@ -152,9 +152,9 @@ class Placement:
 
     def size(self, role: Role) -> int:
         """Into how many parts a role splits."""
-        return self.devices(self.axes(role))
+        return self.device_count(self.axes(role))
 
-    def devices(self, axes: tuple[str, ...]) -> int:
+    def device_count(self, axes: tuple[str, ...]) -> int:
         """How many devices differ from each other along these axes only."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
@@ -165,8 +165,10 @@ class Placement:
     def expert_shards(self, along: tuple[str, ...]) -> np.ndarray | jax.Array:
         """Which part of the experts each device along some axes holds, the others as here. Only inside `shard_map`."""
         sizes = [self.mesh.shape[axis] for axis in along]
-        places = dict(zip(along, np.indices(sizes, np.int32).reshape(len(along), self.devices(along)), strict=True))
-        shard = np.zeros(self.devices(along), np.int32)
+        places = dict(
+            zip(along, np.indices(sizes, np.int32).reshape(len(along), self.device_count(along)), strict=True)
+        )
+        shard = np.zeros(self.device_count(along), np.int32)
         for axis in self.axes(Role.EXPERTS):
             shard = shard * self.mesh.shape[axis] + (
                 places[axis] if axis in places else collectives.axis_index((axis,))
@@ -196,7 +198,7 @@ class Placement:
     @property
     def gather_shards(self) -> int:
         """How many token shards meet in one feed-forward buffer."""
-        return self.devices(self.scatter_axes)
+        return self.device_count(self.scatter_axes)
 
     def spec(self, dims: Sequence[Role | None], shape: Sequence[int]) -> PartitionSpec:
         """The split of an array whose trailing dimensions play `dims`; leading ones (stacked layers) are not split."""
@@ -214,7 +216,7 @@ class Placement:
     def sharding(self, dims: Sequence[Role | None], shape: Sequence[int]) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(dims, shape))
 
-    def written(self, role: Role) -> str:
+    def describe(self, role: Role) -> str:
         """A role's size and axes, for messages: `8 devices (experts: data=2, expert=4)`."""
         sizes = ", ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes(role))
         return f"{self.size(role)} devices ({role.name.lower()}: {sizes})"

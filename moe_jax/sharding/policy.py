@@ -34,7 +34,7 @@ class Route:
 
     residual: ResidualLayout
     combine: Combine
-    """On the placement that the residual's `blocks` see."""
+    """On the placement that the residual layout gives feed-forward blocks."""
 
     @classmethod
     def whole(cls, combine: Combine) -> Route:
@@ -162,8 +162,8 @@ class Policy:
         self, residual: ResidualLayout, strategy: Strategy | None, counts: Sequence[int], capacity: int
     ) -> Iterator[Route]:
         kept, counts = residual.capacity(capacity), residual.counts(counts, capacity)
-        for each in [strategy] if strategy else self._sensible(residual.blocks):
-            yield Route(residual, replace(each.sized(residual.blocks, counts, kept), encoding=self.encoding))
+        for each in [strategy] if strategy else self._sensible(residual.ffn_placement):
+            yield Route(residual, replace(each.sized(residual.ffn_placement, counts, kept), encoding=self.encoding))
 
     def _sensible(self, blocks: Placement) -> Sequence[Strategy]:
         if not blocks.scatter_axes:

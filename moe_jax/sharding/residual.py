@@ -39,7 +39,7 @@ class ResidualLayout(ABC):
 
     @property
     @abstractmethod
-    def blocks(self) -> Placement:
+    def ffn_placement(self) -> Placement:
         """The placement that feed-forward blocks see."""
 
     @abstractmethod
@@ -48,7 +48,7 @@ class ResidualLayout(ABC):
 
     @abstractmethod
     def counts(self, counts: Sequence[int], capacity: int) -> Sequence[int]:
-        """Real rows of each token shard of `blocks`."""
+        """Real rows of each token shard of `ffn_placement`."""
 
     @abstractmethod
     def rows(self, rows: Rows) -> Rows:
@@ -80,7 +80,7 @@ class WholeResidual(ResidualLayout):
     """All rows on every heads device."""
 
     @property
-    def blocks(self) -> Placement:
+    def ffn_placement(self) -> Placement:
         return self.placement
 
     def capacity(self, capacity: int) -> int:
@@ -111,7 +111,7 @@ class SplitResidual(ResidualLayout):
     """Each heads device keeps as many rows as the others, the first device the first ones."""
 
     @property
-    def blocks(self) -> Placement:
+    def ffn_placement(self) -> Placement:
         here = self.placement
         both = here.tokens + here.heads
         return replace(here, tokens=tuple(axis for axis in AXES if axis in both), heads=())

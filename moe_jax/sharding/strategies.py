@@ -96,7 +96,7 @@ class ReduceCombine(Combine):
         axes, here = self.placement.scatter_axes, self.placement
         if self._packs_before_moving(capacity):
             hidden = moves(Kind.ALL_REDUCE, axes, self.total, row.gather, here)
-            return hidden + moves(Kind.ALL_REDUCE, axes, self.total, row.beside, here)
+            return hidden + moves(Kind.ALL_REDUCE, axes, self.total, row.metadata, here)
         return moves(Kind.ALL_GATHER, axes, capacity * here.gather_shards, row.all, here)
 
     def combine_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:

@@ -31,7 +31,7 @@ class RowBytes:
     """Of the hidden vector, as it is sent."""
     combine: int
     """Of the hidden vector."""
-    beside: int = 0
+    metadata: int = 0
     """Of what is sent with the hidden vector: ids and weights of its experts, and scales."""
     top_k: int = 0
     """How many experts a row visits; 0 where it visits every device, for a shared expert or a dense block."""
@@ -47,7 +47,7 @@ class RowBytes:
 
     @property
     def all(self) -> int:
-        return self.gather + self.beside
+        return self.gather + self.metadata
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ def moves(
     kind: Kind, axes: tuple[str, ...], rows: int, row_bytes: int, placement: Placement, share: float = 1.0
 ) -> tuple[Move, ...]:
     """One move, or none where there are no devices or nothing to move between."""
-    return (Move(kind, axes, placement.devices(axes), rows, row_bytes, share),) if axes and rows * row_bytes else ()
+    return (
+        (Move(kind, axes, placement.device_count(axes), rows, row_bytes, share),) if axes and rows * row_bytes else ()
+    )
 
 
 def sent_bytes(of: Iterable[Move]) -> float:

@@ -29,7 +29,7 @@ from moe_jax.sharding import (
 from moe_jax.sharding.hardware import KNOWN, of_kind, save
 from moe_jax.sharding.policy import STRATEGIES, Decision
 
-ROW = RowBytes(gather=4096, combine=4096, beside=64, top_k=8)
+ROW = RowBytes(gather=4096, combine=4096, metadata=64, top_k=8)
 H100 = KNOWN["h100"]
 NO_LATENCY = replace(H100, launch=0.0, local=replace(H100.local, latency=0.0))
 MILD = [40, 30, 28, 30, 30, 30, 30, 30]
@@ -66,7 +66,7 @@ def test_truth_table(where: str, counts: list[int], chosen: type, reason: str) -
 def test_bytes_are_those_of_rings() -> None:
     cost = {cost.name: cost for cost in choose("dp8_ep8", [16] * 8).candidates}
     assert cost["ScatterCombine"].combine_bytes == 7 * 16 * ROW.combine
-    assert cost["ScatterCombine"].gather_bytes == 7 * 16 * (ROW.gather + ROW.beside)
+    assert cost["ScatterCombine"].gather_bytes == 7 * 16 * (ROW.gather + ROW.metadata)
     assert cost["ReduceCombine"].combine_bytes == 2 * 7 / 8 * 128 * ROW.combine
     # Scatter over two token shards, then the sum over the four devices of each.
     scatter, *_ = choose("dp2_ep4", [16] * 2).candidates

@@ -29,7 +29,7 @@ def test_all_rows_of_the_sums_that_are_kept(where: str, kind: type[ResidualLayou
         assert kept.shape == (residual.capacity(capacity), WIDTH)
         return residual.all_rows(kept, capacity)
 
-    everywhere = SplitResidual(here).blocks.axes(Role.TOKENS)
+    everywhere = SplitResidual(here).ffn_placement.axes(Role.TOKENS)
     parts = np.random.default_rng(0).normal(size=(8, capacity, WIDTH)).astype(np.float32)
     mapped = jax.shard_map(run, mesh=here.mesh, in_specs=P(everywhere), out_specs=P(here.axes(Role.TOKENS)))
     grid = parts.reshape(*here.mesh.devices.shape, capacity, WIDTH)
@@ -50,7 +50,7 @@ def test_kept_rows_are_parts_of_each_shard(where: str) -> None:
         assert on_device.counts.tolist() == kept.tolist()
         assert on_device.capacity == residual.capacity(capacity) == -(-capacity // devices)
         assert kept.sum() == sum(counts)
-        assert kept.size == residual.blocks.size(Role.TOKENS) == 8
+        assert kept.size == residual.ffn_placement.size(Role.TOKENS) == 8
 
 
 def test_full_rows_stay_full_where_they_divide() -> None:
@@ -68,4 +68,4 @@ def test_both_send_as_many_bytes_and_split_rows_are_never_summed_whole(where: st
     assert sent_bytes(whole) == sent_bytes(split)
     assert [move.kind for move in whole] == [Kind.ALL_REDUCE]
     assert [move.kind for move in split] == [Kind.ALL_GATHER, Kind.REDUCE_SCATTER]
-    assert not SplitResidual(placement(where)).blocks.sum_axes
+    assert not SplitResidual(placement(where)).ffn_placement.sum_axes
