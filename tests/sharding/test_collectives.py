@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from placements import placement
 
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
-from moe_jax.errors import ReductionError
+from moe_jax.errors import PlacementError, ReductionError
 from moe_jax.layers import DenseMLP, MoE, parameter
 from moe_jax.sharding import (
     AllToAllCombine,
@@ -205,3 +205,11 @@ def test_argsort_varies_as_its_keys_do() -> None:
     mapped = jax.shard_map(gradient_of_gathered, mesh=WHERE.mesh, in_specs=(P(), P("expert")), out_specs=P())
     keys = jnp.array([0, 1, 1, 0, 0, 1, 0, 1])  # the four devices take elements 0, 1, 0 and 0
     np.testing.assert_array_equal(jax.jit(jax.grad(mapped))(jnp.ones(2), keys), [3, 1])
+
+
+def test_a_shard_map_that_is_not_compiled_is_refused() -> None:
+    mapped = jax.shard_map(
+        lambda x: sum_devices(x.sum(), ("expert",)), mesh=WHERE.mesh, in_specs=P("expert"), out_specs=P()
+    )
+    with pytest.raises(PlacementError, match=r"not compiled.*write jax.jit\(jax.shard_map"):
+        mapped(jnp.arange(8.0))

@@ -51,8 +51,8 @@ def choose(where: str, counts: list[int], hardware: Hardware = H100, row: RowByt
         ("dp4_ep4_tp2", [256] * 4, ScatterCombine, "share expert"),
         ("dp2_ep4", [2048] * 2, ScatterCombine, "share data"),
         ("two_replicas_dp4_ep4", [16] * 8, ScatterCombine, "share expert"),
-        ("tp8_ep4", [16], ReduceCombine, "sums over expert, tensor, which split no tokens"),
-        ("single", [16], ReduceCombine, "the sum over no axis is all there is"),
+        ("tp8_ep4", [16], ReduceCombine, "partial sums over expert, tensor, which do not split tokens"),
+        ("single", [16], ReduceCombine, "the sum over no axis is the only choice"),
     ],
 )
 def test_truth_table(where: str, counts: list[int], chosen: type, reason: str) -> None:
@@ -105,7 +105,7 @@ def test_what_is_asked_for_is_taken_and_the_policy_still_heard(where: str) -> No
         asked = replace(policy, strategy=as_strategy(name), residual=as_residual_layout("whole"))
         decision = asked.decide(counts, 4)
         assert decision.route == Route.whole(strategy.sized(here, counts, 4))
-        assert f"asked for; the policy says {auto}" == decision.reason
+        assert f"requested; the policy would choose {auto}" == decision.reason
     split = replace(policy, residual=as_residual_layout("split")).decide(counts, 4)
     assert type(split.route.residual) is SplitResidual
     assert as_strategy("auto") is None
