@@ -30,6 +30,9 @@ from moe_jax.errors import PlacementError
 from moe_jax.sharding import collectives
 from moe_jax.sharding.mesh import AXES, DATA, EXPERT, TENSOR, Device, make_mesh
 
+_ROLES = ("tokens", "heads", "experts", "ffn")
+"""Roles that a `Placement` is given; the others follow from them."""
+
 
 class Role(StrEnum):
     """Logical axis of a dimension; the value is its name in Flax's `out_sharding`, such as `"experts"`."""
@@ -62,13 +65,12 @@ class Placement:
                 f"a mesh needs the axes {', '.join(AXES)}, all of type Auto, got {self.mesh}: "
                 "make it with moe_jax.sharding.make_mesh"
             )
-        for role in ("tokens", "heads", "experts", "ffn"):
+        for role in _ROLES:
             if not isinstance(getattr(self, role), tuple):
                 raise PlacementError(f"{role} must be a tuple of axis names, got {getattr(self, role)!r}")
         for first, second in (("tokens", "heads"), ("experts", "ffn")):
-            both = set(getattr(self, first)) & set(getattr(self, second))
-            if both:
-                raise PlacementError(f"an axis cannot split both {first} and {second}: {sorted(both)} does")
+            if overlap := set(getattr(self, first)) & set(getattr(self, second)):
+                raise PlacementError(f"an axis cannot split both {first} and {second}: {sorted(overlap)} does")
         if unknown := set(self.tokens + self.heads + self.experts + self.ffn) - set(AXES):
             raise PlacementError(f"unknown mesh axes {sorted(unknown)}: the axes are {', '.join(AXES)}")
         if missing := [a for a in AXES if a not in self.tokens + self.heads and self.mesh.shape[a] > 1]:
@@ -88,10 +90,10 @@ class Placement:
         roles = {}
         for clause in clauses:
             role, equals, axes = (part.strip() for part in clause.partition("="))
-            if role not in ("tokens", "heads", "experts", "ffn") or not equals or role in roles:
+            if role not in _ROLES or not equals or role in roles:
                 raise PlacementError(
-                    f"cannot read {clause.strip()!r} in {text!r}: after the mesh, write each of tokens, heads, "
-                    "experts, ffn at most once, with its axes, as in 'tokens=data,expert'"
+                    f"cannot read {clause.strip()!r} in {text!r}: after the mesh, write each of "
+                    f"{', '.join(_ROLES)} at most once, with its axes, as in 'tokens=data,expert'"
                 )
             roles[role] = tuple(axis for axis in (name.strip() for name in axes.split(",")) if axis)
         return cls(make_mesh(sizes, devices), **roles)
@@ -135,8 +137,7 @@ class Placement:
         factors = [(1, ("tokens",))] * (len(AXES) - len(factors)) + factors
         axes = dict(zip(AXES, factors, strict=True))
         mesh = make_mesh({axis: size for axis, (size, _) in axes.items()}, chosen)
-        names = ("tokens", "heads", "experts", "ffn")
-        return cls(mesh, *(tuple(axis for axis, (_, roles) in axes.items() if role in roles) for role in names))
+        return cls(mesh, *(tuple(axis for axis, (_, roles) in axes.items() if role in roles) for role in _ROLES))
 
     def axes(self, role: Role) -> tuple[str, ...]:
         """Return the axes that play a role, without axes of size 1, in mesh order."""
@@ -237,8 +238,7 @@ class Placement:
 
     def __str__(self) -> str:
         mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        roles = {"tokens": self.tokens, "heads": self.heads, "experts": self.experts, "ffn": self.ffn}
-        return mesh + "".join(f"; {role}={','.join(axes)}" for role, axes in roles.items())
+        return mesh + "".join(f"; {role}={','.join(getattr(self, role))}" for role in _ROLES)
 
 
 def as_placement(mesh: str | Mapping[str, int] | Mesh | Placement | None) -> Placement:

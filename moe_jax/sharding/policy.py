@@ -114,7 +114,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Policy:
-    """Choose a route for given counts. A requested strategy or residual layout is taken and compared with it."""
+    """Choose a route for given counts. A requested strategy or residual layout overrides the choice."""
 
     placement: Placement
     layers: tuple[RowBytes, ...]

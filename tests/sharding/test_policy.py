@@ -122,10 +122,10 @@ def test_unknown_strategies_and_residual_layouts_are_refused(name: object) -> No
 def test_both_residual_layouts_are_candidates_if_heads_are_split() -> None:
     names = {cost.name for cost in decide("dp4_ep4_tp2", [256] * 4).candidates}
     assert {"ScatterCombine", "ScatterCombine + SplitResidual"} <= names
-    assert len(choose("dp8_ep8", [256] * 8).candidates) == len(STRATEGIES)
+    assert len(decide("dp8_ep8", [256] * 8).candidates) == len(STRATEGIES)
     # With a large latency per hop, few large rings are slower than many small ones.
     far = replace(H100, launch=0.0, local=replace(H100.local, latency=1.0))
-    assert type(choose("dp4_ep4_tp2", [4] * 4, far).route.residual) is WholeResidual
+    assert type(decide("dp4_ep4_tp2", [4] * 4, far).route.residual) is WholeResidual
 
 
 def test_all_to_all_is_not_a_candidate_if_every_row_visits_every_device() -> None:
