@@ -42,7 +42,7 @@ class Block:
             ("units of width", config.width, Role.FFN),
         ):
             if count % placement.size(role):
-                raise PlacementError(f"{count} {what} do not divide over {placement.written(role)}")
+                raise PlacementError(f"{count} {what} do not divide over {placement.describe(role)}")
         make = partial(MoE, config, hidden, dtype=dtype)
         self.placement, self.hidden, self.dtype = placement, hidden, dtype
         self.graph, abstract = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))

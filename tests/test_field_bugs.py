@@ -11,7 +11,7 @@ Numbers are of issues and pull requests of sgl-project/sglang where no other pro
     32663, 23713            programs/test_programs.py::test_with_attention_tp_a_block_scatters_and_then_sums_own_rows
     40643                   test_no_shard_masks_its_peers_rows_by_its_own_count
     31838                   test_experts_compute_each_choice_of_a_real_row_once_and_nothing_for_pad_rows
-    26133                   sharding/test_encoding.py::test_no_row_touches_another
+    26133                   sharding/test_encoding.py::test_rows_are_independent
     28487                   test_nan_in_pad_rows_reaches_no_real_row_and_no_cache,
                             layers/test_blocks.py::test_nan_in_pad_rows_changes_no_bit_and_pad_rows_come_out_zero
     39899, 6088             test_idle_shards_and_idle_steps_run
@@ -23,7 +23,7 @@ Numbers are of issues and pull requests of sgl-project/sglang where no other pro
     jax-llm-examples        test_no_choice_is_dropped_when_all_rows_want_the_experts_of_one_device
     5557, vllm 46428        test_pad_rows_of_idle_shards_are_not_computed,
                             test_decode_steps_are_not_padded_to_a_prefill,
-                            sharding/test_policy.py::test_where_bytes_decide_few_are_sent
+                            sharding/test_policy.py::test_few_bytes_are_sent_if_bytes_decide
     miles 2012, 6872, 16080 test_bench.py::test_schedule
 
 These cannot be shipped by what is not here:
@@ -79,7 +79,7 @@ from moe_jax.sharding import (
 STRATEGIES = (ScatterCombine, ReduceCombine, RaggedCombine, AllToAllCombine)
 HIDDEN, CAPACITY = 16, 4
 CONFIG = MoEConfig(experts=8, top_k=2, width=16, router=RouterConfig(norm=1), shared=SharedExpertConfig(16, gated=True))
-ROW = RowBytes(gather=8192, combine=8192, beside=16, top_k=2)
+ROW = RowBytes(gather=8192, combine=8192, metadata=16, top_k=2)
 
 
 @cache

@@ -93,7 +93,7 @@ def _spec(path: tuple[Any, ...], variable: nnx.Variable, placement: Placement) -
         if axes and size % placement.size(Role(name)):
             raise PlacementError(
                 f"dimension {dim} of {'.'.join(map(str, path))} is {size}, which does not divide over "
-                f"{placement.written(Role(name))}: choose a mesh whose axes divide it"
+                f"{placement.describe(Role(name))}: choose a mesh whose axes divide it"
             )
     return spec
 
@@ -101,7 +101,7 @@ def _spec(path: tuple[Any, ...], variable: nnx.Variable, placement: Placement) -
 def _capacity(rows: int, placement: Placement) -> int:
     if rows % placement.size(Role.TOKENS):
         raise PlacementError(
-            f"{rows} rows do not divide over {placement.written(Role.TOKENS)}: pad them, and say with "
+            f"{rows} rows do not divide over {placement.describe(Role.TOKENS)}: pad them, and say with "
             "`Rows.of(counts, placement, capacity)` as a second argument how many of each shard are real"
         )
     return rows // placement.size(Role.TOKENS)

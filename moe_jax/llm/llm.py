@@ -21,7 +21,7 @@ from tqdm import tqdm
 from moe_jax.analysis.explain import Explanation, evenly, explain
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.bundled import ADDER
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, WeightDtype
 from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.engine import Generation, Options, OutputQueue, Stats
 from moe_jax.engine.distributed import ProcessGroup, SingleProcess
@@ -31,7 +31,17 @@ from moe_jax.llm.request_group import RequestGroup, StopTokens
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs, StepFlags, StepInput
 from moe_jax.scheduler import DiffusionRequest, Request
-from moe_jax.sharding import Hardware, Placement, ResidualLayout, Role, Strategy, as_hardware, as_placement
+from moe_jax.sharding import (
+    AUTO,
+    DEFAULT_GATHER_DTYPE,
+    Hardware,
+    Placement,
+    ResidualLayout,
+    Role,
+    Strategy,
+    as_hardware,
+    as_placement,
+)
 
 Prompt = str | Sequence[int]
 
@@ -87,10 +97,10 @@ class LLM:
         *,
         mesh: str | Mapping[str, int] | Mesh | Placement | None = None,
         dtype: DTypeLike | None = None,
-        weight_dtype: str = "exact",
-        combine: str | Strategy = "auto",
-        residual: str | type[ResidualLayout] = "auto",
-        gather_dtype: str = "exact",
+        weight_dtype: str = WeightDtype.EXACT,
+        combine: str | Strategy = AUTO,
+        residual: str | type[ResidualLayout] = AUTO,
+        gather_dtype: str = DEFAULT_GATHER_DTYPE,
         hardware: str | Hardware | None = None,
         scan_layers: bool = ShardedDecoder.scan_layers,
         max_length: int | None = None,

@@ -25,6 +25,8 @@ from moe_jax.layers import parameter
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import Group, group_layers, ungrouped
 from moe_jax.sharding import (
+    AUTO,
+    DEFAULT_GATHER_DTYPE,
     EXACT,
     Encoding,
     Hardware,
@@ -84,7 +86,11 @@ class ShardedDecoder:
         return RowBytes.of(self.config.hidden, self.dtype, top_k=top_k, shared=shared, encoding=encoding)
 
     def policy(
-        self, hardware: Hardware, combine: str | Strategy, residual: str | type[ResidualLayout], gather_dtype: str
+        self,
+        hardware: Hardware,
+        combine: str | Strategy = AUTO,
+        residual: str | type[ResidualLayout] = AUTO,
+        gather_dtype: str = DEFAULT_GATHER_DTYPE,
     ) -> Policy:
         """Make the policy for a user's choices; `"auto"` leaves a choice to the policy.
 
@@ -92,9 +98,9 @@ class ShardedDecoder:
           PlacementError, ConfigError: unknown strategy, residual layout or dtype.
         """
         encoding = as_encoding(gather_dtype)
-        strategy, kept = as_strategy(combine), as_residual_layout(residual)
+        strategy, layout = as_strategy(combine), as_residual_layout(residual)
         layers = tuple(self.rows_of(layer, encoding) for layer in self.config.layers)
-        return Policy(self.placement, layers, hardware, strategy, kept, encoding)
+        return Policy(self.placement, layers, hardware, strategy, layout, encoding)
 
     @property
     def graph(self) -> nnx.GraphDef:

@@ -47,7 +47,7 @@ def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, 
         [Stateless() if isinstance(layer.attention, RecurrentConfig) else Uncached() for layer in group.unit]
         for group in decoder.groups
     ]
-    axes, kept = (here.axes(Role.TOKENS) for here in (decoder.placement, route.residual.blocks))
+    axes, kept = (here.axes(Role.TOKENS) for here in (decoder.placement, route.residual.ffn_placement))
 
     def run(model: Decoder, batch: ForwardBatch, targets: Array) -> Losses:
         step = Step.of(batch, route)

@@ -109,7 +109,7 @@ def test_bench_measures_and_calibrates(run: Run, tmp_path: Path) -> None:
     }
     assert as_hardware(str(record)).launch == printed["hardware"]["launch"]
     assert all(row["seconds"] > 0 and row["reckoned_seconds"] > 0 for row in printed["collectives"])
-    assert "reckoned as cpu" in run("plan", "--hardware", str(record)).out
+    assert "modelled as cpu" in run("plan", "--hardware", str(record)).out
     assert "nothing is scattered" in run("bench", "--mesh", "data=8").err
     assert "there is no directory" in run("bench", "--calibrate", str(tmp_path / "none" / "mine.json")).err
 
@@ -120,7 +120,7 @@ def test_plan_says_what_does_not_fit(run: Run, tmp_path: Path) -> None:
     small = replace(KNOWN["h100"], memory=2**28)
     save(small, tmp_path / "small.json")
     arguments = ["plan", "--model", str(tmp_path), "--mesh", "expert=2", "--hardware", str(tmp_path / "small.json")]
-    assert "DOES NOT FIT (caches of 1/" in run(*arguments, "--rows", "1").out
+    assert "exceeds 0.2 GiB (1/" in run(*arguments, "--rows", "1").out
     printed = run(*arguments, "--rows", "1", "--max-length", "64", "--json").json
     assert printed["fits"]
     assert printed["memory_bytes"] == sum(printed[f"{part}_bytes"] for part in ("weight", "cache", "temporary"))

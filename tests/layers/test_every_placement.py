@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from blocks import Block, by_name, collect, spread
 from flax import nnx
-from placements import legal
+from placements import all_placements
 from reference import Weights, dense, moe
 
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
@@ -27,7 +27,7 @@ SHARED = MoEConfig(
     experts=24, top_k=2, width=24, router=RouterConfig(norm=1), shared=SharedExpertConfig(24, gated=True)
 )
 ROUTED = replace(SHARED, shared=None)
-EVERY = [*legal(6), *(placement for placement in legal(8) if min(placement.mesh.axis_sizes) > 1)]
+EVERY = [*all_placements(6), *(placement for placement in all_placements(8) if min(placement.mesh.axis_sizes) > 1)]
 """One axis, or two, of which one is no power of two; and three. Any other placement has the roles of one of these."""
 WITH_GRADIENTS = [*range(6), *range(6, len(EVERY), 7)]
 """They take four times as long to compile. An axis has each of its pairs of roles alone, beside a larger one, beside a
@@ -72,7 +72,7 @@ def drawn(rows: int) -> np.ndarray:
 
 def test_there_are_as_many_as_there_should_be() -> None:
     """An axis plays one of 2 x 3 pairs of roles: one axis, two that differ in size, two or three that do not."""
-    assert [len(legal(devices)) for devices in (8, 6, 4)] == [6 + 36 + 56, 6 + 36, 6 + 21]
+    assert [len(all_placements(devices)) for devices in (8, 6, 4)] == [6 + 36 + 56, 6 + 36, 6 + 21]
     assert len(EVERY) == 6 + 36 + 56
 
 

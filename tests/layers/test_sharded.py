@@ -97,7 +97,7 @@ def test_flax_splits_parameters_as_the_placement_does(make: Callable[[nnx.Rngs],
     for name, array in by_name(jax.device_put(state, shardings)).items():
         parts = len({str(shard.index) for shard in array.addressable_shards})
         axes = [axis for dim in SPLIT[make, where][name] if dim for axis in ([dim] if isinstance(dim, str) else dim)]
-        assert parts == here.devices(tuple(axes)), name
+        assert parts == here.device_count(tuple(axes)), name
 
 
 def test_few_kv_heads_are_replicated_by_specs_and_never_split_wrongly_by_flax() -> None:

@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_the_answers_on_every_placement_and_strategy() -> No
     split = SplitResidual(HERE)
     rows = TINY.batch_size * LONGEST
     kept = split.capacity(rows)
-    sized = AllToAllCombine.sized(split.blocks, [kept] * split.blocks.size(Role.TOKENS), kept)
+    sized = AllToAllCombine.sized(split.ffn_placement, [kept] * split.ffn_placement.size(Role.TOKENS), kept)
     trainer = replace(TINY.trainer(HERE, SCATTER), route=Route(split, sized))
     found.append(
         jax.jit(lambda p, e: losses(trainer.decoder, p, e, trainer.route))(trainer.decoder.init(0), trainer.examples(0))
