@@ -8,14 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import WeightDtype
-from moe_jax.kernels.grouped_matmul.dispatch import GroupedMatmul, RaggedDotGroupedMatmul, grouped_matmul
-from moe_jax.kernels.grouped_matmul.loop import LARGEST_BLOCK, LoopGroupedMatmul, visit_blocks
-from moe_jax.kernels.grouped_matmul.pallas import SMALLEST_TILE, PallasGroupedMatmul, tile_rows
+from moe_jax.kernels.grouped_matmul import (
+    GroupedMatmul,
+    LoopGroupedMatmul,
+    PallasGroupedMatmul,
+    RaggedDotGroupedMatmul,
+    grouped_matmul,
+)
+from moe_jax.kernels.grouped_matmul.loop import MAX_BLOCK, loop_over_blocks
+from moe_jax.kernels.grouped_matmul.pallas import MIN_TILE_ROWS, tile_rows
 from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.kernels.stacked_weight import StackedWeight
 
 ROWS, GROUPS, INPUTS, OUTPUTS = 40, 5, 8, 6
-WAYS = (LoopGroupedMatmul(expected=4), RaggedDotGroupedMatmul(), PallasGroupedMatmul(expected=4, interpret=True))
+WAYS = (LoopGroupedMatmul(shards=4), RaggedDotGroupedMatmul(), PallasGroupedMatmul(shards=4, interpret=True))
 grouped_matmul_jit = jax.jit(grouped_matmul, static_argnames="backend")
 ways = pytest.mark.parametrize("backend", WAYS, ids=lambda backend: type(backend).__name__.lower())
 
@@ -127,7 +133,7 @@ def test_gradients_equal_those_of_a_dense_expansion(backend: GroupedMatmul, size
 def test_work_grows_with_the_rows_and_not_with_the_groups() -> None:
     def visited_rows(rows: int, sizes: list[int]) -> int:
         of_group, size = jnp.array(sizes), LoopGroupedMatmul().block_size(rows, len(sizes))
-        return int(visit_blocks(of_group, size, rows, lambda group: None, lambda *args: args[-1] + size, 0))
+        return int(loop_over_blocks(of_group, size, rows, lambda group: None, lambda *args: args[-1] + size, 0))
 
     # Every group partly fills its last block: at most one block each is wasted, and idle groups cost nothing.
     assert visited_rows(4096, [512] * 8) == 4096
@@ -135,7 +141,7 @@ def test_work_grows_with_the_rows_and_not_with_the_groups() -> None:
     assert visited_rows(4096, [0] * 128) == 0
     assert visited_rows(4096, [32] * 128) == 1.25 * 4096
     assert visited_rows(4096, [33] * 64 + [0] * 64) == 40 * 64
-    assert visited_rows(10**6, [5] * 8) == 8 * LARGEST_BLOCK
+    assert visited_rows(10**6, [5] * 8) == 8 * MAX_BLOCK
 
 
 def test_tiles_compute_hardly_more_rows_than_there_are() -> None:
@@ -148,7 +154,7 @@ def test_tiles_compute_hardly_more_rows_than_there_are() -> None:
     shares = random.multinomial(2048, [1 / 16] * 16).tolist()
     assert computed(shares) <= 1.3 * 2048
     assert computed([2048] + [0] * 15) == 2048
-    assert computed([4] * 16) == 16 * SMALLEST_TILE, "the fewest that tensor cores multiply, of each group once"
+    assert computed([4] * 16) == 16 * MIN_TILE_ROWS, "the fewest that tensor cores multiply, of each group once"
 
 
 @pytest.mark.parametrize("backend", [LoopGroupedMatmul(), PallasGroupedMatmul()], ids=["loop", "pallas"])

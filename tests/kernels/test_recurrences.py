@@ -10,8 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels.recurrences import Delta, Linear, Selection, delta_rule, linear_attention, selective_scan
-from moe_jax.layers.lightning_attention import slopes
+from moe_jax.kernels.recurrences import (
+    DeltaInputs,
+    LinearInputs,
+    SelectiveScanInputs,
+    alibi_slopes,
+    delta_rule,
+    linear_attention,
+    selective_scan,
+)
 from moe_jax.sharding.rows import on_host
 
 LINES, CHUNK, HEADS, KEYS, VALUES = 2, 64, 3, 8, 5
@@ -27,7 +34,7 @@ def assert_close(got: object, expected: np.ndarray) -> None:
     np.testing.assert_allclose(np.asarray(got), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-def delta_rows(decays: int, chunk: int = CHUNK) -> Delta:
+def delta_rows(decays: int, chunk: int = CHUNK) -> DeltaInputs:
     shape = LINES, chunk, HEADS
     key = drawn(1, *shape, KEYS)
     parts = (
@@ -37,10 +44,10 @@ def delta_rows(decays: int, chunk: int = CHUNK) -> Delta:
         -np.abs(drawn(3, *shape, decays)) * (4 if decays > 1 else 0.1),
         1 / (1 + np.exp(-drawn(4, *shape))),
     )
-    return Delta(*map(on_host, parts))
+    return DeltaInputs(*map(on_host, parts))
 
 
-def delta_by_position(rows: Delta, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def delta_by_position(rows: DeltaInputs, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As arXiv:2412.06464, equation 10: decay, then take away what the key finds and put the value in its place."""
     query, key, value, decay, strength = map(np.asarray, rows)
     state, outputs = state.copy(), np.zeros(value.shape)
@@ -78,7 +85,7 @@ def test_the_selective_scan(chunk: int) -> None:
     """As arXiv:2312.00752, algorithm 2, position by position."""
     shape, rates = (LINES, chunk), -np.abs(drawn(5, HEADS, KEYS))
     parts = drawn(0, *shape, HEADS), np.abs(drawn(1, *shape, HEADS)), drawn(2, *shape, KEYS), drawn(3, *shape, KEYS)
-    rows, state = Selection(*map(on_host, parts)), drawn(9, LINES, HEADS, KEYS)
+    rows, state = SelectiveScanInputs(*map(on_host, parts)), drawn(9, LINES, HEADS, KEYS)
     scan = jax.jit(partial(selective_scan, rates=jnp.asarray(rates, jnp.float32)))
     output, after = scan(in_single(rows), jnp.asarray(state, jnp.float32))
     expected = np.zeros((*shape, HEADS))
@@ -98,7 +105,7 @@ def test_linear_attention(chunk: int) -> None:
     """As arXiv:2401.04658, equation 4, position by position."""
     shape = LINES, chunk, HEADS
     parts = drawn(0, *shape, KEYS), drawn(1, *shape, KEYS), drawn(2, *shape, VALUES), -np.abs(drawn(3, *shape))
-    rows, state = Linear(*map(on_host, parts)), drawn(9, LINES, HEADS, KEYS, VALUES)
+    rows, state = LinearInputs(*map(on_host, parts)), drawn(9, LINES, HEADS, KEYS, VALUES)
     output, after = jax.jit(linear_attention)(in_single(rows), jnp.asarray(state, jnp.float32))
     expected = np.zeros((*shape, VALUES))
     query, key, value, decay = map(np.asarray, rows)
@@ -111,5 +118,5 @@ def test_linear_attention(chunk: int) -> None:
 
 
 def test_rates_of_heads_that_are_no_power_of_two() -> None:
-    np.testing.assert_allclose(slopes(4), [2**-2, 2**-4, 2**-6, 2**-8])
-    np.testing.assert_allclose(slopes(6), [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
+    np.testing.assert_allclose(alibi_slopes(4), [2**-2, 2**-4, 2**-6, 2**-8])
+    np.testing.assert_allclose(alibi_slopes(6), [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])

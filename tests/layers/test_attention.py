@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from moe_jax.config import QueryScalingConfig, RopeConfig, Window
+from moe_jax.kernels.attention import first_position
 from moe_jax.kernels.forward_batch import ForwardBatch, PageTable, QueryLayout
 from moe_jax.kernels.kv_cache import UNWRITTEN, AttentionTile, CachedKV, KVBlock, PagedKV, PagedKVCache, Uncached
 from moe_jax.kernels.query_scaling import query_scale
 from moe_jax.kernels.rope import Rotary
-from moe_jax.layers.attention import attend, first_seen
 from moe_jax.sharding import Rows
 
 LINES, KV_HEADS, HEADS, WIDTH, PAGE, PAGES, BLOCK = 3, 2, 4, 4, 2, 7, 8
@@ -128,8 +128,8 @@ def test_attend_is_grouped_softmax_attention(portion: AttentionTile | None, sink
 
 def test_windows_slide_and_chunks_follow_each_other() -> None:
     own = jnp.arange(9)
-    assert first_seen(own, 4, Window.SLIDING).tolist() == [-3, -2, -1, 0, 1, 2, 3, 4, 5]
-    assert first_seen(own, 4, Window.CHUNKED).tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8]
+    assert first_position(own, 4, Window.SLIDING).tolist() == [-3, -2, -1, 0, 1, 2, 3, 4, 5]
+    assert first_position(own, 4, Window.CHUNKED).tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8]
 
 
 def test_queries_grow_once_an_interval() -> None:
