@@ -35,7 +35,7 @@ class Experts(nnx.Module):
         self.down_bias = parameter.zeros((experts, hidden), down_dims, dtype=dtype) if config.bias else None
 
     @property
-    def held(self) -> int:
+    def num_local_experts(self) -> int:
         """Number of experts that this device holds."""
         return self.gate_up.shape[0]
 
@@ -50,9 +50,9 @@ class Experts(nnx.Module):
         inputs = ExpertInputs(x, weights, self._weights(placement))
         gate_up, down = parameter.stacked(self.gate_up), parameter.stacked(self.down)
         backend = grouped_matmul_on(placement.device, placement.size(Role.EXPERTS))
-        local = experts - placement.index(Role.EXPERTS) * self.held
+        local = experts - placement.index(Role.EXPERTS) * self.num_local_experts
         with jax.named_scope("grouped_gated_mlp"):
-            stacked = gate_up.reshape(*inputs.held.gate_up.shape), down
+            stacked = gate_up.reshape(*inputs.parameters.gate_up.shape), down
             return routed_experts(self.mlp, backend, inputs, local, *stacked)
 
     def _weights(self, placement: Placement) -> ExpertWeights:
@@ -60,6 +60,6 @@ class Experts(nnx.Module):
         return ExpertWeights(
             gate_up.reshape(*gate_up.shape[:2], -1),
             self.down[...],
-            None if self.gate_up_bias is None else self.gate_up_bias[...].reshape(self.held, -1),
+            None if self.gate_up_bias is None else self.gate_up_bias[...].reshape(self.num_local_experts, -1),
             None if down_bias is None else bias_part(down_bias[...], placement, Role.FFN),
         )

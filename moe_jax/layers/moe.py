@@ -43,5 +43,5 @@ class MoE(nnx.Module):
     def _gather(self, x: Float[Array, "T D"], routing: Routing, rows: Rows, combine: Combine) -> Gathered:
         """Get the rows that visit experts held here; with a shared expert, all rows."""
         if self.shared is None:
-            return combine.dispatch(rows, x, routing.experts, routing.weights, self.experts.held)
+            return combine.dispatch(rows, x, routing.experts, routing.weights, self.experts.num_local_experts)
         return combine.gather(rows, x, routing.experts, routing.weights)

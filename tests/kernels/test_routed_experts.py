@@ -54,23 +54,23 @@ def draw_inputs(bias: bool) -> tuple[ExpertInputs, StackedWeight, StackedWeight]
 
     gate_up, down = normal(3, EXPERTS, HIDDEN, 2 * WIDTH), normal(3, EXPERTS, WIDTH, HIDDEN)
     biases = (normal(EXPERTS, 2 * WIDTH), normal(EXPERTS, HIDDEN)) if bias else (None, None)
-    held = ExpertWeights(gate_up[-1], down[-1], *biases)
-    inputs = ExpertInputs(normal(ROWS, HIDDEN), jnp.abs(normal(ROWS, CHOICES)), held)
+    parameters = ExpertWeights(gate_up[-1], down[-1], *biases)
+    inputs = ExpertInputs(normal(ROWS, HIDDEN), jnp.abs(normal(ROWS, CHOICES)), parameters)
     return inputs, StackedWeight(gate_up, jnp.array(2)), StackedWeight(down, jnp.array(2))
 
 
 def every_expert(mlp: GatedMLP, inputs: ExpertInputs, experts: np.ndarray) -> jax.Array:
     """Compute every expert over all rows, and add up the rows that chose it."""
-    x, weights, held = inputs
+    x, weights, parameters = inputs
     total = jnp.zeros_like(x)
     for expert in range(EXPERTS):
         chose = (experts == expert).any(axis=1, keepdims=True)
         weight = jnp.sum(jnp.where(experts == expert, weights, 0), axis=1, keepdims=True)
         before, after = (weight, chose) if mlp.weighted is Weighted.INPUT else (1, weight)
-        gates_ups = jnp.where(chose, x, 0) * before @ held.gate_up[expert]
-        gates_ups += 0 if held.gate_up_bias is None else held.gate_up_bias[expert]
-        out = activated(mlp.activation, gates_ups) @ held.down[expert]
-        total += (out + (0 if held.down_bias is None else held.down_bias[expert])) * after
+        gates_ups = jnp.where(chose, x, 0) * before @ parameters.gate_up[expert]
+        gates_ups += 0 if parameters.gate_up_bias is None else parameters.gate_up_bias[expert]
+        out = activated(mlp.activation, gates_ups) @ parameters.down[expert]
+        total += (out + (0 if parameters.down_bias is None else parameters.down_bias[expert])) * after
     return total
 
 

@@ -31,7 +31,7 @@ def routed_experts(
       experts: experts of each row, numbered from the first one on this device; others are held elsewhere.
       gate_up, down: the weights in their stacks of layers, from which they are read.
     """
-    assignments = Assignments.of(experts, inputs.held.down.shape[0])
+    assignments = Assignments.of(experts, inputs.parameters.down.shape[0])
     if isinstance(backend, LoopGroupedMatmul):
         return expert_loop(mlp, backend, inputs, assignments, gate_up, down)
     return sorted_experts(mlp, backend, inputs, assignments, gate_up, down)

@@ -38,11 +38,11 @@ class Assignments(NamedTuple):
     """True for assignments to experts held here."""
 
     @classmethod
-    def of(cls, experts: Int32[Array, "N k"], held: int) -> Assignments:
-        """Sort assignments by expert. Experts are numbered from the first of the `held` ones on this device."""
-        here = (experts >= 0) & (experts < held)
-        local = jnp.where(here, experts, held).reshape(-1)
-        return cls(argsort(local), jnp.bincount(local, length=held + 1)[:-1], here)
+    def of(cls, experts: Int32[Array, "N k"], num_local: int) -> Assignments:
+        """Sort assignments by expert. Experts are numbered from the first of the `num_local` ones on this device."""
+        here = (experts >= 0) & (experts < num_local)
+        local = jnp.where(here, experts, num_local).reshape(-1)
+        return cls(argsort(local), jnp.bincount(local, length=num_local + 1)[:-1], here)
 
 
 class ExpertInputs(NamedTuple):
@@ -51,7 +51,7 @@ class ExpertInputs(NamedTuple):
     x: Float[Array, "N D"]
     weights: Float[Array, "N k"]
     """Router weight of each assignment."""
-    held: ExpertWeights
+    parameters: ExpertWeights
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ def expert_loop(
     Rows of experts held elsewhere, and pad rows, cost nothing. An expert's weights are read from the stack of layers,
     if it has rows.
     """
-    x, weights, held = inputs
+    x, weights, parameters = inputs
     (rows, k), (order, sizes, _) = weights.shape, assignments
     block = min(backend.block_size(rows * k, len(sizes)), rows)
 
     def weights_of(expert: Array) -> ExpertWeights:
-        biases = (None if bias is None else bias[expert] for bias in held[2:])
+        biases = (None if bias is None else bias[expert] for bias in parameters[2:])
         return ExpertWeights(gate_up.group(expert), down.group(expert), *biases)
 
     def compute(expert: ExpertWeights, first: Array, valid: Array, y: Array) -> Array:
@@ -48,7 +48,7 @@ def expert_loop(
         out = mlp(x[row], weight, lambda rows: rows @ expert.gate_up, lambda rows: rows @ expert.down, expert[2:])
         return y.at[row].add(jnp.where(valid[:, None], mlp.weigh(out, weight), 0))
 
-    y, *_ = vary_alike(jnp.zeros(x.shape, jnp.float32), x, weights, sizes, held.gate_up)
+    y, *_ = vary_alike(jnp.zeros(x.shape, jnp.float32), x, weights, sizes, parameters.gate_up)
     return loop_over_blocks(sizes, block, rows * k, weights_of, compute, y).astype(x.dtype)
 
 

@@ -26,15 +26,15 @@ def sorted_experts(
     Args:
       gate_up, down: the same weights in their stack of layers, so that the layer need not be copied out of it.
     """
-    (x, weights, held), (order, sizes, here) = inputs, assignments
+    (x, weights, parameters), (order, sizes, here) = inputs, assignments
     choices = here.shape[1]
     expert = jnp.sum(jnp.cumsum(sizes) <= jnp.arange(order.size)[:, None], axis=1)
-    gate_up_bias, down_bias = (None if bias is None else bias.at[expert].get(mode="clip") for bias in held[2:])
+    gate_up_bias, down_bias = (None if bias is None else bias.at[expert].get(mode="clip") for bias in parameters[2:])
     out = mlp(
         x[order // choices],
         weights.reshape(-1)[order, None],
-        lambda rows: grouped_matmul(rows, held.gate_up, sizes, backend, gate_up),
-        lambda rows: grouped_matmul(rows, held.down, sizes, backend, down),
+        lambda rows: grouped_matmul(rows, parameters.gate_up, sizes, backend, gate_up),
+        lambda rows: grouped_matmul(rows, parameters.down, sizes, backend, down),
         (gate_up_bias, down_bias),
     )
 
