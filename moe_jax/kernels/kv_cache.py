@@ -105,8 +105,10 @@ class PagedKVCache:
         within = batch.positions - table.firsts.at[batch.segments].get(mode="clip")
         page = table.pages.at[batch.segments, within // size].get(mode="fill", fill_value=pages)
         at = (layer, slice(None), page, within % size)
-        pairs = ((self.keys, keys), (self.values, values))
-        cache = PagedKVCache(*(cached.at[at].set(new, mode="drop") for cached, new in pairs), self.tile)
+        new_keys, new_values = (
+            cached.at[at].set(new, mode="drop") for cached, new in ((self.keys, keys), (self.values, values))
+        )
+        cache = PagedKVCache(new_keys, new_values, self.tile)
 
         def view(layout: QueryLayout) -> CachedKV:
             segments = batch.segments_of(layout)

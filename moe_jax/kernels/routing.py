@@ -80,8 +80,8 @@ class SparseMixer:
             experts.append(expert)
             weights.append(jnp.take_along_axis(rivals, expert, axis=-1))
             remaining = jnp.where(jnp.arange(logits.shape[-1]) == expert, -jnp.inf, remaining)
-        joined = (jnp.concatenate(parts, axis=-1) for parts in (experts, weights))
-        return SelectedExperts(*joined, jax.nn.softmax(logits))
+        joined_experts, joined_weights = (jnp.concatenate(parts, axis=-1) for parts in (experts, weights))
+        return SelectedExperts(joined_experts, joined_weights, jax.nn.softmax(logits))
 
 
 def limit_to_top_groups(scores: Float[Array, "T E"], limit: GroupLimit) -> Float[Array, "T E"]:

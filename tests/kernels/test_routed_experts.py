@@ -105,5 +105,5 @@ def test_rows_without_an_expert_here_are_not_read() -> None:
     visiting = np.flatnonzero((experts < EXPERTS).any(axis=1))
     x = jnp.full_like(inputs.x, jnp.nan).at[visiting].set(inputs.x[visiting])
     assignments = Assignments.of(jnp.array(experts), EXPERTS)
-    got = expert_loop(PLAIN, LoopGroupedMatmul(), inputs._replace(x=x), assignments, *stacked)
+    got: Any = expert_loop(PLAIN, LoopGroupedMatmul(), inputs._replace(x=x), assignments, *stacked)
     np.testing.assert_allclose(got, every_expert(PLAIN, inputs, experts), rtol=1e-5, atol=1e-4)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import QueryScalingConfig, RopeConfig, Window
-from moe_jax.kernels.attention import first_position
+from moe_jax.kernels.attention import causal_mask, first_position, grouped_query_attention
 from moe_jax.kernels.forward_batch import ForwardBatch, PageTable, QueryLayout
 from moe_jax.kernels.kv_cache import UNWRITTEN, AttentionTile, CachedKV, KVBlock, PagedKV, PagedKVCache, Uncached
 from moe_jax.kernels.query_scaling import query_scale
