@@ -19,7 +19,7 @@ from jax import lax
 
 from bench import script
 from bench.timing import Program, interleaved, written
-from moe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, grouped_matmul_on
+from moe_jax.kernels.grouped_matmul import grouped_matmul, grouped_matmul_on
 from moe_jax.sharding import Placement
 
 QUICK = {"repeats": 3, "rows": [8, 1], "experts": 8, "inputs": 32, "outputs": 16}

@@ -41,6 +41,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import decoders
 import jax
@@ -60,9 +61,8 @@ from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
 from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.engine import Generation, OutputQueue
-from moe_jax.kernels.expert_loop import Assignments, ExpertInputs, ExpertLoop
-from moe_jax.kernels.stacked_weight import StackedWeight
-from moe_jax.layers import DenseMLP, MoE, experts
+from moe_jax.kernels.routed_experts import Assignments, dispatch
+from moe_jax.layers import DenseMLP, MoE
 from moe_jax.scheduler import Request
 from moe_jax.sharding import (
     AllToAllCombine,
@@ -185,13 +185,13 @@ def test_experts_compute_each_choice_of_a_real_row_once_and_nothing_for_pad_rows
 ) -> None:
     """Pad rows were routed and filled the experts; and copies of an expert each computed, and added, the same row."""
     computed: list[int] = []
-    plain = experts.expert_loop
+    expert_loop = dispatch.expert_loop
 
-    def spy(walker: ExpertLoop, inputs: ExpertInputs, assigned: Assignments, *weights: StackedWeight) -> jax.Array:
-        jax.debug.callback(lambda sizes: computed.append(int(sizes.sum())), assigned.sizes)
-        return plain(walker, inputs, assigned, *weights)
+    def spy(mlp: Any, backend: Any, inputs: Any, assignments: Assignments, *weights: Any) -> jax.Array:
+        jax.debug.callback(lambda sizes: computed.append(int(sizes.sum())), assignments.sizes)
+        return expert_loop(mlp, backend, inputs, assignments, *weights)
 
-    monkeypatch.setattr(experts, "expert_loop", spy)
+    monkeypatch.setattr(dispatch, "expert_loop", spy)
     made, counts = block(where), [CAPACITY, 1, 0, 3, 0, 0, 2, 1]
     x = spread(drawn(sum(counts)), counts, CAPACITY, fill=np.nan)
     run = jax.jit(made.program(for_any_counts(where, strategy)))

@@ -166,7 +166,7 @@ class Decoder(nnx.Module):
             loads += unit_loads
         x = self.norm(step.residual.all_rows(x, step.capacity))
         if self.norm_head:
-            x = (x / self.vocabulary.column_lengths(step.residual.placement)).astype(x.dtype)
+            x = (x / self.vocabulary.column_norms(step.residual.placement)).astype(x.dtype)
         return x, written, loads
 
     @property

@@ -21,7 +21,7 @@ from jax.stages import Compiled
 
 from moe_jax.analysis.targets import COMPILER_OPTIONS, target_devices
 from moe_jax.config import WeightDtype
-from moe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, grouped_matmul_on
+from moe_jax.kernels.grouped_matmul import grouped_matmul, grouped_matmul_on
 from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.kernels.stacked_weight import StackedWeight
 from moe_jax.sharding import make_mesh
