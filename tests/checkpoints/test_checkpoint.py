@@ -18,7 +18,7 @@ from test_goldens import GOLDENS, MAIN_CASES
 
 from moe_jax.checkpoints import Checkpoint, loading
 from moe_jax.checkpoints.export import export
-from moe_jax.checkpoints.weight_mapping import regions
+from moe_jax.checkpoints.regions import regions
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import as_placement

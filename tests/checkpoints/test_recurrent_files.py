@@ -196,7 +196,7 @@ def test_lightning_attention_of_the_hub() -> None:
         ("bailing_hybrid", {"kda_lower_bound": "low"}, "kda_lower_bound must be a number, got 'low'"),
         ("bailing_hybrid", {"kda_lower_bound": 5}, "DecayConfig.floor is the logarithm of a decay, below 0, got 5"),
         ("bailing_moe_linear", {"kv_lora_rank": 512}, "fields not understood.*kv_lora_rank"),
-        ("bailing_moe_linear", {"layer_group_size": 3}, "layer_group_size must divide the layers"),
+        ("bailing_moe_linear", {"layer_group_size": 3}, "layer_group_size must divide num_hidden_layers"),
         ("bailing_moe_linear", {"head_dim": 64}, "head_dim=64 is not supported"),
         ("bailing_moe_linear", {"score_function": None}, "score_function is missing"),
         ("bailing_moe_linear", {"linear_silu": True}, "linear_silu=True is not supported"),
