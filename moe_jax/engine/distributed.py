@@ -242,7 +242,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       process: which of them this is, from 0.
 
     Raises:
-      ProcessGroupError: some of the three given and others not, a number out of range, nothing detected, or JAX in use already.
+      ProcessGroupError: only some of the three are given, a number out of range, no cluster detected, or JAX in use.
     """
     _check(coordinator, processes, process)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

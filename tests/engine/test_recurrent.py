@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from moe_jax import LLM, SamplingParams
 from moe_jax.analysis.roofline import held_bytes, roofline
 from moe_jax.checkpoints import Checkpoint
+from moe_jax.engine import Options
+from moe_jax.errors import RequestError
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import PAGE
 from moe_jax.sharding import Placement, as_hardware
@@ -75,12 +78,42 @@ def test_a_model_may_have_no_other_layers(tmp_path: Path) -> None:
         assert logits[len(prompt) - 1 :].argmax(axis=-1).tolist() == tokens
 
 
-def test_a_plan_counts_the_states(checkpoint: Path) -> None:
+def planned(checkpoint: Path) -> tuple[ShardedDecoder, int]:
+    """A decoder, and the bytes of the states of a sequence on each device."""
     decoder = ShardedDecoder(Checkpoint(checkpoint).config, Placement.parse("data=2,tensor=2"), "bfloat16")
     layers, heads, key_heads, keys, values, seen = 3, 4, 2, 6, 4, 3  # of each device
     state, recent = heads * keys * values * 4, seen * (2 * key_heads * keys + heads * values) * 2
+    return decoder, layers * (state + recent)
+
+
+def test_a_plan_counts_the_states(checkpoint: Path) -> None:
+    decoder, states = planned(checkpoint)
     sizes = [held_bytes(decoder.abstract_caches({None: 0}, PAGE, slots)) for slots in (0, 1, 5)]
-    assert sizes == [slots * layers * (state + recent) for slots in (0, 1, 5)]
+    assert sizes == [slots * states for slots in (0, 1, 5)]
     pages = held_bytes(decoder.abstract_caches({None: 5 * POSITIONS // PAGE}, PAGE, 0))
     emitted = roofline(decoder, as_hardware("h100"), rows=8, slots=5, positions=POSITIONS, collective_seconds=0)
     assert emitted.cache_bytes == pages + sizes[-1]
+
+
+def test_pages_share_the_memory_that_weights_and_states_leave(checkpoint: Path) -> None:
+    decoder, states = planned(checkpoint)
+    options = Options(max_length=POSITIONS, max_batch_size=10, cache_memory=0.5)
+    sizes = options.sizes(decoder)
+    assert sizes.slots == 5
+    assert options.pages(decoder, decoder.policy(as_hardware("h100"), "auto", "auto", "exact"), sizes) == {
+        None: 5 * POSITIONS // PAGE
+    }
+    page = 2 * PAGE * 2 * 8 * 2  # keys and values, positions, heads of each device, their width, bytes
+
+    def pages(room: float, devices: int = 1) -> int:
+        """Those of each token shard where so many bytes beside the weights may hold caches."""
+        memory = devices * (held_bytes(decoder.parameters) + room / 0.5)
+        hardware = replace(as_hardware("h100"), memory=memory, shared=devices > 1)
+        return options.pages(decoder, decoder.policy(hardware, "auto", "auto", "exact"), sizes)[None]
+
+    for wanted in (8, 9, 20):
+        assert pages(5 * states + (wanted + 0.5) * page) == wanted
+    assert pages(5 * states + 20.5 * page, devices=4) == 20, "a host's memory, which all its devices share"
+    for room, fitting in ((5 * states + 7.5 * page, 7), (5 * states, 0), (4 * states, 0)):
+        with pytest.raises(RequestError, match=rf"there is room for {fitting} pages .* a sequence of 128 .* needs 8"):
+            pages(room)
