@@ -1,4 +1,4 @@
-"""Everything that touches a disk: Hugging Face directories in and out, orbax, and one page of data per model family."""
+"""Checkpoints on disk: load and save Hugging Face and orbax directories, with one module of data for each family."""
 
 from moe_jax.checkpoints.checkpoint import Checkpoint
 

@@ -1,10 +1,10 @@
-"""A checkpoint directory, whatever its format.
+"""A checkpoint directory, in Hugging Face or orbax format.
 
-config.json          as Hugging Face writes it
-tokenizer.json       of the `tokenizers` library; optional
-generation_config.json   optional; its end-of-sequence ids win over config.json's
-model.safetensors, or several with model.safetensors.index.json     (Hugging Face)
-parameters/          orbax, instead of safetensors
+config.json              as Hugging Face writes it
+tokenizer.json           of the `tokenizers` library; optional
+generation_config.json   optional; its `eos_token_id` takes precedence over that of config.json
+model.safetensors        weights in Hugging Face format; or several files with model.safetensors.index.json
+parameters/              weights in orbax format, instead of safetensors
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from moe_jax.checkpoints import export, loading
 from moe_jax.checkpoints.families import FAMILIES, Family
 from moe_jax.checkpoints.fields import TEXT, Fields
 from moe_jax.checkpoints.quantization import FIELD, DequantizedTensors, read_quantization
+from moe_jax.checkpoints.regions import regions
 from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
-from moe_jax.checkpoints.weight_mapping import Region, regions
 from moe_jax.config import Quantization, WeightDtype, as_weight_dtype
 from moe_jax.errors import CheckpointError
 from moe_jax.kernels.quantized import QuantizedWeight
@@ -37,16 +37,16 @@ from moe_jax.models import Parameters, ShardedDecoder
 
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
 DESCRIPTIONS = (".json", ".jinja", ".txt", ".model", ".md")
-"""Files beside the weights that a converted checkpoint keeps: tokenizers, chat templates, licences."""
+"""Suffixes of the files that a converted checkpoint keeps: configs, tokenizers, chat templates, licences."""
 
 
 class Checkpoint:
-    """What a directory says of a model; `load` reads its weights.
+    """A model on disk: its config, tokenizer and end-of-sequence tokens. `load` reads the weights.
 
     Raises:
-      CheckpointError: no such directory, no or no readable config.json, a damaged generation_config.json, or a family
-        not known here.
-      ConfigError: the config asks for something that is not supported.
+      CheckpointError: the directory or its config.json is missing, a JSON file is damaged, or the model type is
+        unknown.
+      ConfigError: the config has an unsupported field or value.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,16 +65,21 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer in tokenizer.json; `None` if there is no such file.
+
+        Raises:
+          CheckpointError: the file is damaged.
+        """
         path = self.path / TOKENIZER
         if not path.exists():
             return None
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
-            raise CheckpointError(f"{path} is no readable tokenizer: {error}") from error
+            raise CheckpointError(f"{path} is damaged ({error}): copy it again, or remove it") from error
 
     def _eos_token_ids(self) -> frozenset[int]:
-        """The tokens that end a sequence."""
+        """Read the tokens that end a sequence."""
         ids = (_read_json(self.path / GENERATION) or {}).get("eos_token_id")
         ids = self._of_text.get("eos_token_id") if ids is None else ids
         listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
@@ -88,33 +93,34 @@ class Checkpoint:
         return str(self._of_text.get("dtype") or "bfloat16")
 
     def quantization(self, weight_dtype: str) -> Quantization | None:
-        """How weights are held where a user asks for this dtype: `exact`, or one of eight bits. Those that the files
-        have in the same one keep the files' scales.
+        """Return the quantization for a weight dtype; `None` for `"exact"`.
+
+        Weights that the files have in the same dtype keep the block scales of the files.
 
         Raises:
-          ConfigError: no such dtype.
+          ConfigError: the dtype is unknown.
         """
         dtype = as_weight_dtype(weight_dtype)
         if dtype is WeightDtype.EXACT:
             return None
         if self._scales is None or dtype is not WeightDtype.FLOAT8:
             return Quantization(dtype)
-        return Quantization(dtype, self._scales.neighbours)
+        return Quantization(dtype, self._scales.square_block)
 
     def load(self, decoder: ShardedDecoder) -> Parameters:
-        """The weights, on the decoder's mesh, in its dtype or as its quantization says.
+        """Load the weights onto the decoder's mesh, in its dtype and quantization.
 
         Raises:
-          CheckpointError: weights missing, damaged, not finite, or not those that config.json describes; or in orbax
-            format, which is restored as it was saved.
+          CheckpointError: weights are missing, damaged, not finite, or do not match config.json; or the decoder is
+            quantized and the weights are in orbax format.
         """
         if (self.path / ORBAX).is_dir():
             if decoder.quantization is not None:
                 raise CheckpointError(
-                    f"{self.path} holds weights in orbax format, which cannot be read in eight bits: "
-                    "give the checkpoint that they were converted from, or moe-jax convert --to huggingface"
+                    f"{self.path} holds weights in orbax format, which cannot be read in eight bits: give the "
+                    "checkpoint from which it was converted, or run moe-jax convert --to huggingface"
                 )
-            from moe_jax.checkpoints import orbax_store  # here, as orbax takes half a second to import
+            from moe_jax.checkpoints import orbax_store  # importing orbax takes half a second
 
             stacked = replace(decoder, scan_layers=True)
             parameters = orbax_store.restore(self.path / ORBAX, stacked.parameters)
@@ -122,27 +128,29 @@ class Checkpoint:
             return decoder.unstacked(parameters)
         with TensorFiles(self.path) as files:
             sources = self.family.sources_in(files.shapes())
-            wanted = list(regions(decoder, sources))
+            needed = list(regions(decoder, sources))
             tensors = files if self._scales is None else DequantizedTensors(files, self._scales)
-            loading.check(wanted, tensors, self._is_unused)
-            return loading.load(decoder.parameters, wanted, tensors, decoder.quantization)
+            loading.check(needed, tensors, self._is_unused)
+            return loading.load(decoder.parameters, needed, tensors, decoder.quantization)
 
     def _is_unused(self, tensor: str) -> bool:
-        """Whether a tensor may be there without being read: a tied head, and layers after the last, which guess further
-        tokens."""
+        """Return True for a tensor that files may hold though the model does not read it.
+
+        Examples are a tied head and multi-token-prediction layers, which follow the last layer.
+        """
         if self.config.tied_embeddings and tensor in self.family.sources["head.table"].names:
             return True
-        if tensor.startswith(self.family.unused):
+        if tensor.startswith(self.family.ignored_prefixes):
             return True
         layer = re.match(r"model\.layers\.(\d+)\.", tensor)
-        extra = any(self._of_text.get(name) for name in ("num_mtp_layers", "num_nextn_predict_layers"))
-        return bool(extra and layer and int(layer[1]) >= len(self.config.layers))
+        has_mtp = any(self._of_text.get(name) for name in ("num_mtp_layers", "num_nextn_predict_layers"))
+        return bool(has_mtp and layer and int(layer[1]) >= len(self.config.layers))
 
     def save_orbax(self, path: str | Path, parameters: Parameters) -> None:
         """Write this model with the given weights to a new directory, in orbax format.
 
         Raises:
-          CheckpointError: weights in eight bits.
+          CheckpointError: the weights are quantized, or `path` exists.
         """
         from moe_jax.checkpoints import orbax_store
 
@@ -151,18 +159,18 @@ class Checkpoint:
             orbax_store.save(new / ORBAX, parameters)
 
     def save_hugging_face(self, path: str | Path, decoder: ShardedDecoder, parameters: Parameters) -> None:
-        """Write this model with the given weights to a new directory, in Hugging Face layout.
+        """Write this model with the given weights to a new directory, in Hugging Face format.
 
         Raises:
-          CheckpointError: weights in eight bits.
+          CheckpointError: the weights are quantized, or `path` exists.
         """
         check_exact(parameters)
         with self._new_directory(path) as new:
             self.write_tensors(new, decoder, parameters)
 
     def write_tensors(self, directory: Path, decoder: ShardedDecoder, parameters: Parameters) -> None:
-        """Write the weights as safetensors, in the dtype that config.json says."""
-        export.export(directory, regions_of(self.family, decoder), parameters, jnp.dtype(self.dtype))
+        """Write the weights as safetensors files, in the dtype of config.json."""
+        export.export(directory, regions(decoder, self.family.sources), parameters, jnp.dtype(self.dtype))
 
     @contextmanager
     def _new_directory(self, path: str | Path) -> Iterator[Path]:
@@ -170,7 +178,7 @@ class Checkpoint:
             for file in self.path.iterdir():
                 if file.suffix in DESCRIPTIONS and file.name != INDEX:
                     shutil.copy(file, new / file.name)
-            if self._scales is not None:  # what is written is dequantised
+            if self._scales is not None:  # exported weights are dequantized
                 raw = {name: value for name, value in self._raw.items() if name != FIELD}
                 (new / CONFIG).write_text(json.dumps(raw, indent=2))
             yield new
@@ -187,35 +195,37 @@ def _of_text(raw_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def family_of(raw_config: dict[str, Any]) -> Family:
-    """Raises CheckpointError for a family that is not known."""
+    """Return the family of a config.
+
+    Raises:
+      CheckpointError: the model type is unknown.
+    """
     kind = raw_config.get("model_type")
     if family := FAMILIES.get(str(kind)):
         return family
     raise CheckpointError(f"model_type {kind!r} is not known: the families are {', '.join(sorted(FAMILIES))}")
 
 
-def regions_of(family: Family, decoder: ShardedDecoder) -> Iterator[Region]:
-    return regions(decoder, family.sources)
-
-
 def check_exact(parameters: Parameters) -> None:
-    """Raise `CheckpointError` for weights in eight bits."""
+    """Raise `CheckpointError` if weights are quantized."""
     if any(isinstance(param.get_value(), QuantizedWeight) for _, param in nnx.to_flat_state(parameters)):
-        raise CheckpointError("weights in eight bits are not saved: load them exact to convert them")
+        raise CheckpointError("weights in eight bits cannot be saved: load the checkpoint with weight_dtype=exact")
 
 
 def check_new(path: Path) -> None:
-    """Raise `CheckpointError` if there is something at `path`; to be called before the work that will be put there."""
+    """Raise `CheckpointError` if `path` exists. Call it before long work whose result goes there."""
     if path.exists() or path.is_symlink():
-        raise CheckpointError(f"{path} exists already: name a new directory, or remove that one")
+        raise CheckpointError(f"{path} exists already: name a new directory, or remove this one")
 
 
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
-    """A directory to fill, which appears at `path` when the block ends without an error, and not at all otherwise.
+    """Yield a temporary directory that is renamed to `path` when the block ends without an error.
+
+    After an error the temporary directory is removed, and nothing appears at `path`.
 
     Raises:
-      CheckpointError: see `check_new`.
+      CheckpointError: `path` exists.
     """
     path = Path(path)
     check_new(path)

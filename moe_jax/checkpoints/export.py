@@ -1,4 +1,4 @@
-"""From sharded parameters back to a Hugging Face directory."""
+"""Export of sharded parameters as Hugging Face safetensors files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flax import nnx
 from jax import lax
 from safetensors.numpy import save_file
 
+from moe_jax.checkpoints.regions import Region
 from moe_jax.checkpoints.tensor_files import INDEX, SINGLE
-from moe_jax.checkpoints.weight_mapping import Region
 from moe_jax.models import Parameters
 
 LARGEST_FILE = 4 * 2**30
-"""Bytes after which a new safetensors file is begun."""
+"""Largest size of a safetensors file, in bytes."""
 
 
 def export(
@@ -28,7 +28,14 @@ def export(
     dtype: np.dtype,
     largest_file: int = LARGEST_FILE,
 ) -> None:
-    """Write the parameters as safetensors of one dtype, one file's worth in host memory at a time."""
+    """Write the parameters as safetensors files with tensors of one dtype.
+
+    Host memory holds the tensors of one file, the region that is being copied, and tensors shared by several parameters
+    (such as a fused query, key and value) until they are complete.
+
+    Args:
+      largest_file: size of a file in bytes above which the next tensor begins another one.
+    """
     files, file_of = list(_write_files(directory, _tensors(regions, parameters, dtype), largest_file)), {}
     if len(files) == 1:
         (directory / files[0][0]).rename(directory / SINGLE)
@@ -41,43 +48,43 @@ def export(
 
 
 def _tensors(regions: Iterable[Region], parameters: Parameters, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor, as soon as all parameters that it joins have come."""
+    """Yield the name and value of each tensor. A tensor of several parameters comes when all of them are copied."""
     flat = dict(nnx.to_flat_state(parameters))
-    begun: dict[str, tuple[np.ndarray, int]] = {}
+    incomplete: dict[str, tuple[np.ndarray, int]] = {}
     for region in regions:
-        host = np.asarray(_part(flat[region.path].get_value(), region.start, region.shape)).astype(dtype)
+        host = np.asarray(_slice(flat[region.path].get_value(), region.start, region.shape)).astype(dtype)
         for entry in region.entries:
             part = entry.to_tensor(host[entry.at])
             if entry.rows is None:
                 yield entry.name, np.ascontiguousarray(part)
                 continue
-            whole, left = begun.pop(entry.name, (np.empty(entry.shape, dtype), entry.shape[0]))
+            whole, left = incomplete.pop(entry.name, (np.empty(entry.shape, dtype), entry.shape[0]))
             entry.rows.of(whole)[...] = part.reshape(entry.rows.of(whole).shape)
             left -= len(part)
             if left:
-                begun[entry.name] = whole, left
+                incomplete[entry.name] = whole, left
             else:
                 yield entry.name, whole
-    assert not begun, f"only some rows of {begun.keys()}"
+    assert not incomplete, f"only some rows of {incomplete.keys()}"
 
 
 @partial(jax.jit, static_argnames="shape")
-def _part(whole: jax.Array, start: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
-    """One program for all parts of a shape, wherever they are."""
+def _slice(whole: jax.Array, start: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Slice with one compiled program for all starts."""
     return lax.dynamic_slice(whole, start, shape)
 
 
 def _write_files(
     directory: Path, tensors: Iterable[tuple[str, np.ndarray]], largest_file: int
 ) -> Iterator[tuple[str, list[str]]]:
-    """Writes numbered files; yields each one's name and the names of its tensors."""
-    number, held, size = 0, {}, 0
+    """Write numbered files; yield the name of each file and the names of its tensors."""
+    number, pending, size = 0, {}, 0
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > largest_file:
-            yield _write(directory, number, held)
-            number, held, size = number + 1, {}, 0
-        held[name], size = tensor, size + tensor.nbytes
-    yield _write(directory, number, held)
+        if pending and size + tensor.nbytes > largest_file:
+            yield _write(directory, number, pending)
+            number, pending, size = number + 1, {}, 0
+        pending[name], size = tensor, size + tensor.nbytes
+    yield _write(directory, number, pending)
 
 
 def _write(directory: Path, number: int, tensors: dict[str, np.ndarray]) -> tuple[str, list[str]]:

@@ -1,9 +1,9 @@
-"""A strict reader of a Hugging Face `config.json`: every field is used, known to change nothing, or reported."""
+"""A strict reader of a Hugging Face `config.json`: each field is used, ignored on purpose, or reported as an error."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from moe_jax.errors import ConfigError
@@ -47,16 +47,16 @@ BOOKKEEPING = frozenset(
     ]
 )
 """Fields that do not change what a decoder computes: records, training settings, token ids that sampling reads
-elsewhere, layers after the last that guess further tokens."""
+elsewhere, the number of multi-token-prediction (MTP) layers."""
 
 TEXT = "text_config"
-"""The object that describes the part for text of a model that takes pictures too."""
+"""Field of a multimodal config that holds the config of its language model."""
 
 _REQUIRED: Any = object()
 
 
 class Fields:
-    """The fields of one config file. Problems are collected; `read` raises them all at once."""
+    """The fields of one config file, or of one object within it. `read` raises all problems at once."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self._raw = raw
@@ -66,57 +66,70 @@ class Fields:
         self._inner: dict[str, Fields] = {}
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
+        """True if the field is present and not null."""
         return self._raw.get(name) is not None
 
     def take(self, name: str, kind: type[T], default: T = _REQUIRED) -> T:
-        """The field as a bool or a positive int or float. Another kind, or none and no default, is a problem."""
-        value = self.any(name, default)
+        """Return the field as a bool, or as a positive int or float.
+
+        A value of another type is a problem; so is a missing field without a default.
+        """
+        value = self.get(name, default)
         if value is _REQUIRED:
             self.problem(f"{name} is missing")
             return kind(1)
         return self._checked(name, value, kind)
 
     def take_optional(self, name: str, kind: type[T]) -> T | None:
-        """As `take`; `None` where the field is missing or null."""
-        return self.take(name, kind) if self.has(name) else self.any(name, None)
+        """Return the field like `take`, or `None` if it is missing or null."""
+        return self.take(name, kind) if self.has(name) else self.get(name, None)
 
     def take_list(self, name: str, kind: type) -> list[Any]:
-        """A field that lists values of one kind (whole numbers are floats too); empty where it is missing or null."""
+        """Return a field that is a list of one type, or `[]` if it is missing or null. An int counts as a float."""
         kinds = (int, float) if kind is float else (kind,)
-        value = self.any(name, [])
+        value = self.get(name, [])
         if isinstance(value, list) and all(type(item) in kinds for item in value):
             return value
         self.problem(f"{name} must be a list of {kind.__name__}, got {value!r}")
         return []
 
-    def any(self, name: str, default: Any) -> Any:
-        """The field, whatever it is; `default` where it is missing or null."""
+    def get(self, name: str, default: Any) -> Any:
+        """Return the field unchecked, or `default` if it is missing or null."""
         self._seen.add(name)
         value = self._raw.get(name)
         return default if value is None else value
 
+    def ignore(self, *names: str) -> None:
+        """Accept fields with any value: they do not change what the decoder computes."""
+        self._seen.update(names)
+
+    def expect_all(self, supported: Mapping[str, Any]) -> None:
+        """Require each of these fields to have the given value, or to be missing or null."""
+        for name, value in supported.items():
+            self.expect(name, value)
+
     def expect(self, name: str, *supported: Any) -> None:
-        """A field of which only these values (or its absence) can be computed here."""
-        value = self.any(name, supported[0])
+        """Require a field to have one of the supported values, or to be missing or null."""
+        value = self.get(name, supported[0])
         if value not in supported:
             self.problem(f"{name}={value!r} is not supported (only {', '.join(map(repr, supported))})")
 
-    def rename(self, other: str, name: str) -> None:
-        """Read a field by `name` in files that call it by the other one."""
-        if other in self._raw:
-            if self.has(name) and self._raw[other] != self._raw[name]:
-                self.problem(f"{other} and {name} are two names of one thing: remove one")
-            self._raw = {name: self._raw[other], **self._raw}
-            self._seen.add(other)
+    def rename(self, alias: str, name: str) -> None:
+        """Accept `alias` as another name of the field `name`."""
+        if alias in self._raw:
+            if self.has(name) and self._raw[alias] != self._raw[name]:
+                self.problem(f"{alias} and {name} are two names of one thing: remove one")
+            self._raw = {name: self._raw[alias], **self._raw}
+            self._seen.add(alias)
 
     def problem(self, text: str) -> None:
+        """Record a problem, which `read` raises."""
         self._problems.append(self._prefix + text)
 
     def inner(self, name: str) -> Fields:
-        """An object within this one, read as strictly; its problems and fields are told with its name before them."""
+        """Return an object within this one, read as strictly. Errors name its fields as `name.field`."""
         if name not in self._inner:
-            value = self.any(name, {})
+            value = self.get(name, {})
             if not isinstance(value, dict):
                 self.problem(f"{name} must be an object, got {value!r}")
                 value = {}
@@ -134,10 +147,10 @@ class Fields:
         return kind(1)
 
     def read(self, reader: Callable[[Fields], C]) -> C:
-        """What `reader` makes of the fields.
+        """Return `reader(self)`.
 
         Raises:
-          ConfigError: naming every problem, and every field that the reader did not ask for.
+          ConfigError: there are problems, or fields that the reader did not ask for; the message names them all.
         """
         try:
             config = reader(self)
@@ -146,7 +159,7 @@ class Fields:
         if unknown := sorted(self._unknown()):
             self._problems.append(
                 f"fields not understood, which may change the computation: {', '.join(unknown)} "
-                "(remove those from config.json that you know change nothing)"
+                "(remove the fields that you know to change nothing from config.json)"
             )
         if self._problems:
             raise ConfigError("config.json: " + "; ".join(self._problems))

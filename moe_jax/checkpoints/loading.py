@@ -1,7 +1,8 @@
-"""From the tensors of a checkpoint to sharded parameters, a region at a time.
+"""Load the tensors of a checkpoint into sharded parameters, one region at a time.
 
-Host memory holds what the devices hold (where the host is the device) and one layer of one parameter, or a small
-parameter, never a whole model.
+Memory bound: besides the parameters on the devices, loading needs memory for one region, which is one layer of one
+parameter with all its experts (or a whole parameter of at most `SMALL` bytes). The host never holds the whole model,
+except where it is itself the device.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from moe_jax.checkpoints.quantization import Tensors
 from moe_jax.checkpoints.reading import Reader, Spans, reader_of
-from moe_jax.checkpoints.weight_mapping import Path, Region, whole_region
+from moe_jax.checkpoints.regions import Path, Region, whole_region
 from moe_jax.config import Quantization
 from moe_jax.errors import CheckpointError
 from moe_jax.kernels.quantized import QuantizedWeight
@@ -30,18 +31,21 @@ from moe_jax.models import Parameters, zeros
 FLOATS = ("F32", "BF16", "F16")
 MAX_PROBLEMS_SHOWN = 20
 SMALL = 2**22
-"""Bytes up to which a parameter is put together on the host, which needs no program to be compiled for its shape."""
+"""Largest parameter, in bytes, that is assembled on the host. A larger one needs a program compiled for its shape."""
 
 
 def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], bool]) -> None:
-    """Raise `CheckpointError`, naming them all, for tensors missing, left over, or of the wrong shape or dtype.
+    """Check that the files hold the tensors of all regions, and no others.
 
     Args:
-      is_unused: of a tensor that is not read, whether it may be there.
+      is_unused: return True for the name of a tensor that the files may hold though no region reads it.
+
+    Raises:
+      CheckpointError: tensors are missing, left over, or of the wrong shape or dtype; the message names them.
     """
-    found, problems, wanted = files.shapes(), [], set()
+    found, problems, expected = files.shapes(), [], set()
     for entry in (entry for region in regions for entry in region.entries):
-        wanted.add(entry.name)
+        expected.add(entry.name)
         shape, dtype = found.get(entry.name, (None, None))
         if shape is None:
             problems.append(f"{entry.name} is missing")
@@ -49,7 +53,7 @@ def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], 
             problems.append(f"{entry.name} has shape {list(shape)}, config.json implies {list(entry.shape)}")
         elif dtype not in FLOATS:
             problems.append(f"{entry.name} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
-    problems += [f"{name} is not used by this model" for name in sorted(set(found) - wanted) if not is_unused(name)]
+    problems += [f"{name} is not used by this model" for name in sorted(set(found) - expected) if not is_unused(name)]
     problems = list(dict.fromkeys(problems))
     if problems:
         hidden = len(problems) - MAX_PROBLEMS_SHOWN
@@ -62,17 +66,19 @@ def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], 
 def load(
     abstract: Parameters, regions: Iterable[Region], files: Tensors, quantization: Quantization | None = None
 ) -> Parameters:
-    """Fill parameters of the given shapes, dtypes and shardings from the files.
+    """Load parameters from the files.
 
     Args:
-      quantization: of the parameters that are held in eight bits.
+      abstract: shapes, dtypes and shardings of the parameters.
+      regions: the regions of all parameters.
+      quantization: quantization of the parameters that `abstract` has in eight bits.
 
     Raises:
       CheckpointError: a weight is NaN or infinite, in the file or in the parameter's dtype.
     """
     flat = [(path, param, param.get_value()) for path, param in nnx.to_flat_state(abstract)]
-    of_path = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
-    by_path = {path: _whole_if_small(of_path[path], shape) for path, _, shape in flat}
+    grouped = {path: list(group) for path, group in groupby(regions, lambda region: region.path)}
+    by_path = {path: _whole_if_small(grouped[path], shape) for path, _, shape in flat}
     in_parts = zeros({path: shape for path, _, shape in flat if not _is_whole(by_path[path], shape)})
     hidden = jax.process_index() > 0 or None
     loaded, whole = {}, {}
@@ -89,12 +95,12 @@ def load(
 
 
 def check_finite(parameters: Parameters) -> None:
-    """Raise `CheckpointError`, naming the parameters, if a weight is NaN or infinite."""
+    """Raise `CheckpointError`, which names the parameters, if a weight is NaN or infinite."""
     found = _finite({path: leaf.get_value() for path, leaf in nnx.to_flat_state(parameters)})
-    _refuse([".".join(map(str, path)) for path, finite in found.items() if not finite])
+    _refuse_nonfinite([".".join(map(str, path)) for path, finite in found.items() if not finite])
 
 
-def _refuse(names: Sequence[str]) -> None:
+def _refuse_nonfinite(names: Sequence[str]) -> None:
     if names:
         raise CheckpointError(
             f"weights are NaN or infinite in {', '.join(names)}: the checkpoint is damaged or diverged"
@@ -102,8 +108,11 @@ def _refuse(names: Sequence[str]) -> None:
 
 
 def _finite(values: Mapping[Path, Any]) -> dict[Path, Any]:
-    """Of each, whether all its numbers are. Small ones are looked at on the host, but for those of several processes,
-    which must hear the same; the others by one program."""
+    """Return for each value whether all its numbers are finite.
+
+    Small values are checked on the host, other values by one program on the devices. Values that are shared by several
+    processes are checked on the devices too, for all processes must get the same answer.
+    """
     on_host = {path: value for path, value in values.items() if _is_small(value) and value.is_fully_addressable}
     others = {path: value for path, value in values.items() if path not in on_host}
     found = {path: np.isfinite(value).all() for path, value in on_host.items()}
@@ -120,7 +129,10 @@ def _all_finite(value: Any) -> jax.Array:
 
 
 def _is_small(value: Any) -> bool:
-    """Not what is in eight bits: the file may hold some of its regions so, others not."""
+    """Return True if a parameter is assembled on the host.
+
+    A quantized parameter never is: the file may have only some of its regions in eight bits.
+    """
     return not isinstance(value, QuantizedWeight) and math.prod(value.shape) * value.dtype.itemsize <= SMALL
 
 
@@ -129,12 +141,12 @@ def _whole_if_small(regions: list[Region], abstract: Any) -> list[Region]:
 
 
 def _is_whole(regions: Sequence[Region], abstract: Any) -> bool:
-    """Whether there is one region, which is all of the parameter."""
+    """Return True if one region is the whole parameter."""
     return len(regions) == 1 and regions[0].shape == abstract.shape
 
 
 def _filled(whole: Any, regions: Sequence[Region], reader: Reader, files: Tensors) -> Any:
-    """A parameter with its regions written into it."""
+    """Load the regions of a parameter one after the other and write them into `whole`."""
     for region in regions:
         whole, finite = _put(whole, _load_region(region, whole, reader), region.start)
         _check_region(finite, region, files)
@@ -143,39 +155,46 @@ def _filled(whole: Any, regions: Sequence[Region], reader: Reader, files: Tensor
 
 @partial(jax.jit, donate_argnums=0)
 def _put(whole: Any, part: Any, start: tuple[int, ...]) -> tuple[Any, jax.Array]:
-    """Scales have the regions of their numbers."""
+    """Write a region into its parameter; return the parameter and whether the region is finite.
+
+    The scales of a quantized parameter start at the same index as its numbers.
+    """
     return jax.tree.map(partial(lax.dynamic_update_slice, start_indices=start), whole, part), _all_finite(part)
 
 
 def _check_region(finite: jax.Array, region: Region, files: Tensors) -> None:
-    """Waits for the answer, so that no more than one region is on its way."""
+    """Raise `CheckpointError` if a region is not finite.
+
+    Reading `finite` blocks until the region is written, so only one region is in memory at a time.
+    """
     if not finite:
         largest = {entry.name: np.abs(files.read(entry.name)).max() for entry in region.entries}
-        _refuse([name for name, most in largest.items() if not np.isfinite(most)])
+        _refuse_nonfinite([name for name, value in largest.items() if not np.isfinite(value)])
         name = max(largest, key=lambda name: largest[name])
         raise CheckpointError(f"weights of {name} are too large for the dtype: choose a wider one")
 
 
 def _load_region(region: Region, parameter: Any, reader: Reader) -> Any:
-    """The region as a value of its own, split as the parameter is."""
+    """Read a region onto the devices, sharded like the parameter."""
     leaves, structure = jax.tree.flatten(parameter)
-    shapes = [_region_of(leaf.shape, region, parameter.shape) for leaf in leaves]
+    shapes = [_leaf_shape(leaf.shape, region, parameter.shape) for leaf in leaves]
     last, hosts, shards = None, (), [[] for _ in leaves]
     for device, index in leaves[0].sharding.addressable_devices_indices_map(region.shape).items():
         if index != last:
             last, hosts = index, reader.read(region, _spans(index or (), region.shape))
-        for of_leaf, host in zip(shards, hosts, strict=True):
-            of_leaf.append(jax.device_put(host, device))
+        for leaf_shards, host in zip(shards, hosts, strict=True):
+            leaf_shards.append(jax.device_put(host, device))
     arrays = [
-        jax.make_array_from_single_device_arrays(shape, leaf.sharding, of_leaf)
-        for shape, leaf, of_leaf in zip(shapes, leaves, shards, strict=True)
+        jax.make_array_from_single_device_arrays(shape, leaf.sharding, leaf_shards)
+        for shape, leaf, leaf_shards in zip(shapes, leaves, shards, strict=True)
     ]
     return structure.unflatten(arrays)
 
 
-def _region_of(leaf: tuple[int, ...], region: Region, parameter: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what belongs to a region: regions have all inputs, of which scales have few."""
-    return tuple(part if own == size else own for own, part, size in zip(leaf, region.shape, parameter, strict=True))
+def _leaf_shape(leaf: tuple[int, ...], region: Region, parameter: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a region's numbers or scales. A region has all inputs, for which there are fewer scales."""
+    dims = zip(leaf, region.shape, parameter, strict=True)
+    return tuple(part if leaf_size == size else leaf_size for leaf_size, part, size in dims)
 
 
 def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> Spans:

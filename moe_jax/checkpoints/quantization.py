@@ -1,8 +1,7 @@
-"""Weights in eight bits with a scale for each block, as DeepSeek and Qwen publish them: read as the numbers they mean,
-or as they are.
+"""Block-quantized float8 checkpoints, as published for DeepSeek and Qwen models.
 
-A weight `[O, I]` of float8_e4m3fn has beside it `..._scale_inv`, float32 `[ceil(O / A), ceil(I / B)]` for blocks of
-`[A, B]`; the number meant is weight times scale (DeepSeek-V3, arXiv:2412.19437, section 3.3).
+A float8_e4m3fn weight `[O, I]` has a second tensor, `..._scale_inv`: float32 `[ceil(O / A), ceil(I / B)]`, one scale
+for each block `[A, B]`. The dequantized weight is weight times scale (DeepSeek-V3, arXiv:2412.19437, section 3.3).
 """
 
 from __future__ import annotations
@@ -24,44 +23,47 @@ Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 class Tensors(Protocol):
-    """Tensors by name."""
+    """A collection of named tensors."""
 
     def shapes(self) -> Shapes:
-        """Each tensor's shape and dtype, the latter as safetensors writes it."""
+        """Return the shape and the dtype of each tensor; the dtype has its safetensors name, such as `BF16`."""
         ...
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> np.ndarray:
+        """Return one tensor."""
+        ...
 
 
 @dataclass(frozen=True)
 class BlockScales:
-    """The form of the blocks."""
+    """Block quantization: one scale for each block of a weight `[outputs, inputs]`."""
 
     block: tuple[int, int]
+    """Outputs and inputs of a block, `weight_block_size` in the config."""
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the scales of a weight."""
-        return tuple(-(-size // of) for size, of in zip(weight, self.block, strict=True))
+        """Return the shape of the scales of a weight."""
+        return tuple(-(-size // block) for size, block in zip(weight, self.block, strict=True))
 
     @property
-    def neighbours(self) -> int:
-        """Of so many neighbours along either dimension, beginning at a multiple of it, all have the same scale."""
+    def square_block(self) -> int:
+        """Side of the square blocks that divide every block: numbers within a square share their scale."""
         return math.gcd(*self.block)
 
     def spread(self, scales: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The scale of each number of a weight of this shape."""
-        for dim, (of, size) in enumerate(zip(self.block, shape, strict=True)):
-            scales = np.repeat(scales, of, axis=dim)[(slice(None),) * dim + (slice(size),)]
+        """Repeat the scales to the shape of their weight: one scale for each number."""
+        for dim, (block, size) in enumerate(zip(self.block, shape, strict=True)):
+            scales = np.repeat(scales, block, axis=dim)[(slice(None),) * dim + (slice(size),)]
         return scales
 
 
 def read_quantization(fields: Fields) -> BlockScales | None:
-    """What `config.json` says of it; `None` for weights that are held as they are meant."""
+    """Read `quantization_config`; return `None` for a checkpoint that is not quantized."""
     inner = fields.inner(FIELD)
     if not fields.has(FIELD):
         return None
-    for name in ("activation_scheme", "modules_to_not_convert", "ignored_layers"):
-        inner.any(name, None)  # of rows, which are not quantised here; the files say which weights are
+    inner.ignore("activation_scheme")  # activations are not quantized
+    inner.ignore("modules_to_not_convert", "ignored_layers")  # the dtype of each tensor shows what is quantized
     inner.expect("quant_method", "fp8")
     inner.expect("fmt", "e4m3")
     block = inner.take_list("weight_block_size", int)
@@ -72,52 +74,55 @@ def read_quantization(fields: Fields) -> BlockScales | None:
 
 
 class DequantizedTensors:
-    """The tensors of files as the numbers that they mean, in float32 where they were in eight bits.
+    """The tensors of a block-quantized checkpoint, dequantized to float32.
 
     Raises:
-      CheckpointError: scales are missing, or not those of the blocks.
+      CheckpointError: scales are missing or have the wrong shape.
     """
 
     def __init__(self, files: Tensors, scales: BlockScales) -> None:
         self._files, self._scales = files, scales
-        self._held = files.shapes()
-        problems = [problem for name in self._held if (problem := self._problem(name))]
+        self._shapes = files.shapes()
+        problems = [problem for name in self._shapes if (problem := self._problem(name))]
         if problems:
-            raise CheckpointError("weights in eight bits without their scales:\n  " + "\n  ".join(problems))
+            raise CheckpointError("scales of eight-bit weights are missing or misshapen:\n  " + "\n  ".join(problems))
 
     def shapes(self) -> Shapes:
+        """Return the shape and the dtype of each tensor after dequantization; scales are left out."""
         return {
             name: (shape, "F32" if dtype == EIGHT_BITS else dtype)
-            for name, (shape, dtype) in self._held.items()
+            for name, (shape, dtype) in self._shapes.items()
             if not self._is_scale(name)
         }
 
     def read(self, name: str) -> np.ndarray:
+        """Return one tensor, dequantized."""
         tensor = self._files.read(name)
         return tensor.astype(np.float32) * self.scales(name) if self._in_eight_bits(name) else tensor
 
     def all_in_eight_bits(self, names: Iterable[str]) -> bool:
+        """Return True if all these tensors are quantized."""
         return all(map(self._in_eight_bits, names))
 
     def numbers(self, name: str) -> np.ndarray:
-        """The bits of a weight in eight bits."""
+        """Return a quantized weight as it is in the file, its bits viewed as int8."""
         return self._files.read(name).view(np.int8)
 
     def scales(self, name: str) -> np.ndarray:
-        """Of each of its numbers."""
-        return self._scales.spread(self._files.read(name + SCALES), self._held[name][0])
+        """Return the scale of each number of a quantized weight, in the shape of the weight."""
+        return self._scales.spread(self._files.read(name + SCALES), self._shapes[name][0])
 
     def _in_eight_bits(self, name: str) -> bool:
-        return self._held[name][1] == EIGHT_BITS
+        return self._shapes[name][1] == EIGHT_BITS
 
     def _is_scale(self, name: str) -> bool:
-        of = self._held.get(name.removesuffix(SCALES)) if name.endswith(SCALES) else None
-        return of is not None and of[1] == EIGHT_BITS
+        weight = self._shapes.get(name.removesuffix(SCALES)) if name.endswith(SCALES) else None
+        return weight is not None and weight[1] == EIGHT_BITS
 
     def _problem(self, name: str) -> str | None:
-        shape, dtype = self._held[name]
+        shape, dtype = self._shapes[name]
         if dtype != EIGHT_BITS:
             return None
-        found = self._held.get(name + SCALES, (None, ""))[0]
-        wanted = self._scales.shape(shape) if len(shape) == 2 else None
-        return None if found is not None and found == wanted else f"{name}{SCALES}: expected {wanted}, got {found}"
+        found = self._shapes.get(name + SCALES, (None, ""))[0]
+        expected = self._scales.shape(shape) if len(shape) == 2 else None
+        return None if found is not None and found == expected else f"{name}{SCALES}: expected {expected}, got {found}"

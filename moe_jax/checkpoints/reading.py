@@ -1,4 +1,8 @@
-"""What a parameter takes from the files of a part of a region: the weights, or numbers in eight bits and scales."""
+"""Readers of one device's part of a region: exact weights, or eight-bit numbers with their scales.
+
+Memory bound: a reader holds the arrays that it returns and one tensor of the checkpoint. Where it quantizes, it also
+holds the part in float32, with all inputs of its outputs.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +14,41 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.checkpoints.quantization import DequantizedTensors, Tensors
-from moe_jax.checkpoints.weight_mapping import Index, Region
+from moe_jax.checkpoints.regions import Index, Region
 from moe_jax.config import Quantization
 from moe_jax.kernels.quantized import QuantizedWeight, quantize
 from moe_jax.layers import parameter
 
 Spans: TypeAlias = Sequence[range]
-"""Of a region, the part that a device holds, in each dimension."""
+"""The part of a region on one device: a range of indices for each dimension."""
 
 
 class Reader(Protocol):
+    """Reader of a parameter from the files."""
+
     def read(self, region: Region, spans: Spans) -> tuple[np.ndarray, ...]:
-        """The arrays of a parameter's value."""
+        """Return a part of a region: one array for each leaf of the parameter's value."""
         ...
 
 
 def reader_of(param: nnx.Variable, quantization: Quantization | None, files: Tensors) -> Reader:
-    """How a parameter of abstract value is read."""
+    """Return the reader of a parameter.
+
+    Args:
+      param: a parameter with an abstract value: `ShapeDtypeStruct`, or a `QuantizedWeight` of these.
+    """
     value, inputs = param.get_value(), parameter.inputs_of(param)
     if not isinstance(value, QuantizedWeight):
         return ExactReader(value.dtype, files)
-    assert quantization is not None, "there are parameters in eight bits"
-    assert inputs is not None, "only matrices are"
-    shared = tuple(size // scales for size, scales in zip(value.shape, value.scales.shape, strict=True))
-    return QuantizedReader(quantization, inputs, shared, files)
+    assert quantization is not None, "a quantized parameter needs a quantization"
+    assert inputs is not None, "only matrices are quantized"
+    scale_block = tuple(size // scales for size, scales in zip(value.shape, value.scales.shape, strict=True))
+    return QuantizedReader(quantization, inputs, scale_block, files)
 
 
 @dataclass(frozen=True)
 class ExactReader:
-    """The weights in a dtype."""
+    """Reader of weights in a floating-point dtype."""
 
     dtype: np.dtype
     files: Tensors
@@ -49,14 +59,17 @@ class ExactReader:
 
 @dataclass(frozen=True)
 class QuantizedReader:
-    """As the files have them where these are in eight bits and a scale is wanted for each block; otherwise rounded to
-    numbers of the scale that an output's weights of all inputs give it, those of other devices too."""
+    """Reader of eight-bit numbers and their scales.
+
+    Block-quantized files are read as they are if the quantization has blocks. Otherwise the weights are quantized here:
+    the scale of an output comes from all its inputs, including those on other devices.
+    """
 
     quantization: Quantization
     inputs: tuple[int, ...]
-    """Counted from the last dimension."""
-    shared: tuple[int, ...]
-    """How many neighbours of each dimension share a scale."""
+    """Input dimensions of the parameter, counted from the last."""
+    scale_block: tuple[int, ...]
+    """The number of neighbouring indices that share a scale, for each dimension."""
     files: Tensors
 
     def read(self, region: Region, spans: Spans) -> tuple[np.ndarray, ...]:
@@ -67,21 +80,21 @@ class QuantizedReader:
             return self._quantized(region, spans)
         numbers = _read_part(region, spans, np.dtype(np.int8), self.files.numbers)
         scales = _read_part(region, spans, np.dtype(np.float32), self.files.scales)
-        return numbers, scales[tuple(slice(None, None, step) for step in self.shared)]
+        return numbers, scales[tuple(slice(None, None, step) for step in self.scale_block)]
 
     def _quantized(self, region: Region, spans: Spans) -> tuple[np.ndarray, ...]:
-        own, wide = [slice(None)] * len(spans), list(spans)
+        part, all_inputs = [slice(None)] * len(spans), list(spans)
         for dim in self.inputs:
-            own[dim], wide[dim] = slice(spans[dim].start, spans[dim].stop), range(region.shape[dim])
-        weights = _read_part(region, wide, np.dtype(np.float32), self.files.read)
+            part[dim], all_inputs[dim] = slice(spans[dim].start, spans[dim].stop), range(region.shape[dim])
+        weights = _read_part(region, all_inputs, np.dtype(np.float32), self.files.read)
         with np.errstate(invalid="ignore"):
             numbers, scales = quantize(weights, self.inputs, self.quantization)
-        shape = [max(len(part) // step, 1) for part, step in zip(spans, self.shared, strict=True)]
-        return numbers[tuple(own)], np.broadcast_to(scales, shape)
+        shape = [max(len(span) // step, 1) for span, step in zip(spans, self.scale_block, strict=True)]
+        return numbers[tuple(part)], np.broadcast_to(scales, shape)
 
 
 def _read_part(region: Region, spans: Spans, dtype: np.dtype, read: Callable[[str], np.ndarray]) -> np.ndarray:
-    """The part `spans` of a region; zero where no tensor reaches (padding of the vocabulary)."""
+    """Read a part of a region; the padding of the vocabulary, which no tensor fills, is zero."""
     out = np.zeros([len(span) for span in spans], dtype)
     for entry in region.entries:
         overlap = _overlap(entry.at, spans)
@@ -93,7 +106,7 @@ def _read_part(region: Region, spans: Spans, dtype: np.dtype, read: Callable[[st
 
 
 def _overlap(at: Index, spans: Spans) -> tuple[Index, Index] | None:
-    """Where a piece that lies at `at` meets `spans`: the part of the piece, and its place in the spans."""
+    """Intersect a piece at `at` with `spans`; return the index into the piece and the index into the part."""
     source: list[slice] = []
     target: list[int | slice] = []
     for place, span in zip(at, spans, strict=True):

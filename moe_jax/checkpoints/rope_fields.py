@@ -1,6 +1,7 @@
-"""Rotary embedding as `config.json` describes it.
+"""Reader of the rotary embedding in `config.json`.
 
-Older files have `rope_theta`, `partial_rotary_factor` and `rope_scaling`, newer ones all of it in `rope_parameters`.
+Older files have the fields `rope_theta`, `partial_rotary_factor` and `rope_scaling`; newer files have one object,
+`rope_parameters`.
 """
 
 from __future__ import annotations
@@ -19,55 +20,59 @@ from moe_jax.config import (
     YarnScaling,
 )
 
-OLD, NEW = "rope_scaling", "rope_parameters"
+ROPE_SCALING, ROPE_PARAMETERS = "rope_scaling", "rope_parameters"
 
 
 def read_rope(
     fields: Fields, head_dim: int, *, theta: float, fraction: float = 1.0, interleaved: bool = False
 ) -> RopeConfig:
-    """The rotary embedding of heads of this width.
+    """Read the rotary embedding of heads of width `head_dim`.
 
     Args:
-      theta: the base, where the file has none.
-      fraction: how much of a head is rotated, where the file does not say.
+      theta: default of `rope_theta`.
+      fraction: default of `partial_rotary_factor`, the part of each head that is rotated.
+      interleaved: rotate neighbouring channels instead of halves.
     """
     theta = fields.take("rope_theta", float, theta)
     fraction = fields.take("partial_rotary_factor", float, fraction)
-    return described(fields, rope_object(fields), head_dim, theta, fraction, interleaved)
+    return read_rope_object(fields, rope_object(fields), head_dim, theta, fraction, interleaved)
 
 
-def read_rope_of(fields: Fields, layers: str, head_dim: int, *, fraction: float = 1.0) -> RopeConfig:
-    """That of layers of a kind, where `rope_parameters` has an object for each kind."""
-    rope = fields.inner(NEW).inner(layers)
-    return described(fields, rope, head_dim, rope.take("rope_theta", float), fraction)
+def read_layer_type_rope(fields: Fields, layer_type: str, head_dim: int, *, fraction: float = 1.0) -> RopeConfig:
+    """Read the rotary embedding of one type of layers from `rope_parameters`, which has an object for each type."""
+    rope = fields.inner(ROPE_PARAMETERS).inner(layer_type)
+    return read_rope_object(fields, rope, head_dim, rope.take("rope_theta", float), fraction)
 
 
-def described(
+def read_rope_object(
     fields: Fields, rope: Fields, head_dim: int, theta: float, fraction: float, interleaved: bool = False
 ) -> RopeConfig:
-    """That which an object of the file describes; base and fraction are those where it does not say."""
-    kind = rope.any("rope_type", rope.any("type", "default"))
-    rope.any("type", None)
+    """Read the rotary embedding from `rope`, an object within `fields`; `theta` and `fraction` are defaults."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope.ignore("type")
     theta = rope.take("rope_theta", float, theta)
     fraction = rope.take("partial_rotary_factor", float, fraction)
     width = int(head_dim * fraction)
-    if not isinstance(kind, str) or kind not in SCALINGS:
-        fields.problem(f"rotary embedding of type {kind!r} is not supported (only {', '.join(SCALINGS)})")
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        fields.problem(f"rotary embedding of type {kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
         return RopeConfig(theta)
-    return RopeConfig(theta, None if width == head_dim else width, interleaved, SCALINGS[kind](fields, rope))
+    return RopeConfig(theta, None if width == head_dim else width, interleaved, ROPE_TYPES[kind](fields, rope))
 
 
 def rope_object(fields: Fields) -> Fields:
-    """Where the scaling is described."""
-    if fields.has(OLD) and fields.has(NEW):
-        fields.problem(f"{OLD} and {NEW} are two descriptions of one thing: remove one")
-    old, new = fields.inner(OLD), fields.inner(NEW)
-    return old if fields.has(OLD) else new
+    """Return the object that describes the scaling: `rope_scaling` or `rope_parameters`."""
+    if fields.has(ROPE_SCALING) and fields.has(ROPE_PARAMETERS):
+        fields.problem(f"{ROPE_SCALING} and {ROPE_PARAMETERS} are two descriptions of one thing: remove one")
+    old, new = fields.inner(ROPE_SCALING), fields.inner(ROPE_PARAMETERS)
+    return old if fields.has(ROPE_SCALING) else new
 
 
-def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
-    """What YaRN multiplies with to make up for a softmax over more positions: `0.1 * scale * ln(factor) + 1`."""
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """Return YaRN's attention factor, `0.1 * mscale * ln(factor) + 1` (arXiv:2309.00071).
+
+    The factor compensates for a softmax over more positions.
+    """
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
 
 
 def _linear(fields: Fields, rope: Fields) -> RopeScaling | None:
@@ -75,9 +80,11 @@ def _linear(fields: Fields, rope: Fields) -> RopeScaling | None:
 
 
 def _dynamic(fields: Fields, rope: Fields) -> RopeScaling | None:
-    """The form with a fixed `alpha`; the other one starts to scale beyond the longest sequence, where lengths end."""
-    for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-        rope.any(name, None)
+    """Read NTK scaling with a fixed `alpha`.
+
+    Without `alpha`, scaling would begin beyond `max_position_embeddings`, which no sequence exceeds.
+    """
+    rope.ignore("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
     alpha = rope.take_optional("alpha", float)
     return None if alpha is None else NTKScaling(alpha)
 
@@ -85,11 +92,11 @@ def _dynamic(fields: Fields, rope: Fields) -> RopeScaling | None:
 def _yarn(fields: Fields, rope: Fields) -> RopeScaling | None:
     longest, original = _positions(fields, rope)
     factor = rope.take("factor", float, longest / original)
-    magnitude, score_magnitude = (rope.take_optional(name, float) for name in ("mscale", "mscale_all_dim"))
-    if magnitude and score_magnitude:
-        amplitude = yarn_magnitude(factor, magnitude) / yarn_magnitude(factor, score_magnitude)
+    mscale, mscale_all_dim = (rope.take_optional(name, float) for name in ("mscale", "mscale_all_dim"))
+    if mscale and mscale_all_dim:
+        amplitude = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
     else:
-        amplitude = yarn_magnitude(factor)
+        amplitude = yarn_mscale(factor)
     return YarnScaling(
         factor=factor,
         original_positions=original,
@@ -101,8 +108,10 @@ def _yarn(fields: Fields, rope: Fields) -> RopeScaling | None:
 
 
 def _long_rope(fields: Fields, rope: Fields) -> RopeScaling | None:
-    """Factors for long sequences where the model is to take such, else those for short ones: a cache holds keys that
-    were rotated by one set of factors. To serve short sequences only, lower `max_position_embeddings`."""
+    """Read LongRoPE: the long factors if `max_position_embeddings` exceeds the original length, else the short ones.
+
+    The cache holds keys rotated by one set of factors. To serve short sequences only, lower `max_position_embeddings`.
+    """
     longest, original = _positions(fields, rope)
     factors = {kind: tuple(rope.take_list(f"{kind}_factor", float)) for kind in ("short", "long")}
     factor = rope.take("factor", float, longest / original)
@@ -120,12 +129,12 @@ def _llama3(fields: Fields, rope: Fields) -> RopeScaling | None:
 
 
 def _positions(fields: Fields, rope: Fields) -> tuple[int, int]:
-    """The longest sequence that the model takes, and that of before it was stretched."""
+    """Read the longest sequence of the model, in positions, after and before the scaling."""
     longest, name = fields.take("max_position_embeddings", int), "original_max_position_embeddings"
     return longest, fields.take(name, int, rope.take(name, int, longest))
 
 
-SCALINGS: Mapping[str, Callable[[Fields, Fields], RopeScaling | None]] = {
+ROPE_TYPES: Mapping[str, Callable[[Fields, Fields], RopeScaling | None]] = {
     "default": lambda fields, rope: None,
     "linear": _linear,
     "dynamic": _dynamic,

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint directory, read tensor by tensor."""
+"""Reader of the safetensors files of a checkpoint directory, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from moe_jax.errors import CheckpointError
 
 EIGHT_BITS = "F8_E4M3"
-"""The dtype float8_e4m3fn, as safetensors writes it."""
+"""Safetensors name of the dtype float8_e4m3fn."""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class TensorFiles:
-    """All tensors of a directory, by name: one file, or several with an index. A context manager.
+    """All tensors of a directory, from one file or from several files with an index. A context manager.
 
     Raises:
       CheckpointError: a file is missing or damaged, or the index and the files disagree.
@@ -33,13 +33,14 @@ class TensorFiles:
             index = self._index(directory)
             self._directory = directory
             files = {name: self._open(directory / name) for name in sorted(set(index.values())) or [SINGLE]}
-            held = {(tensor, name) for name, file in files.items() for tensor in file.keys()}  # noqa: SIM118
-            if index and (apart := sorted({tensor for tensor, _ in held ^ set(index.items())})):
+            stored = {(tensor, name) for name, file in files.items() for tensor in file.keys()}  # noqa: SIM118
+            if index and (misplaced := sorted({tensor for tensor, _ in stored ^ set(index.items())})):
                 raise CheckpointError(
-                    f"{directory / INDEX} and the files disagree on where these tensors are: {', '.join(apart[:8])}"
+                    f"{directory / INDEX} and the files disagree on where these tensors are: "
+                    f"{', '.join(misplaced[:8])} (copy the index and the files again)"
                 )
-            self._file_of = {tensor: files[name] for tensor, name in held}
-            self._name_of_file = dict(held)
+            self._file_of = {tensor: files[name] for tensor, name in stored}
+            self._name_of_file = dict(stored)
             on_error.pop_all()
 
     def __enter__(self) -> Self:
@@ -49,17 +50,18 @@ class TensorFiles:
         self._open_files.close()
 
     def shapes(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
-        """Each tensor's shape and dtype, the latter as safetensors writes it."""
+        """Return the shape and the dtype of each tensor; the dtype has its safetensors name, such as `BF16`."""
         slices = {name: file.get_slice(name) for name, file in self._file_of.items()}
         return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in slices.items()}
 
     def read(self, name: str) -> np.ndarray:
+        """Return one tensor."""
         if self._file_of[name].get_slice(name).get_dtype() == EIGHT_BITS:
             return self._read_eight_bits(name)
         return self._file_of[name].get_tensor(name)
 
     def _read_eight_bits(self, name: str) -> np.ndarray:
-        """By the file format itself: safetensors (0.8) has no numpy dtype for such a tensor."""
+        """Parse the file format: safetensors (0.8) has no numpy dtype for float8."""
         with (self._directory / self._name_of_file[name]).open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(header_size))[name]
@@ -76,7 +78,7 @@ class TensorFiles:
             if not all(isinstance(name, str) for name in {**index}.values()):
                 raise TypeError("weight_map must name a file for each tensor")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is no index of safetensors files: {error}") from error
+            raise CheckpointError(f"{path} is no index of safetensors files ({error}): copy it again") from error
         return index
 
     def _open(self, path: Path) -> Any:

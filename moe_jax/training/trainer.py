@@ -55,9 +55,9 @@ class Trainer:
 
     def run(self, directory: Path, steps: int, *, save_every: int = 200, progress: bool = False) -> TrainingState:
         """Train up to step number `steps`, counted from the very beginning, keeping states in `directory`."""
-        from moe_jax.checkpoints.orbax_store import Steps  # here, as orbax takes half a second to import
+        from moe_jax.checkpoints.orbax_store import TrainingCheckpoints  # here, as orbax takes half a second to import
 
-        with Steps(directory) as saved:
+        with TrainingCheckpoints(directory) as saved:
             state = saved.restore_newest(self.abstract_state()) or self.initial_state()
             first, update = int(state.step), jax.jit(self.update, donate_argnums=0)
             with tqdm(total=steps, initial=first, desc="training", unit=" steps", disable=not progress) as bar:

@@ -1,4 +1,4 @@
-"""Loads a checkpoint in a process of its own and prints the host memory that it took, as JSON.
+"""Load a checkpoint in a separate process and print the host memory that loading needs, as JSON.
 
 python load_and_measure.py CHECKPOINT MESH
 """
@@ -20,10 +20,10 @@ from moe_jax.sharding import as_placement  # noqa: E402
 
 
 class PeakMemory:
-    """Watches this process's memory, files mapped into it not counted (the kernel takes those back at will)."""
+    """Peak memory of this process, in bytes, without mapped files, which the kernel can drop. A context manager."""
 
     def __enter__(self) -> PeakMemory:
-        self.before = self.most = _anonymous_bytes()
+        self.before = self.peak = _anonymous_bytes()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -35,7 +35,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.0005):
-            self.most = max(self.most, _anonymous_bytes())
+            self.peak = max(self.peak, _anonymous_bytes())
 
 
 def _anonymous_bytes() -> int:
@@ -46,12 +46,12 @@ def _anonymous_bytes() -> int:
 def main(path: str, mesh: str) -> None:
     checkpoint = Checkpoint(path)
     decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), "float32")
-    checkpoint.load(decoder)  # compiles what loading needs; memory for that is not memory for weights
+    checkpoint.load(decoder)  # compile first: the measurement excludes compilation
     with PeakMemory() as memory:
         parameters = checkpoint.load(decoder)
         jax.block_until_ready(parameters)
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(parameters) for shard in leaf.addressable_shards)
-    print(json.dumps({"taken": memory.most - memory.before, "held": held}))
+    print(json.dumps({"taken": memory.peak - memory.before, "held": held}))
 
 
 if __name__ == "__main__":

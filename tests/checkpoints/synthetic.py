@@ -1,4 +1,4 @@
-"""A Mixtral-like checkpoint whose layers are large enough to be weighed."""
+"""A Mixtral-like checkpoint with layers that are large enough for memory measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LAYERS, HIDDEN, EXPERTS, WIDTH, VOCAB = 3, 256, 16, 1024, 128
 
 
 def write(path: Path) -> int:
-    """Write it to a new directory. Returns the bytes of one layer's weights."""
+    """Write the checkpoint to a new directory; return the size of one layer's weights, in bytes."""
     path.mkdir()
     config = {
         "model_type": "mixtral",
@@ -27,14 +27,14 @@ def write(path: Path) -> int:
         "max_position_embeddings": 64,
     }
     (path / "config.json").write_text(json.dumps(config))
-    around = {
+    outer = {
         "model.embed_tokens.weight": (VOCAB, HIDDEN),
         "lm_head.weight": (VOCAB, HIDDEN),
         "model.norm.weight": (HIDDEN,),
     }
     layers = [shape for layer in range(LAYERS) for shape in _layer(layer).items()]
     save_file(
-        {name: np.full(shape, 0.01, np.float32) for name, shape in [*around.items(), *layers]},
+        {name: np.full(shape, 0.01, np.float32) for name, shape in [*outer.items(), *layers]},
         path / "model.safetensors",
     )
     return sum(4 * int(np.prod(shape)) for shape in _layer(0).values())
@@ -52,10 +52,10 @@ def _layer(layer: int) -> dict[str, tuple[int, ...]]:
         prefix + "block_sparse_moe.gate.weight": (EXPERTS, HIDDEN),
     }
     for expert in range(EXPERTS):
-        own = prefix + f"block_sparse_moe.experts.{expert}."
+        names = prefix + f"block_sparse_moe.experts.{expert}."
         shapes |= {
-            own + "w1.weight": (WIDTH, HIDDEN),
-            own + "w3.weight": (WIDTH, HIDDEN),
-            own + "w2.weight": (HIDDEN, WIDTH),
+            names + "w1.weight": (WIDTH, HIDDEN),
+            names + "w3.weight": (WIDTH, HIDDEN),
+            names + "w2.weight": (HIDDEN, WIDTH),
         }
     return shapes

@@ -1,4 +1,4 @@
-"""Hugging Face directories and orbax, in and out, whole and damaged."""
+"""Loading and saving of Hugging Face and orbax checkpoints, intact and damaged."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from test_goldens import GOLDENS, MAIN_CASES
 
 from moe_jax.checkpoints import Checkpoint, loading
 from moe_jax.checkpoints.export import export
-from moe_jax.checkpoints.weight_mapping import regions
+from moe_jax.checkpoints.regions import regions
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import as_placement
 
 ONE, SHARDED = "qwen3_moe_gqa4_e8_top2", "mixtral_gqa8_e16_top4_sharded"
-PICTURES = "llama4_gqa4_e4_top2_bias"
+MULTIMODAL = "llama4_gqa4_e4_top2_bias"
 Tensors = dict[str, np.ndarray]
 
 
@@ -52,12 +52,12 @@ def copy(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", MAIN_CASES)
-def test_to_orbax_and_back_gives_the_tensors_that_came_in(case: str, tmp_path: Path) -> None:
+def test_conversion_to_orbax_and_back_keeps_the_tensors(case: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(GOLDENS / case)
-    there = decoder(checkpoint, "expert=2,tensor=2")
-    checkpoint.save_orbax(tmp_path / "orbax", checkpoint.load(there))
+    target = decoder(checkpoint, "expert=2,tensor=2")
+    checkpoint.save_orbax(tmp_path / "orbax", checkpoint.load(target))
     between = Checkpoint(tmp_path / "orbax")
-    between.save_hugging_face(tmp_path / "out", there, between.load(there))
+    between.save_hugging_face(tmp_path / "out", target, between.load(target))
     expected, got = tensors(GOLDENS / case), tensors(tmp_path / "out")
     assert expected.keys() == got.keys()
     for name, value in expected.items():
@@ -67,17 +67,17 @@ def test_to_orbax_and_back_gives_the_tensors_that_came_in(case: str, tmp_path: P
 
 
 @pytest.mark.parametrize("case", [ONE, "qwen3_5_moe_text_e4_top3"])
-def test_large_parameters_are_filled_region_by_region(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_parameters_load_region_by_region(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = "data=2,expert=2,tensor=2"
     together = load(GOLDENS / case, mesh)
     monkeypatch.setattr(loading, "SMALL", 0)
     assert_equal(load(GOLDENS / case, mesh), together)
 
 
-def test_of_a_model_that_takes_pictures_the_text_is_read(tmp_path: Path) -> None:
-    case = Path(shutil.copytree(GOLDENS / PICTURES, tmp_path / PICTURES))
-    rewrite(case, lambda held: held.update({"vision_model.class_embedding": np.zeros(8, np.float32)}))
-    assert_equal(load(case), load(GOLDENS / PICTURES))
+def test_the_language_model_of_a_multimodal_checkpoint_loads(tmp_path: Path) -> None:
+    case = Path(shutil.copytree(GOLDENS / MULTIMODAL, tmp_path / MULTIMODAL))
+    rewrite(case, lambda stored: stored.update({"vision_model.class_embedding": np.zeros(8, np.float32)}))
+    assert_equal(load(case), load(GOLDENS / MULTIMODAL))
     raw = json.loads((case / "config.json").read_text())
     raw["text_config"]["eos_token_id"] = [3, 4]
     (case / "config.json").write_text(json.dumps(raw))
@@ -86,10 +86,10 @@ def test_of_a_model_that_takes_pictures_the_text_is_read(tmp_path: Path) -> None
 
 def test_large_exports_are_split_and_indexed(tmp_path: Path) -> None:
     checkpoint = Checkpoint(GOLDENS / ONE)
-    there = decoder(checkpoint, "expert=8")
-    parameters = checkpoint.load(there)
+    target = decoder(checkpoint, "expert=8")
+    parameters = checkpoint.load(target)
     shutil.copy(GOLDENS / ONE / "config.json", tmp_path)
-    parts = regions(there, checkpoint.family.sources)
+    parts = regions(target, checkpoint.family.sources)
     export(tmp_path, parts, parameters, np.dtype(np.float32), largest_file=40_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     assert not list(tmp_path.glob("part-*"))
@@ -100,26 +100,26 @@ def test_orbax_restores_onto_another_mesh(tmp_path: Path) -> None:
     checkpoint = Checkpoint(GOLDENS / ONE)
     checkpoint.save_orbax(tmp_path / "out", load(GOLDENS / ONE, "expert=8"))
     restored = Checkpoint(tmp_path / "out")
-    there = decoder(restored, "data=2,expert=2,tensor=2")
-    parameters = restored.load(there)
+    target = decoder(restored, "data=2,expert=2,tensor=2")
+    parameters = restored.load(target)
     assert_equal(parameters, load(GOLDENS / ONE, "data=1"))
-    for got, wanted in zip(jax.tree.leaves(parameters), jax.tree.leaves(there.parameters), strict=True):
-        assert got.sharding == wanted.sharding
+    for got, expected in zip(jax.tree.leaves(parameters), jax.tree.leaves(target.parameters), strict=True):
+        assert got.sharding == expected.sharding
 
 
 @pytest.mark.parametrize("case", ["qwen3_next_e8_top2", "step3p5_gqa8_e4_top3"])
-def test_orbax_restores_layers_apart_as_safetensors_do(case: str, tmp_path: Path) -> None:
+def test_orbax_restores_unstacked_layers_as_safetensors_do(case: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(GOLDENS / case)
     stacked = decoder(checkpoint, "data=2,expert=2,tensor=2")
     checkpoint.save_orbax(tmp_path / "out", checkpoint.load(stacked))
     apart = replace(stacked, scan_layers=False)
     restored = Checkpoint(tmp_path / "out").load(apart)
     assert_equal(restored, checkpoint.load(apart))
-    for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(apart.parameters), strict=True):
-        assert (got.shape, got.sharding) == (wanted.shape, wanted.sharding)
+    for got, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(apart.parameters), strict=True):
+        assert (got.shape, got.sharding) == (expected.shape, expected.sharding)
 
 
-def test_weights_come_in_the_dtype_asked_for_but_the_router_in_float32() -> None:
+def test_weights_have_the_requested_dtype_but_the_router_float32() -> None:
     flat = {str(path): leaf for path, leaf in nnx.to_flat_state(load(GOLDENS / ONE, dtype="bfloat16"))}
     dtypes = {name: leaf.get_value().dtype for name, leaf in flat.items()}
     assert {str(dtype) for name, dtype in dtypes.items() if "router" not in name} == {"bfloat16"}
@@ -127,22 +127,22 @@ def test_weights_come_in_the_dtype_asked_for_but_the_router_in_float32() -> None
 
 
 def rewrite(path: Path, change: Callable[[Tensors], None]) -> None:
-    held = load_file(path / "model.safetensors")
-    change(held)
-    save_file(held, path / "model.safetensors")
+    stored = load_file(path / "model.safetensors")
+    change(stored)
+    save_file(stored, path / "model.safetensors")
 
 
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.experts.3.gate_proj.weight"
 
 
-def damage(held: Tensors) -> None:
-    del held[NORM]
-    held["model.extra"] = np.zeros(3, np.float32)
-    held[GATE] = held[GATE].T.copy()
-    held["model.layers.0.mlp.gate.weight"] = np.zeros((8, 32), np.int8)
+def damage(stored: Tensors) -> None:
+    del stored[NORM]
+    stored["model.extra"] = np.zeros(3, np.float32)
+    stored[GATE] = stored[GATE].T.copy()
+    stored["model.layers.0.mlp.gate.weight"] = np.zeros((8, 32), np.int8)
 
 
-def test_every_mismatch_is_named_at_once(copy: Path) -> None:
+def test_all_mismatches_are_named_at_once(copy: Path) -> None:
     rewrite(copy, damage)
     with pytest.raises(CheckpointError) as caught:
         load(copy)
@@ -155,18 +155,18 @@ def test_every_mismatch_is_named_at_once(copy: Path) -> None:
         assert words in str(caught.value)
 
 
-def test_long_lists_of_mismatches_are_cut(copy: Path) -> None:
+def test_long_lists_of_mismatches_are_shortened(copy: Path) -> None:
     rewrite(copy, dict.clear)
     with pytest.raises(CheckpointError, match=r"is missing\n.*\n  and \d+ more$"):
         load(copy)
 
 
 @pytest.mark.parametrize(("bad", "small"), [(np.nan, loading.SMALL), (np.inf, 0)])
-def test_weights_that_are_not_finite_are_refused_by_name(
+def test_nan_and_infinite_weights_are_refused_by_name(
     copy: Path, bad: float, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "SMALL", small)
-    rewrite(copy, lambda held: held[GATE].__setitem__((2, 3), bad))
+    rewrite(copy, lambda stored: stored[GATE].__setitem__((2, 3), bad))
     with pytest.raises(CheckpointError, match=f"NaN or infinite in {GATE}: "):
         load(copy)
 
@@ -212,8 +212,8 @@ def test_damaged_index(tmp_path: Path) -> None:
     index.write_text(json.dumps(whole))
     with pytest.raises(CheckpointError, match=r"disagree on where these tensors are: model.more"):
         load(path)
-    for odd in ("{}", '{"weight_map": 5}', '{"weight_map": {"a": 1}}', '{"weight_map": null}'):
-        index.write_text(odd)
+    for malformed in ("{}", '{"weight_map": 5}', '{"weight_map": {"a": 1}}', '{"weight_map": null}'):
+        index.write_text(malformed)
         with pytest.raises(CheckpointError, match="is no index of safetensors files"):
             load(path)
 
@@ -229,27 +229,27 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_too_large_for_the_dtype(copy: Path) -> None:
-    rewrite(copy, lambda held: held[GATE].__setitem__((2, 3), 1e6))
+    rewrite(copy, lambda stored: stored[GATE].__setitem__((2, 3), 1e6))
     with pytest.raises(CheckpointError, match=rf"{GATE} are too large for the dtype: choose a wider one"):
         load(copy, dtype="float16")
 
 
 @pytest.mark.parametrize("ids", [1.5, ["a"], {}])
-def test_odd_end_tokens(copy: Path, ids: object) -> None:
+def test_malformed_eos_token_ids(copy: Path, ids: object) -> None:
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     with pytest.raises(CheckpointError, match="eos_token_id must be a token id or a list of them"):
         Checkpoint(copy)
 
 
-def test_end_tokens_of_the_generation_config_win_unless_null(copy: Path) -> None:
+def test_eos_token_id_of_generation_config_takes_precedence_unless_null(copy: Path) -> None:
     raw = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(raw | {"eos_token_id": 3}))
-    for ids, wanted in ((None, {3}), (5, {5}), ([5, 6], {5, 6})):
+    for ids, expected in ((None, {3}), (5, {5}), ([5, 6], {5, 6})):
         (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-        assert Checkpoint(copy).eos_token_ids == wanted
+        assert Checkpoint(copy).eos_token_ids == expected
 
 
-def test_what_describes_a_checkpoint_is_kept_and_a_neighbour_not_touched(copy: Path, tmp_path: Path) -> None:
+def test_conversion_keeps_the_chat_template_and_leaves_neighbours_alone(copy: Path, tmp_path: Path) -> None:
     (copy / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "out.unfinished").mkdir()
     checkpoint = Checkpoint(copy)
@@ -266,27 +266,27 @@ def test_damaged_orbax(tmp_path: Path) -> None:
         load(tmp_path / "out")
 
 
-def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint(GOLDENS / ONE)
-    there = decoder(checkpoint, "expert=2")
-    parameters = checkpoint.load(there)
+    target = decoder(checkpoint, "expert=2")
+    parameters = checkpoint.load(target)
     (tmp_path / "taken").mkdir()
     with pytest.raises(CheckpointError, match="taken exists already"):
-        checkpoint.save_hugging_face(tmp_path / "taken", there, parameters)
+        checkpoint.save_hugging_face(tmp_path / "taken", target, parameters)
 
     def full_disk(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr("moe_jax.checkpoints.export.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        checkpoint.save_hugging_face(tmp_path / "out", there, parameters)
+        checkpoint.save_hugging_face(tmp_path / "out", target, parameters)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_half_precision_files_are_read(copy: Path) -> None:
-    def halve(held: Tensors) -> None:
-        for name in held:
-            held[name] = held[name].astype(ml_dtypes.bfloat16)
+    def halve(stored: Tensors) -> None:
+        for name in stored:
+            stored[name] = stored[name].astype(ml_dtypes.bfloat16)
 
     rewrite(copy, halve)
     expected = jax.tree.map(lambda a: np.asarray(a).astype(ml_dtypes.bfloat16).astype(np.float32), load(GOLDENS / ONE))

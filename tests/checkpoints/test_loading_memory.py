@@ -1,3 +1,5 @@
+"""Loading keeps its memory bound: about one layer beyond the memory of the parameters."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +13,7 @@ import synthetic
 
 HERE = Path(__file__).parent
 RETURN_MEMORY_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""So that what the C library keeps of freed memory is not counted as used."""
+"""Make the C library return freed memory at once: memory that it keeps would count as used."""
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize("mesh", ["expert=2,tensor=4", "data=2,expert=4"])
-def test_loading_takes_less_than_1_3_layers_above_what_the_devices_hold(
-    checkpoint: tuple[Path, int], mesh: str
-) -> None:
+def test_loading_needs_less_than_1_3_layers_beyond_the_parameters(checkpoint: tuple[Path, int], mesh: str) -> None:
     path, layer = checkpoint
     command = [sys.executable, str(HERE / "load_and_measure.py"), str(path), mesh]
     printed = subprocess.run(

@@ -1,4 +1,4 @@
-"""Weights in eight bits are loaded as the numbers that they mean."""
+"""Block-quantized checkpoints load as their dequantized weights."""
 
 from __future__ import annotations
 
@@ -17,73 +17,72 @@ from moe_jax.checkpoints import Checkpoint
 from moe_jax.errors import CheckpointError, ConfigError
 
 CASE, BLOCK = "qwen3_moe_gqa2_e12_top1_dense", (24, 12)
-"""Blocks that do not divide the weights."""
+"""The case, and a block size that does not divide its weights."""
 PLAIN = json.loads((GOLDENS / CASE / "config.json").read_text())
-SOME = "model.layers.1.mlp.up_proj.weight"
+QUANTIZED = "model.layers.1.mlp.up_proj.weight"
 
 
 def quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The weight in eight bits, its scales, and the numbers that they mean, block after block."""
-    rows, columns = (range(0, size, of) for size, of in zip(weight.shape, BLOCK, strict=True))
-    eight, meant = np.zeros(weight.shape, ml_dtypes.float8_e4m3fn), np.zeros(weight.shape, np.float32)
+    """Quantize block by block; return the eight-bit weight, its scales and the dequantized weight."""
+    rows, columns = (range(0, size, step) for size, step in zip(weight.shape, BLOCK, strict=True))
+    eight_bit, dequantized = np.zeros(weight.shape, ml_dtypes.float8_e4m3fn), np.zeros(weight.shape, np.float32)
     scales = np.zeros((len(rows), len(columns)), np.float32)
     for i, j in np.ndindex(scales.shape):
         at = slice(rows[i], rows[i] + BLOCK[0]), slice(columns[j], columns[j] + BLOCK[1])
         scales[i, j] = np.abs(weight[at]).max() / 448
-        eight[at] = (weight[at] / scales[i, j]).astype(ml_dtypes.float8_e4m3fn)
-        meant[at] = eight[at].astype(np.float32) * scales[i, j]
-    return eight, scales, meant
+        eight_bit[at] = (weight[at] / scales[i, j]).astype(ml_dtypes.float8_e4m3fn)
+        dequantized[at] = eight_bit[at].astype(np.float32) * scales[i, j]
+    return eight_bit, scales, dequantized
 
 
-def write(path: Path, held: dict[str, np.ndarray], **fields: Any) -> Path:
+def write(path: Path, stored: dict[str, np.ndarray], **fields: Any) -> Path:
     path.mkdir()
     (path / "config.json").write_text(json.dumps(PLAIN | fields))
-    save_file(held, path / "model.safetensors")
+    save_file(stored, path / "model.safetensors")
     return path
 
 
 Tensors = dict[str, np.ndarray]
 
 
-def both() -> tuple[Tensors, Tensors]:
-    """A checkpoint with its projections in eight bits, and one with the numbers that they mean."""
-    held, meant = tensors(GOLDENS / CASE), tensors(GOLDENS / CASE)
-    for name in [name for name in held if name.endswith("proj.weight")]:
-        held[name], held[f"{name}_scale_inv"], meant[name] = quantized(held[name])
-    return held, meant
+def checkpoints() -> tuple[Tensors, Tensors]:
+    """Return a checkpoint with quantized projections, and the same checkpoint dequantized."""
+    stored, dequantized = tensors(GOLDENS / CASE), tensors(GOLDENS / CASE)
+    for name in [name for name in stored if name.endswith("proj.weight")]:
+        stored[name], stored[f"{name}_scale_inv"], dequantized[name] = quantized(stored[name])
+    return stored, dequantized
 
 
 CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
 
 
-def test_they_are_what_they_mean(tmp_path: Path) -> None:
-    held, numbers = both()
-    eight, meant = write(tmp_path / "eight", held, quantization_config=CONFIG), write(tmp_path / "meant", numbers)
-    assert_equal(load(eight, "expert=2,tensor=2"), load(meant, "expert=2,tensor=2"))
-    checkpoint = Checkpoint(eight)
-    there = decoder(checkpoint, "expert=2")
-    parameters = checkpoint.load(there)
-    checkpoint.save_hugging_face(tmp_path / "out", there, parameters)
+def test_quantized_weights_load_and_export_dequantized(tmp_path: Path) -> None:
+    stored, dequantized = checkpoints()
+    quantized_path = write(tmp_path / "quantized", stored, quantization_config=CONFIG)
+    path = write(tmp_path / "dequantized", dequantized)
+    assert_equal(load(quantized_path, "expert=2,tensor=2"), load(path, "expert=2,tensor=2"))
+    checkpoint = Checkpoint(quantized_path)
+    target = decoder(checkpoint, "expert=2")
+    parameters = checkpoint.load(target)
+    checkpoint.save_hugging_face(tmp_path / "out", target, parameters)
     checkpoint.save_orbax(tmp_path / "stored", parameters)
     for exported in ("out", "stored"):
-        assert json.loads((tmp_path / exported / "config.json").read_text()) == PLAIN, (
-            "its weights are in no eight bits"
-        )
-    expected, got = tensors(meant), tensors(tmp_path / "out")
+        assert json.loads((tmp_path / exported / "config.json").read_text()) == PLAIN, "an export is not quantized"
+    expected, got = tensors(path), tensors(tmp_path / "out")
     assert expected.keys() == got.keys()
     assert all((got[name] == value).all() for name, value in expected.items())
-    assert_equal(load(tmp_path / "out"), load(meant))
+    assert_equal(load(tmp_path / "out"), load(path))
 
 
 @pytest.mark.parametrize("scales", [None, np.ones((1, 3), np.float32)])
-def test_scales_that_are_missing_or_of_other_blocks_are_named(scales: np.ndarray | None, tmp_path: Path) -> None:
-    held, _ = both()
-    del held[f"{SOME}_scale_inv"]
+def test_missing_and_misshapen_scales_are_named(scales: np.ndarray | None, tmp_path: Path) -> None:
+    stored, _ = checkpoints()
+    del stored[f"{QUANTIZED}_scale_inv"]
     if scales is not None:
-        held[f"{SOME}_scale_inv"] = scales
-    path = write(tmp_path / "eight", held, quantization_config=CONFIG)
+        stored[f"{QUANTIZED}_scale_inv"] = scales
+    path = write(tmp_path / "quantized", stored, quantization_config=CONFIG)
     found = r"None" if scales is None else r"\(1, 3\)"
-    with pytest.raises(CheckpointError, match=rf"{SOME}_scale_inv: expected \(2, 3\), got {found}"):
+    with pytest.raises(CheckpointError, match=rf"{QUANTIZED}_scale_inv: expected \(2, 3\), got {found}"):
         load(path)
 
 
@@ -95,6 +94,6 @@ def test_scales_that_are_missing_or_of_other_blocks_are_named(scales: np.ndarray
         ({"quant_method": "fp8", "weight_block_size": [8, 8], "sparse": 1}, "understood.*quantization_config.sparse"),
     ],
 )
-def test_other_ways_to_quantise_are_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_other_quantization_methods_are_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Checkpoint(write(tmp_path / "other", tensors(GOLDENS / CASE), quantization_config=config))

@@ -1,4 +1,4 @@
-"""Configs of models that take pictures too: the fields of `text_config` win over those around it."""
+"""Multimodal configs: the fields of `text_config` take precedence over the outer fields."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hub_configs
 import pytest
-import test_fields
-import test_recurrent_files
+import recurrent_hub_configs
 from test_fields import read
 
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.errors import ConfigError
 
 WHOLE: dict[str, dict[str, Any]] = {
-    "llama4": test_fields.HUB["llama4"],
-    "qwen3_5_moe": test_recurrent_files.HUB["qwen3_5_moe"],
-    "step3p7": {"model_type": "step3p7", "text_config": test_fields.HUB["step3p5"]},
+    "llama4": hub_configs.HUB["llama4"],
+    "qwen3_5_moe": recurrent_hub_configs.HUB["qwen3_5_moe"],
+    "step3p7": {"model_type": "step3p7", "text_config": hub_configs.HUB["step3p5"]},
 }
 SMALL = WHOLE["qwen3_5_moe"]
 
@@ -32,8 +32,8 @@ def checkpoint(path: Path, raw: dict[str, Any]) -> Checkpoint:
 
 
 @pytest.mark.parametrize("family", WHOLE)
-def test_what_matters_is_refused_around_the_text(family: str, tmp_path: Path) -> None:
-    """Were it to win, or to be passed over, a model would be another one than the file says."""
+def test_outer_fields_of_the_language_model_are_refused(family: str, tmp_path: Path) -> None:
+    """Using or ignoring such a field could give another model than the file describes."""
     plain = read(WHOLE[family])
     for name, value in (("hidden_size", 64), ("rms_norm_eps", 0.5), ("num_experts_per_tok", 3), ("rope_theta", 7.0)):
         with pytest.raises(ConfigError, match=rf"fields not understood, which may change the computation: {name} \("):
@@ -49,7 +49,9 @@ def test_what_matters_is_refused_around_the_text(family: str, tmp_path: Path) ->
     ("outside", "inside", "tied"),
     [(True, None, True), (False, None, False), (True, False, False), (False, True, True), (None, True, True)],
 )
-def test_what_the_text_says_of_a_tied_head_wins(outside: bool | None, inside: bool | None, tied: bool) -> None:
+def test_tie_word_embeddings_of_the_text_config_takes_precedence(
+    outside: bool | None, inside: bool | None, tied: bool
+) -> None:
     raw = with_text(SMALL | {"tie_word_embeddings": outside}, tie_word_embeddings=inside)
     assert read(raw).tied_embeddings is tied
 
@@ -58,7 +60,9 @@ def test_what_the_text_says_of_a_tied_head_wins(outside: bool | None, inside: bo
     ("outside", "inside", "ends"),
     [(9, 3, {3}), (9, [3, 4], {3, 4}), (9, None, {9}), (None, 3, {3}), (None, None, set())],
 )
-def test_end_tokens_are_those_of_the_text(outside: Any, inside: Any, ends: set[int], tmp_path: Path) -> None:
+def test_eos_token_id_of_the_text_config_takes_precedence(
+    outside: Any, inside: Any, ends: set[int], tmp_path: Path
+) -> None:
     raw = with_text(SMALL | {"eos_token_id": outside}, eos_token_id=inside)
     assert checkpoint(tmp_path, raw).eos_token_ids == ends
 
@@ -74,7 +78,7 @@ def test_end_tokens_are_those_of_the_text(outside: Any, inside: Any, ends: set[i
         ({}, {}, "bfloat16"),
     ],
 )
-def test_the_dtype_is_that_of_the_text(
+def test_dtype_of_the_text_config_takes_precedence(
     outside: dict[str, Any], inside: dict[str, Any], dtype: str, tmp_path: Path
 ) -> None:
     nothing = {"dtype": None, "torch_dtype": None}

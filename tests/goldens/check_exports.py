@@ -1,10 +1,10 @@
-"""Check that transformers loads what `moe-jax convert` writes, and computes the same numbers with it.
+"""Check that transformers loads checkpoints written by `moe-jax convert` and computes the same logits.
 
-    moe-jax convert tests/goldens/CASE between/CASE --to orbax
-    moe-jax convert between/CASE written/CASE --to huggingface
-    python tests/goldens/check_exports.py written          # needs what make_goldens.py needs
+    moe-jax convert tests/goldens/CASE orbax/CASE --to orbax
+    moe-jax convert orbax/CASE exported/CASE --to huggingface
+    python tests/goldens/check_exports.py exported         # needs the packages of make_goldens.py
 
-Prints, for each case, the largest difference of a prompt's logit from the reference, relative to the largest logit.
+Prints for each case the largest error of a prompt's logits, relative to the largest logit of the reference.
 """
 
 import sys
@@ -30,8 +30,8 @@ def error(case: str, folder: Path) -> float:
     return largest
 
 
-def main(written: Path) -> None:
-    known = [folder for folder in sorted(written.iterdir()) if folder.name in CASES.keys() - TEXT_ALONE]
+def main(exported: Path) -> None:
+    known = [folder for folder in sorted(exported.iterdir()) if folder.name in CASES.keys() - TEXT_ALONE]
     found = {folder.name: error(folder.name, folder) for folder in known}
     for case, difference in found.items():
         print(f"{case:45} {difference:.1e}")

@@ -1,11 +1,11 @@
-"""Make the golden checkpoints: tiny random models with the numbers Hugging Face transformers computes for them.
+"""Make the golden checkpoints: tiny random models with the logits that Hugging Face transformers computes.
 
     pip install torch==2.13.0 transformers==5.23
     python tests/goldens/make_goldens.py              # every case
-    python tests/goldens/make_goldens.py CASE ...     # only these
+    python tests/goldens/make_goldens.py CASE ...     # only these cases
 
-Each case is a folder beside this script that holds the checkpoint as `save_pretrained` writes it (less
-`generation_config.json`) and `reference.npz`:
+Each case is a folder next to this script. It holds the checkpoint as `save_pretrained` writes it, without
+`generation_config.json`, and `reference.npz`:
 
     prompts        int32   [P, L]     token ids, padded on the right with -1
     prompt_logits  float32 [P, L, V]  logits of every prompt position, 0 beyond the prompt
@@ -13,8 +13,8 @@ Each case is a folder beside this script that holds the checkpoint as `save_pret
     token_logits   float32 [P, S, V]  the logits whose argmax is that token (step 0 is the last prompt position)
     seed           int64   []         seed of the weights and the prompts
 
-The numbers are computed in float32, one prompt at a time, without padding and with eager attention. A seed is taken
-only if rounding differences between implementations can change neither a token nor an expert choice.
+The logits are computed in float32, one prompt at a time, without padding and with eager attention. A seed is accepted
+only if rounding differences between implementations can change neither a token nor the choice of an expert.
 """
 
 import json
@@ -39,11 +39,11 @@ WEIGHT_GAIN = 1.5  # weights are randn * gain / sqrt(fan_in)
 MIN_TOKEN_GAP = 1e-3  # best to second-best logit, relative to the largest absolute logit
 MIN_ROUTER_GAP = 1e-3  # k-th to (k+1)-th router logit
 TEXT = "text_config"
-PICTURES = ("vision_model.", "multi_modal_projector.", "vit_large_projector.")
+VISION = ("vision_model.", "multi_modal_projector.", "vit_large_projector.")
 SELECTION_BIAS = "e_score_correction_bias"
 NORMS_AROUND_ZERO = ("qwen3_next", "qwen3_5_moe_text", "step3p7")  # one is added to their weights
-GIVES_ROUTER_LOGITS = ("qwen3_moe", "qwen2_moe", "mixtral")  # those of other families differ in form
-NUDGE, MOST_CHANGE = 1e-4, 2e-2  # of the embeddings and, if no expert is swapped, of the logits; relative
+GIVES_ROUTER_LOGITS = ("qwen3_moe", "qwen2_moe", "mixtral")  # other families return them in other forms
+NUDGE, MAX_CHANGE = 1e-4, 2e-2  # relative: of the embeddings, and of the logits while the experts stay the same
 MIN_CONTEXT_EFFECT = 0.5  # change of a logit when the context is dropped, relative to the spread of the logits
 
 
@@ -422,23 +422,23 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 # fmt: on
-BESIDE_VISION = {"qwen3_5_moe_e4_top3": "qwen3_5_moe_text_e4_top3"}
-"""Cases that are others in the form of the hub: a text model beside a vision model, the experts of a layer fused."""
+MULTIMODAL = {"qwen3_5_moe_e4_top3": "qwen3_5_moe_text_e4_top3"}
+"""Cases in the hub's form, made from another case: a language model within a multimodal checkpoint, fused experts."""
 SHARD_SIZES = {"mixtral_gqa8_e16_top4_sharded": "60KB"}  # the others are one file
 
 
 COMMON = {"max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None}
 TEXT_ALONE = {"step3p5_gqa8_e4_top3": "step3p5"}
-"""Cases whose config.json is as given above and of the text only, of the type that transformers has no class for."""
+"""Cases whose config.json is that of the language model, with a model type that transformers has no class for."""
 
 
 def auto_class(settings: dict[str, Any]) -> type:
-    """What makes the model, which may take pictures too."""
+    """Return the transformers class that builds the model, which may be multimodal."""
     return AutoModelForImageTextToText if TEXT in settings else AutoModelForCausalLM
 
 
 def build_model(settings: dict[str, Any]) -> PreTrainedModel:
-    """A model with every parameter random, norms and biases included, drawn from torch's generator."""
+    """Build a model with random parameters, norms and biases included, from torch's generator."""
     if TEXT in settings:
         config = AutoConfig.for_model(**{**settings, TEXT: {**settings[TEXT], **COMMON}})
     else:
@@ -451,7 +451,7 @@ def build_model(settings: dict[str, Any]) -> PreTrainedModel:
         elif name.endswith("bias"):
             parameter.copy_(0.5 * noise)
         elif name.endswith("A_log"):
-            parameter.copy_(0.5 * noise - 1)  # so that a state lasts for some positions
+            parameter.copy_(0.5 * noise - 1)  # a state lasts for some positions
         elif parameter.ndim == 1:
             around = 0 if settings["model_type"] in NORMS_AROUND_ZERO and "linear_attn.norm" not in name else 1
             parameter.copy_(around + 0.3 * noise)
@@ -464,7 +464,7 @@ def build_model(settings: dict[str, Any]) -> PreTrainedModel:
 
 
 def greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompt with its greedy continuation, and the logits that chose each new token."""
+    """Return the prompt with its greedy continuation, and the logits of each new token."""
     sequence, chosen_by = prompt, []
     cache = DynamicCache(config=model.config.get_text_config()) if use_cache else None
     for step in range(STEPS):
@@ -476,7 +476,7 @@ def greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> tup
 
 
 def compute_reference(model: PreTrainedModel, prompts: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """The arrays of `reference.npz` but the seed; greedy decoding with and without a cache must agree."""
+    """Return the arrays of `reference.npz` without the seed. Decoding with and without a cache must agree."""
     rows, length, vocab = len(prompts), max(map(len, prompts)), model.config.get_text_config().vocab_size
     reference = {
         "prompts": np.full((rows, length), -1, np.int32),
@@ -497,7 +497,7 @@ def compute_reference(model: PreTrainedModel, prompts: list[torch.Tensor]) -> di
 
 
 def find_faults(model: PreTrainedModel, prompts: list[torch.Tensor], reference: dict[str, np.ndarray]) -> Iterator[str]:
-    """What makes this model a poor golden: near-ties, dull logits, unused experts, context that hardly counts."""
+    """Yield the faults of a model as a golden: near-ties, flat logits, unused experts, context without effect."""
     logits = reference["token_logits"]
     first, second = np.sort(logits)[..., :-3:-1].transpose(2, 0, 1)
     if ((first - second) / np.abs(logits).max(-1)).min() <= MIN_TOKEN_GAP:
@@ -517,7 +517,7 @@ def find_faults(model: PreTrainedModel, prompts: list[torch.Tensor], reference: 
 
 
 def find_router_faults(model: PreTrainedModel, prompts: list[torch.Tensor], tokens: np.ndarray) -> Iterator[str]:
-    """The faults of the expert choices over all prompts and continuations, layer by layer."""
+    """Yield the faults of the expert choices in all prompts and continuations, layer by layer."""
     top_k = model.config.num_experts_per_tok
     sequences = [torch.cat([prompt, torch.from_numpy(row)]) for prompt, row in zip(prompts, tokens, strict=False)]
     outputs = [model(sequence[None], output_router_logits=True).router_logits for sequence in sequences]
@@ -530,7 +530,7 @@ def find_router_faults(model: PreTrainedModel, prompts: list[torch.Tensor], toke
 
 
 def find_jumps(model: PreTrainedModel, prompts: list[torch.Tensor], tokens: np.ndarray) -> Iterator[str]:
-    """Whether logits jump when the embeddings are nudged, as they do where two experts nearly tie."""
+    """Yield a fault if a nudge of the embeddings makes the logits jump: two experts nearly tie."""
     sequences = [torch.cat([prompt, torch.from_numpy(row)]) for prompt, row in zip(prompts, tokens, strict=False)]
     before = [model(sequence[None]).logits for sequence in sequences]
     embedding = model.get_input_embeddings().weight
@@ -538,17 +538,17 @@ def find_jumps(model: PreTrainedModel, prompts: list[torch.Tensor], tokens: np.n
     for _ in range(4):
         embedding.copy_(held * (1 + NUDGE * torch.randn(held.shape)))
         after = [model(sequence[None]).logits for sequence in sequences]
-        if any((a - b).abs().max() > MOST_CHANGE * b.abs().max() for a, b in zip(after, before, strict=True)):
+        if any((a - b).abs().max() > MAX_CHANGE * b.abs().max() for a, b in zip(after, before, strict=True)):
             yield "a nudge makes the logits jump"
     embedding.copy_(held)
 
 
-def drop_pictures(file: Path) -> None:
-    """Leave out the tensors of a part that takes pictures, which text does not need."""
+def drop_vision(file: Path) -> None:
+    """Remove the tensors of the vision model from a file."""
     if not file.exists():
         return
     tensors = load_file(file)
-    of_text = {name: tensor for name, tensor in tensors.items() if not name.startswith(PICTURES)}
+    of_text = {name: tensor for name, tensor in tensors.items() if not name.startswith(VISION)}
     if len(of_text) < len(tensors):
         save_file(of_text, file, metadata={"format": "pt"})
 
@@ -575,7 +575,7 @@ def make_case(name: str) -> int:
     saved = auto_class(CASES[name]).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     for key, array in compute_reference(saved, prompts).items():
         np.testing.assert_allclose(array, reference[key], rtol=1e-4, atol=1e-4, err_msg=f"{key} differ once saved")
-    drop_pictures(folder / "model.safetensors")
+    drop_vision(folder / "model.safetensors")
     if name in TEXT_ALONE:
         described = {"model_type": TEXT_ALONE[name], "dtype": "float32", **CASES[name][TEXT], **COMMON}
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
@@ -583,9 +583,9 @@ def make_case(name: str) -> int:
     return seed
 
 
-def make_beside_vision(name: str) -> None:
-    """Write a case of `BESIDE_VISION`; the numbers stay."""
-    folder, text = HERE / name, HERE / BESIDE_VISION[name]
+def make_multimodal(name: str) -> None:
+    """Write a case of `MULTIMODAL`, with the reference of the case that it is made from."""
+    folder, text = HERE / name, HERE / MULTIMODAL[name]
     tensors, config = load_file(text / "model.safetensors"), json.loads((text / "config.json").read_text())
     experts = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)_proj\.weight")
     parts: dict[str, dict[str, list[torch.Tensor]]] = {}
@@ -613,9 +613,9 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     disable_progress_bar()
-    for name in names or [*CASES, *BESIDE_VISION]:
-        if name in BESIDE_VISION:
-            make_beside_vision(name)
+    for name in names or [*CASES, *MULTIMODAL]:
+        if name in MULTIMODAL:
+            make_multimodal(name)
             continue
         seed = make_case(name)
         size = sum(file.stat().st_size for file in (HERE / name).iterdir())

@@ -1,10 +1,11 @@
-"""Make the golden checkpoints of families that transformers does not have, with the numbers of `tests/plain.py`.
+"""Make the golden checkpoints of families that transformers lacks, with the logits of `tests/plain.py`.
 
     python -m tests.goldens.make_plain_goldens              # every case
-    python -m tests.goldens.make_plain_goldens CASE ...     # only these
+    python -m tests.goldens.make_plain_goldens CASE ...     # only these cases
 
-Folders are as `make_goldens.py` makes them. A seed is taken only if rounding differences can change neither a token nor
-a choice of experts: the tokens are well apart, and a nudge of the embeddings makes no logits jump.
+The folders have the form of those of `make_goldens.py`. A seed is accepted only if rounding differences can change
+neither a token nor the choice of an expert: the best logits are well apart, and a nudge of the embeddings makes no
+logits jump.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ HERE = Path(__file__).parent
 PROMPT_LENGTHS = (5, 1, 12, 3, 9, 2)
 STEPS = 8
 GAIN = 1.5
-NUDGE, MOST_CHANGE = 1e-4, 2e-2
+NUDGE, MAX_CHANGE = 1e-4, 2e-2
 SMALL = {
     "vocab_size": 48, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 8, "hidden_act": "silu",
     "intermediate_size": 16, "moe_intermediate_size": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
@@ -73,7 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3, "norm_topk_prob": True, "rope_theta": 100.0, "block_size": 4, "mask_token_id": 7,
     },
 }  # fmt: skip
-PACES = {"llada2_moe_gqa4_e8_top2_groups": (0.6, 8), "sdar_moe_gqa2_e8_top3": (0.6, 4)}
+SCHEDULES = {"llada2_moe_gqa4_e8_top2_groups": (0.6, 8), "sdar_moe_gqa2_e8_top3": (0.6, 4)}
 """Threshold and steps at which blocks are decoded, by case."""
 
 
@@ -147,7 +148,7 @@ def mlp_shapes(start: str, width: int, hidden: int) -> Iterator[tuple[str, tuple
 
 
 def drawn(config: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Weights at random, norms and biases too."""
+    """Return random weights, norms and biases included."""
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         noise = rng.standard_normal(shape)
@@ -156,13 +157,13 @@ def drawn(config: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndar
         return 1 + 0.3 * noise if len(shape) == 1 else GAIN * noise / shape[-1] ** 0.5
 
     weights = {name: draw(name, shape).astype(np.float32) for name, shape in shapes(config)}
-    if config.get("norm_head"):  # or logits would be small
+    if config.get("norm_head"):  # else the logits are small
         weights["model.norm.weight"] *= 12
     return weights
 
 
 def reference(vocab: int, logits: Callable[[list[int]], np.ndarray], prompts: list[list[int]]) -> dict[str, np.ndarray]:
-    """The arrays of `reference.npz` but the seed; `logits` are those after each token of a sequence."""
+    """Return the arrays of `reference.npz` without the seed; `logits` maps a sequence to the logits of each token."""
     rows = len(prompts)
     made = {
         "prompts": np.full((rows, max(PROMPT_LENGTHS)), -1, np.int32),
@@ -187,8 +188,10 @@ def block_reference(
     logits: Callable[[list[int]], np.ndarray],
     prompts: list[list[int]],
 ) -> tuple[dict[str, np.ndarray], str | None]:
-    """The same of a model that decodes blocks, and what makes it a poor golden: logits of tokens are those of the step
-    that chose them."""
+    """Return the arrays of `reference.npz` of a block diffusion model, and its fault as a golden, if it has one.
+
+    The logits of a token are those of the denoising step that chose it.
+    """
     rows, vocab, (threshold, steps) = len(prompts), config["vocab_size"], schedule
     made = {
         "prompts": np.full((rows, max(PROMPT_LENGTHS)), -1, np.int32),
@@ -208,7 +211,7 @@ def block_reference(
         made["prompts"][row, : len(prompt)] = prompt
         made["prompt_logits"][row, : len(prompt)] = logits(prompt)
         made["tokens"][row] = decoded.tokens
-        made["token_logits"][row] = np.maximum(decoded.logits, -100)  # the mask's is minus infinity
+        made["token_logits"][row] = np.maximum(decoded.logits, -100)  # the logit of the mask token is minus infinity
         margins += decoded.margins
         sizes += decoded.steps
     if min(margins) <= 1e-3:
@@ -222,7 +225,7 @@ def block_reference(
 def write(
     name: str, config: dict[str, Any], weights: dict[str, np.ndarray], made: dict[str, np.ndarray], seed: int
 ) -> None:
-    """The folder of a case."""
+    """Write the folder of a case."""
     shutil.rmtree(HERE / name, ignore_errors=True)
     (HERE / name).mkdir()
     (HERE / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -237,7 +240,7 @@ def faults(
     made: dict[str, np.ndarray],
     rng: np.random.Generator,
 ) -> Iterator[str]:
-    """What makes this a poor golden."""
+    """Yield the faults of a model as a golden."""
     second, first = np.sort(made["token_logits"])[..., -2:].transpose(2, 0, 1)
     if ((first - second) / np.abs(made["token_logits"]).max(-1)).min() <= 1e-3:
         yield "two next tokens nearly tie"
@@ -255,7 +258,7 @@ def jumps(
     made: dict[str, np.ndarray],
     rng: np.random.Generator,
 ) -> Iterator[str]:
-    """What makes this a poor golden of any model."""
+    """Yield the faults that any model can have: flat or constant logits, logits that jump at a nudge."""
     if made["token_logits"].std() < 1:
         yield "the logits hardly spread"
     if min(len(set(row)) for row in made["tokens"].tolist()) < STEPS // 2:
@@ -265,7 +268,7 @@ def jumps(
         nudged = weights | {name: weights[name] * (1 + NUDGE * rng.standard_normal(weights[name].shape))}
         for prompt, tokens in zip(prompts, made["tokens"].tolist(), strict=True):
             before, after = (logits(config, held, prompt + tokens) for held in (weights, nudged))
-            if np.abs(after - before).max() > MOST_CHANGE * np.abs(before).max():
+            if np.abs(after - before).max() > MAX_CHANGE * np.abs(before).max():
                 yield "a nudge makes the logits jump"
 
 
@@ -277,8 +280,8 @@ def make_case(name: str) -> int:
         weights = drawn(config, rng)
         prompts = [rng.integers(config["vocab_size"], size=length).tolist() for length in PROMPT_LENGTHS]
         of_model = partial(logits, config, weights)
-        if name in PACES:
-            made, fault = block_reference(config, PACES[name], of_model, prompts)
+        if name in SCHEDULES:
+            made, fault = block_reference(config, SCHEDULES[name], of_model, prompts)
             fault = fault or next(jumps(config, weights, prompts, made, rng), None)
         else:
             made = reference(config["vocab_size"], of_model, prompts)

@@ -1,9 +1,9 @@
-"""Make the golden checkpoints of bailing_moe_linear, which transformers does not have, with plain NumPy.
+"""Make the golden checkpoints of bailing_moe_linear, which transformers lacks, with a plain NumPy model.
 
     python -m tests.goldens.make_ring_linear
 
-The folders hold what those of `make_goldens.py` hold. The model is written here for reading, in double precision: one
-sequence at a time, one position and one head after the other, nothing cached, nothing shared with the package.
+The folders have the form of those of `make_goldens.py`. The model is written for reading, in double precision: one
+sequence at a time, one position and one head at a time, without a cache, and independent of the package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from tests.goldens.make_plain_goldens import GAIN, PROMPT_LENGTHS, STEPS, reference, write
 
 MIN_TOKEN_GAP, MIN_CHOICE_GAP = 1e-3, 1e-3
-"""Best to second-best logit, relative to the largest; last expert (or group) that is kept to the first that is not."""
+"""Smallest gaps: best to second-best logit, relative to the largest; last chosen to first rejected expert or group."""
 
 # fmt: off
 COMMON = {
@@ -51,14 +51,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class Model:
-    """Weights by the names of the file, and what they compute."""
+    """A Ring-linear model: its tensors by name, and its computation."""
 
     def __init__(self, config: dict[str, Any], seed: int) -> None:
         self.config = config
         self.random = np.random.default_rng(seed)
         self.tensors: dict[str, np.ndarray] = {}
         self.least_gap = float("inf")
-        """Of all choices of experts so far."""
+        """Smallest gap of all choices of experts so far."""
         hidden, width, heads = config["hidden_size"], config["head_dim"], config["num_attention_heads"]
         self._draw("model.word_embeddings.weight", config["vocab_size"], hidden)
         if not config["tie_word_embeddings"]:
@@ -86,7 +86,7 @@ class Model:
         return layer < self.config["first_k_dense_replace"]
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """After each token."""
+        """Return the logits after each token, `[tokens, vocab]`."""
         x = self._get("model.word_embeddings.weight")[tokens]
         for layer in range(self.config["num_hidden_layers"]):
             at = f"model.layers.{layer}."
@@ -152,7 +152,7 @@ class Model:
         return out
 
     def _choose(self, at: str, x: np.ndarray) -> list[tuple[int, float]]:
-        """The experts of a row, with their weights."""
+        """Return the experts of a row, with their weights."""
         config = self.config
         scores = 1 / (1 + np.exp(-self._get(at + "gate.weight") @ x))
         biased = (scores + self._get(at + "gate.expert_bias")).reshape(config["n_group"], -1)
@@ -163,11 +163,11 @@ class Model:
         total = sum(scores[expert] for expert in kept) if config["norm_topk_prob"] else 1
         return [(expert, config["routed_scaling_factor"] * scores[expert] / total) for expert in kept]
 
-    def _best(self, scores: np.ndarray, most: int, *, leave: bool = False) -> list[int]:
+    def _best(self, scores: np.ndarray, kept: int, *, leave: bool = False) -> list[int]:
         order = np.argsort(-scores).tolist()
-        if most < len(order):
-            self.least_gap = min(self.least_gap, float(scores[order[most - 1]] - scores[order[most]]))
-        return order[most:] if leave else order[:most]
+        if kept < len(order):
+            self.least_gap = min(self.least_gap, float(scores[order[kept - 1]] - scores[order[kept]]))
+        return order[kept:] if leave else order[:kept]
 
     def _swiglu(self, at: str, x: np.ndarray) -> np.ndarray:
         gate, up = (x @ self._get(f"{at}{part}_proj.weight").T for part in ("gate", "up"))
@@ -205,7 +205,7 @@ class Model:
 
 
 def rates(heads: int) -> list[float]:
-    """How fast each head forgets, before the layer is counted in."""
+    """Return the decay rate of each head, before it is scaled for the layer."""
     if log2(heads).is_integer():
         return [2 ** (-8 * (head + 1) / heads) for head in range(heads)]
     below = 2 ** int(log2(heads))

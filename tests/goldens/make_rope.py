@@ -1,5 +1,5 @@
-"""Write `rope.json`: the frequencies and amplitudes that Hugging Face transformers computes for each way to stretch the
-rotary embedding, with the fields of `config.json` that ask for it.
+"""Write `rope.json`: the frequencies and amplitudes of Hugging Face transformers for each scaling of the rotary
+embedding, with the `rope_parameters` of each.
 
     pip install torch==2.13.0 transformers==5.23
     python tests/goldens/make_rope.py

@@ -25,7 +25,7 @@ def rotary(fields: dict[str, Any]) -> Rotary:
     configs: list[RopeConfig] = []
 
     def read(fields: Fields) -> RopeConfig:
-        fields.any("max_position_embeddings", None)
+        fields.ignore("max_position_embeddings")
         configs.append(read_rope(fields, HEAD_DIM, theta=500.0))
         return configs[0]
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.checkpoints.orbax_store import Steps
+from moe_jax.checkpoints.orbax_store import TrainingCheckpoints
 from moe_jax.errors import CheckpointError, ConfigError
 from moe_jax.layers import Load
 from moe_jax.models import ShardedDecoder
@@ -147,7 +147,7 @@ def test_optimizer_moments_lie_where_their_parameters_lie() -> None:
 
 def test_states_of_another_model_are_refused(tmp_path: Path) -> None:
     trainer = TINY.trainer(HERE, SCATTER)
-    with Steps(tmp_path) as saved:
+    with TrainingCheckpoints(tmp_path) as saved:
         saved.save(2, trainer.initial_state())
     other = replace(trainer.decoder, config=replace(trainer.decoder.config, hidden=64))
     with pytest.raises(CheckpointError, match="does not hold what this model needs"):
@@ -163,7 +163,7 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path: Path) -> None:
 
 def test_damaged_states_are_told(tmp_path: Path) -> None:
     trainer = TINY.trainer(HERE, SCATTER)
-    with Steps(tmp_path) as saved:
+    with TrainingCheckpoints(tmp_path) as saved:
         saved.save(2, trainer.initial_state())
     for path in (tmp_path / "2").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:5])

@@ -1,6 +1,6 @@
-"""Models that come with the package."""
+"""Models that ship with the package."""
 
 from pathlib import Path
 
 ADDER = Path(__file__).parent / "adder"
-"""A small Qwen3-MoE that adds numbers; `moe_jax.training.recipe` made it."""
+"""Directory of a small Qwen3-MoE that adds numbers. `moe_jax.training.recipe` trains it."""

@@ -1,109 +1,88 @@
-"""Model families: for each, how its `config.json` reads and what its tensors are called. Data, no computation."""
+"""Model families: for each `model_type`, a reader of `config.json` and a table of tensor names. Data only."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 
-from moe_jax.checkpoints.families import (
-    bailing_hybrid,
-    bailing_moe,
-    bailing_moe_linear,
-    bailing_moe_v2,
-    dbrx,
-    deepseek_v2,
-    deepseek_v3,
-    ernie4_5_moe,
-    exaone_moe,
-    glm4_moe,
-    gpt_oss,
-    granitemoe,
-    hunyuan_v1_moe,
-    hy_v3,
-    jamba,
-    llada2_moe,
-    llama4,
-    llama4_text,
-    mimo_v2_flash,
-    minimax_m2,
-    mixtral,
-    olmoe,
-    phimoe,
-    qwen2_moe,
-    qwen3_5_moe,
-    qwen3_5_moe_text,
-    qwen3_moe,
-    qwen3_next,
-    sarvam_mla,
-    sarvam_moe,
-    sdar_moe,
-    step3p5,
-    step3p7,
-)
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.weight_mapping import Source
 from moe_jax.config import ModelConfig
 
+MODEL_TYPES = (
+    "bailing_hybrid",
+    "bailing_moe",
+    "bailing_moe_linear",
+    "bailing_moe_v2",
+    "dbrx",
+    "deepseek_v2",
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "jamba",
+    "llada2_moe",
+    "llama4",
+    "llama4_text",
+    "mimo_v2_flash",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "sarvam_mla",
+    "sarvam_moe",
+    "sdar_moe",
+    "step3p5",
+    "step3p7",
+)
+"""Values of `model_type` in `config.json`. The family of each is the module of that name."""
+
 
 @dataclass(frozen=True)
 class Family:
+    """One family: how its config is read and how its tensors become parameters."""
+
     read: Callable[[Fields], ModelConfig]
+    """Reader of the fields of `config.json`."""
     sources: Mapping[str, Source]
-    """By parameter: those of a block as named inside it, the others by their full name."""
-    unused: tuple[str, ...]
-    """How the names of tensors begin that may be there without being read."""
-    elsewhere: Mapping[str, Source]
-    """Of parameters that some files hold in other tensors than `sources` says: those tensors."""
+    """Source of each parameter. A parameter of a decoder layer has its name within the layer, others their full
+    name."""
+    ignored_prefixes: tuple[str, ...]
+    """Name prefixes of tensors that a file may hold and the model does not read."""
+    alternative_sources: Mapping[str, Source]
+    """Sources that replace those of `sources` in files that hold tensors of these names."""
 
     def sources_in(self, tensors: Collection[str]) -> Mapping[str, Source]:
-        """Where parameters are in a file of these tensors."""
-        names = [
-            name.format(layer="(\\d+)", expert="(\\d+)") for each in self.elsewhere.values() for name in each.names
+        """Return the source of each parameter in a checkpoint with tensors of the given names."""
+        patterns = [
+            name.format(layer="(\\d+)", expert="(\\d+)")
+            for source in self.alternative_sources.values()
+            for name in source.names
         ]
-        found = any(re.fullmatch(name, tensor) for name in names for tensor in tensors)
-        return {**self.sources, **self.elsewhere} if found else self.sources
+        found = any(re.fullmatch(pattern, tensor) for pattern in patterns for tensor in tensors)
+        return {**self.sources, **self.alternative_sources} if found else self.sources
 
 
-_MODULES = (
-    bailing_hybrid,
-    bailing_moe,
-    bailing_moe_linear,
-    bailing_moe_v2,
-    dbrx,
-    deepseek_v2,
-    deepseek_v3,
-    ernie4_5_moe,
-    exaone_moe,
-    glm4_moe,
-    gpt_oss,
-    granitemoe,
-    hunyuan_v1_moe,
-    hy_v3,
-    jamba,
-    llada2_moe,
-    llama4,
-    llama4_text,
-    mimo_v2_flash,
-    minimax_m2,
-    mixtral,
-    olmoe,
-    phimoe,
-    qwen2_moe,
-    qwen3_5_moe,
-    qwen3_5_moe_text,
-    qwen3_moe,
-    qwen3_next,
-    sarvam_mla,
-    sarvam_moe,
-    sdar_moe,
-    step3p5,
-    step3p7,
-)
-FAMILIES: Mapping[str, Family] = {
-    module.__name__.rpartition(".")[2]: Family(
-        module.read, module.SOURCES, getattr(module, "UNUSED", ()), getattr(module, "ELSEWHERE", {})
+def _family(model_type: str) -> Family:
+    module = import_module(f"{__name__}.{model_type}")
+    return Family(
+        module.read,
+        module.SOURCES,
+        getattr(module, "IGNORED_PREFIXES", ()),
+        getattr(module, "ALTERNATIVE_SOURCES", {}),
     )
-    for module in _MODULES
-}
-"""By the `model_type` of `config.json`, which each page of data is named after."""
+
+
+FAMILIES: Mapping[str, Family] = {model_type: _family(model_type) for model_type in MODEL_TYPES}
+"""Families by the `model_type` of `config.json`."""

@@ -1,4 +1,4 @@
-"""Ling 3: Kimi delta attention (arXiv:2510.26692) and, every few layers, latent attention, each head's output gated."""
+"""Ling 3: Kimi delta attention (arXiv:2510.26692), latent attention on every few layers, gated heads."""
 
 from dataclasses import replace
 
@@ -28,8 +28,8 @@ SOURCES = {
     "recurrence.norm.weight": plain(ATTENTION + "o_norm.weight"),
     "recurrence.output": linear(ATTENTION + "dense.weight", inputs=2),
 }
-ELSEWHERE = {"recurrence.output": linear(ATTENTION + "o_proj.weight", inputs=2)}
-SAME = {
+ALTERNATIVE_SOURCES = {"recurrence.output": linear(ATTENTION + "o_proj.weight", inputs=2)}
+SUPPORTED = {
     "no_kda_lora": True,
     "use_mla_nope": False,
     "q_lora_rank": None,
@@ -39,31 +39,30 @@ SAME = {
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name, other in OTHERS.items():
-        fields.rename(other, name)
-    for name, value in SAME.items():
-        fields.expect(name, value)
-    for name in ("use_qk_norm", "rotary_dim", "mtp_loss_scaling_factor", "mtp_use_kda"):
-        fields.any(name, None)  # said by others again, or of layers that guess further tokens
-    full = replace(ling_layers.latent(fields), output_gate=OutputGate.HEAD)
+    for name, alias in ALIASES.items():
+        fields.rename(alias, name)
+    fields.expect_all(SUPPORTED)
+    fields.ignore("use_qk_norm", "rotary_dim")  # other fields hold the same
+    fields.ignore("mtp_loss_scaling_factor", "mtp_use_kda")  # of multi-token-prediction layers
+    full = replace(ling_layers.latent_layer(fields), output_gate=OutputGate.HEAD)
     heads, width = full.heads, fields.take("linear_head_dim", int, fields.take("head_dim", int, 128))
     fields.expect("linear_num_heads", heads)
     kernel = fields.take("linear_conv_kernel_dim", int, fields.take("short_conv_kernel_size", int, 4))
     delta = DeltaConfig(heads, heads, width, width, kernel, _decay(fields), HeadGate.SIGMOID)
     mixers = [delta if recurrent else full for recurrent in recurrent_layers(fields, "layer_group_size", 6)]
-    ffns = ling_layers.experts(fields, scale=2.5, dense=2, groups=8, kept=4)
+    ffns = ling_layers.hybrid_feed_forwards(fields, scale=2.5, dense=2, n_group=8, topk_group=4)
     return model(fields, map(LayerConfig, mixers, ffns), eps=1e-6)
 
 
 def _decay(fields: Fields) -> DecayConfig:
-    floor = fields.any("kda_lower_bound", -5.0)
+    floor = fields.get("kda_lower_bound", -5.0)
     if isinstance(floor, bool) or not isinstance(floor, int | float):
         fields.problem(f"kda_lower_bound must be a number, got {floor!r}")
         floor = -5.0
     return DecayConfig(each_channel=True, floor=float(floor) if fields.take("kda_safe_gate", bool, True) else None)
 
 
-OTHERS = {
+ALIASES = {
     "max_position_embeddings": "model_max_length",
     "norm_topk_prob": "moe_renormalize",
     "n_group": "num_expert_group",
@@ -71,4 +70,4 @@ OTHERS = {
     "num_shared_experts": "n_shared_experts",
     "num_experts": "num_local_experts",
 }
-"""What transformers may write for names of the hub."""
+"""The hub's name of a field: the name that transformers may write instead."""

@@ -1,4 +1,4 @@
-"""Ling and Ring (Ant Group, arXiv:2503.05139): queries, keys and values in one tensor; a head of unit columns."""
+"""Ling and Ring (Ant Group, arXiv:2503.05139): one query-key-value tensor, optional unit-length head columns."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from moe_jax.config import (
     SharedExpertConfig,
 )
 
-SOURCES = {**ling_layers.SOURCES, **ling_layers.heads("attention")}
-ONLY = {
+SOURCES = {**ling_layers.SOURCES, **ling_layers.qkv_sources("attention")}
+SUPPORTED = {
     "multi_gate": False,
     "norm_softmax": False,
     "router_type": "topN",
@@ -28,8 +28,8 @@ ONLY = {
     "use_rmsnorm": True,
     "use_sliding_window": False,
 }
-"""Fields of which one value is understood."""
-NOTHING = (
+"""Fields with a single supported value."""
+IGNORED_FIELDS = (
     "embedding_dropout",
     "max_window_layers",
     "mtp_loss_scaling_factor",
@@ -37,14 +37,14 @@ NOTHING = (
     "router_dtype",
     "sliding_window",
 )
-"""Of training, of windows that no layer has, of layers that guess further tokens; the router is float32 always."""
+"""Fields of training, of unused windows and of multi-token-prediction layers; the router is always float32."""
 
 
 def read(fields: Fields) -> ModelConfig:
-    return model_of(fields)
+    return read_model(fields)
 
 
-def model_of(
+def read_model(
     fields: Fields,
     *,
     qk_norm: bool = False,
@@ -53,30 +53,29 @@ def model_of(
     scale: float = 1.0,
     theta: float = 6e5,
 ) -> ModelConfig:
-    """The model; the arguments are what the file may leave out.
+    """Read the model config. The arguments are defaults of fields that the file may omit.
 
     Args:
-      biased: whether experts are chosen with a bias.
-      dense: the number of first layers that are.
+      qk_norm: default of `use_qk_norm`.
+      biased: default of `moe_router_enable_expert_bias`.
+      dense: default of `first_k_dense_replace`, the number of dense layers before the first MoE.
+      scale: default of `routed_scaling_factor`.
+      theta: default of `rope_theta`.
     """
-    for name, value in ONLY.items():
-        fields.expect(name, value)
-    for name in NOTHING:
-        fields.any(name, None)
+    fields.expect_all(SUPPORTED)
+    fields.ignore(*IGNORED_FIELDS)
     head_dim = fields.take("head_dim", int, fields.take("hidden_size", int) // fields.take("num_attention_heads", int))
     norm = QKNorm.HEAD if fields.take("use_qk_norm", bool, qk_norm) else None
-    attended = attention(
-        fields, theta=theta, fraction=fields.take("rotary_dim", int, head_dim) / head_dim, qk_norm=norm
-    )
+    attn = attention(fields, theta=theta, fraction=fields.take("rotary_dim", int, head_dim) / head_dim, qk_norm=norm)
     first, moe = DenseConfig(fields.take("intermediate_size", int)), _moe(fields, biased, scale)
-    layers = [LayerConfig(attended, first if is_dense else moe) for is_dense in dense_layers(fields, dense)]
+    layers = [LayerConfig(attn, first if is_dense else moe) for is_dense in dense_layers(fields, dense)]
     return model(fields, layers, eps=1e-6, norm_head=fields.take("norm_head", bool, False))
 
 
 def _moe(fields: Fields, biased: bool, scale: float) -> MoEConfig:
     width, top_k = fields.take("moe_intermediate_size", int), fields.take("num_experts_per_tok", int)
     shared_width = fields.take("moe_shared_expert_intermediate_size", int, width)
-    shared = fields.take("num_shared_experts", int) if fields.any("num_shared_experts", 0) else 0
+    shared = fields.take("num_shared_experts", int) if fields.get("num_shared_experts", 0) else 0
     biased = fields.take("moe_router_enable_expert_bias", bool, biased)
     fields.expect("score_function", "sigmoid" if biased else "softmax")
     router = RouterConfig(

@@ -1,7 +1,7 @@
-"""Ring-linear: lightning attention (arXiv:2401.04658) and, every few layers, softmax attention; the DeepSeek-V3 router.
+"""Ring-linear: lightning attention (arXiv:2401.04658), softmax attention on every few layers, DeepSeek-V3 router.
 
-How fast heads forget is in no tensor. It falls from layer to layer as in the code that comes with the weights; some
-engines let it fall one layer earlier.
+The checkpoint has no tensor for the decay rates of the heads. The rates fall from layer to layer as in the model code
+published with the weights; some engines shift them by one layer.
 """
 
 from moe_jax.checkpoints.families import ling_layers
@@ -14,8 +14,8 @@ from moe_jax.config import LayerConfig, LightningConfig, ModelConfig, QKNorm
 
 SOURCES = {
     **ling_layers.SOURCES,
-    **ling_layers.heads("attention"),
-    **ling_layers.heads("recurrence"),
+    **ling_layers.qkv_sources("attention"),
+    **ling_layers.qkv_sources("recurrence"),
     "recurrence.gate.weight": linear(ATTENTION + "g_proj.weight"),
     "recurrence.norm.weight": plain(ATTENTION + "g_norm.weight"),
 }
@@ -24,22 +24,21 @@ SOURCES = {
 def read(fields: Fields) -> ModelConfig:
     hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
     fields.expect("head_dim", hidden // heads)
-    for name, value in {"linear_silu": False, "use_linear_silu": False, "linear_rope": True}.items():
-        fields.expect(name, value)
-    normed = fields.take("use_qk_norm", bool, False)
-    full = attention(fields, theta=6e5, qk_norm=QKNorm.HEAD if normed else None)
+    fields.expect_all({"linear_silu": False, "use_linear_silu": False, "linear_rope": True})
+    has_norm = fields.take("use_qk_norm", bool, False)
+    full = attention(fields, theta=6e5, qk_norm=QKNorm.HEAD if has_norm else None)
     for name in ("score_function", "moe_router_enable_expert_bias"):
         if not fields.has(name):
-            fields.problem(f"{name} is missing: without it, engines differ in how experts are chosen")
-    ffns = ling_layers.experts(fields, scale=1.0, dense=0, groups=1, kept=1)
+            fields.problem(f"{name} is missing: without it, engines choose experts differently")
+    ffns = ling_layers.hybrid_feed_forwards(fields, scale=1.0, dense=0, n_group=1, topk_group=1)
     if len(ffns) % fields.take("layer_group_size", int, 1):
-        fields.problem("layer_group_size must divide the layers: of what is left, engines differ in what they make")
+        fields.problem("layer_group_size must divide num_hidden_layers: engines differ on the layers left over")
     gaps = max(len(ffns) - 1, 1)
     lightning = LightningConfig(
         heads,
         full.head_dim,
         full.rope,
-        normed,
+        has_norm,
         fields.take("group_norm_size", int),
         scale=1 + 1 / gaps + 1e-5,
         scale_decrement=1 / gaps,

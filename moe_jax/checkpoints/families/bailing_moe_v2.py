@@ -1,4 +1,4 @@
-"""Ling 2.0 and Ring 2.0 (Ant Group, arXiv:2510.22115), where files call it so: sigmoid scores from the best groups."""
+"""Ling 2.0 and Ring 2.0 (Ant Group, arXiv:2510.22115): sigmoid router with selection bias and group limit."""
 
 from moe_jax.checkpoints.families import bailing_moe
 

@@ -1,4 +1,4 @@
-"""DBRX (Databricks, 2024): clipped queries, keys and values in one tensor, layer norms, experts flattened."""
+"""DBRX (Databricks, 2024): clipped queries, keys and values in one tensor, layer norms, flattened experts."""
 
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.weight_mapping import arranged, joined, linear, plain
@@ -17,14 +17,14 @@ SOURCES = {
     "attention.output": linear(ATTENTION + "attn.out_proj.weight", inputs=2),
     "ffn_norm.weight": plain(ATTENTION + "norm_2.weight"),
     "ffn.router.weight": linear(FFN + "router.layer.weight"),
-    "ffn.experts.gate_up": arranged(EXPERTS + "w1", EXPERTS + "v1", here="e d f", file="(e f) d"),
-    "ffn.experts.down": arranged(EXPERTS + "w2", here="e f d", file="(e f) d"),
+    "ffn.experts.gate_up": arranged(EXPERTS + "w1", EXPERTS + "v1", parameter="e d f", tensor="(e f) d"),
+    "ffn.experts.down": arranged(EXPERTS + "w2", parameter="e f d", tensor="(e f) d"),
 }
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name in ("emb_pdrop", "resid_pdrop", "num_key_value_heads"):  # of training; said by attn_config too
-        fields.any(name, None)
+    fields.ignore("emb_pdrop", "resid_pdrop")  # of training
+    fields.ignore("num_key_value_heads")  # attn_config has it too
     fields.expect("tie_word_embeddings", False)
     hidden, heads = fields.take("d_model", int), fields.take("n_heads", int)
     return ModelConfig(
@@ -40,7 +40,7 @@ def read(fields: Fields) -> ModelConfig:
 
 def _attention(fields: Fields, heads: int, head_dim: int) -> AttentionConfig:
     inner = fields.inner("attn_config")
-    inner.any("attn_pdrop", None)
+    inner.ignore("attn_pdrop")
     rope = fields.inner("rope_parameters")
     rope.expect("rope_type", "default")
     theta = rope.take("rope_theta", float, inner.take("rope_theta", float, 1e4))
@@ -54,8 +54,7 @@ def _attention(fields: Fields, heads: int, head_dim: int) -> AttentionConfig:
 
 
 def _moe(fields: Fields, hidden: int) -> MoEConfig:
-    for name in ("moe_jitter_eps", "moe_loss_weight"):
-        fields.any(name, None)
+    fields.ignore("moe_jitter_eps", "moe_loss_weight")
     fields.expect("hidden_size", hidden)
     fields.expect("ffn_act_fn", {"name": "silu"})
     power = fields.take("moe_normalize_expert_weights", float, 1.0)

@@ -1,4 +1,4 @@
-"""Feed-forward layers after DeepSeek-V3 (arXiv:2412.19437), which several families take over."""
+"""Feed-forward layers of DeepSeek-V3 (arXiv:2412.19437), which several families share."""
 
 from __future__ import annotations
 
@@ -7,33 +7,45 @@ from moe_jax.config import DenseConfig, GroupLimit, GroupScore, MoEConfig, Route
 
 
 def feed_forwards(
-    fields: Fields, *, experts: str, shared: str, scale: float, dense: int, groups: int = 1, kept: int = 1
+    fields: Fields, *, experts: str, shared: str, scale: float, dense: int, n_group: int = 1, topk_group: int = 1
 ) -> list[DenseConfig | MoEConfig]:
-    """Each layer's: the first few dense, the others MoEs with sigmoid scores, chosen with a bias, from the best groups.
+    """Read the feed-forward layer of each decoder layer: first dense layers, then MoEs with a `sigmoid_router`.
 
     Args:
-      experts, shared: the fields that count them; shared experts are one MLP of the width of all.
-      scale, dense, groups, kept: what the file may leave out.
+      experts: name of the field that counts the routed experts.
+      shared: name of the field that counts the shared experts.
+      scale, n_group, topk_group: see `sigmoid_router`.
+      dense: default of `first_k_dense_replace`.
     """
-    router = sigmoid_router(fields, scale=scale, groups=groups, kept=kept)
-    moe = moe_of(fields, router, experts=experts, shared=shared)
+    router = sigmoid_router(fields, scale=scale, n_group=n_group, topk_group=topk_group)
+    moe = moe_config(fields, router, experts=experts, shared=shared)
     first = DenseConfig(fields.take("intermediate_size", int))
     return [first if is_dense else moe for is_dense in dense_layers(fields, dense)]
 
 
-def sigmoid_router(fields: Fields, *, scale: float, groups: int = 1, kept: int = 1) -> RouterConfig:
-    """Sigmoid scores, the choice made with a bias; the arguments are what the file may leave out."""
+def sigmoid_router(fields: Fields, *, scale: float, n_group: int = 1, topk_group: int = 1) -> RouterConfig:
+    """Read a router with sigmoid scores, a selection bias and a group limit.
+
+    Args:
+      scale: default of `routed_scaling_factor`.
+      n_group, topk_group: defaults of the fields of these names.
+    """
     return RouterConfig(
         Score.SIGMOID,
         selection_bias=True,
-        limit=group_limit(fields, GroupScore.BEST_TWO, groups, kept),
+        limit=group_limit(fields, GroupScore.BEST_TWO, n_group, topk_group),
         norm=1 if fields.take("norm_topk_prob", bool, True) else None,
         scale=fields.take("routed_scaling_factor", float, scale),
     )
 
 
-def moe_of(fields: Fields, router: RouterConfig, *, experts: str, shared: str | None) -> MoEConfig:
-    """Routed experts of one width, and shared ones, where a field counts them, that are one MLP of the width of all."""
+def moe_config(fields: Fields, router: RouterConfig, *, experts: str, shared: str | None) -> MoEConfig:
+    """Read an MoE layer. Its shared experts are one MLP of their joint width.
+
+    Args:
+      experts: name of the field that counts the routed experts.
+      shared: name of the field that counts the shared experts; `None` if there are none.
+    """
     width = fields.take("moe_intermediate_size", int)
     return MoEConfig(
         experts=fields.take(experts if fields.has(experts) else "num_local_experts", int),
@@ -44,15 +56,23 @@ def moe_of(fields: Fields, router: RouterConfig, *, experts: str, shared: str | 
     )
 
 
-def group_limit(fields: Fields, score: GroupScore, groups: int, kept: int) -> GroupLimit | None:
-    """None where there is one group, or all are kept."""
-    groups, kept = fields.take("n_group", int, groups), fields.take("topk_group", int, kept)
-    return None if kept == groups else GroupLimit(groups, kept, score)
+def group_limit(fields: Fields, score: GroupScore, n_group: int, topk_group: int) -> GroupLimit | None:
+    """Read the group limit of a router; `None` if the router chooses among all groups.
+
+    Args:
+      n_group, topk_group: defaults of the fields of these names.
+    """
+    n_group, topk_group = fields.take("n_group", int, n_group), fields.take("topk_group", int, topk_group)
+    return None if topk_group == n_group else GroupLimit(n_group, topk_group, score)
 
 
 def dense_layers(fields: Fields, dense: int) -> list[bool]:
-    """Which layers are, from `mlp_layer_types`, or from the number of the first ones."""
-    layers, first = fields.take("num_hidden_layers", int), fields.any("first_k_dense_replace", dense)
+    """For each layer, True if its feed-forward layer is dense.
+
+    Args:
+      dense: default of `first_k_dense_replace`, which counts where `mlp_layer_types` is missing.
+    """
+    layers, first = fields.take("num_hidden_layers", int), fields.get("first_k_dense_replace", dense)
     kinds = fields.take_list("mlp_layer_types", str)
     if kinds and (len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}):
         fields.problem(f"mlp_layer_types must say dense or sparse for each of {layers} layers, got {kinds}")

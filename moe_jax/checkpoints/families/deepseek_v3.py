@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1 (arXiv:2412.19437): latent attention; sigmoid scores chosen with a bias from the best groups."""
+"""DeepSeek-V3, R1 (arXiv:2412.19437): multi-head latent attention, sigmoid router with selection bias and groups."""
 
 from moe_jax.checkpoints.families import latent_attention
 from moe_jax.checkpoints.families.deepseek_layers import feed_forwards
@@ -11,10 +11,9 @@ SOURCES = {**MODEL, **latent_attention.SOURCES, **DENSE_MLP, **MOE, **SELECTION_
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name, value in {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}.items():
-        fields.expect(name, value)
-    attended = latent_attention.latent_attention(fields, interleaved=fields.take("rope_interleave", bool, True))
+    fields.expect_all({"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1})
+    attn = latent_attention.latent_attention(fields, interleaved=fields.take("rope_interleave", bool, True))
     ffns = feed_forwards(
-        fields, experts="n_routed_experts", shared="n_shared_experts", scale=2.5, dense=3, groups=8, kept=4
+        fields, experts="n_routed_experts", shared="n_shared_experts", scale=2.5, dense=3, n_group=8, topk_group=4
     )
-    return model(fields, [LayerConfig(attended, ffn) for ffn in ffns], eps=1e-6)
+    return model(fields, [LayerConfig(attn, ffn) for ffn in ffns], eps=1e-6)

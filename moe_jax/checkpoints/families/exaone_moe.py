@@ -1,4 +1,4 @@
-"""K-EXAONE: windows with rotary embedding, and full attention without, in turn; the DeepSeek-V3 router."""
+"""K-EXAONE: sliding windows with rotary embedding, full attention without it at intervals, DeepSeek-V3 router."""
 
 from dataclasses import replace
 
@@ -15,21 +15,26 @@ SOURCES = {**MODEL, **ATTENTION_BLOCK, **DENSE_MLP, **MOE, **SHARED, **BIAS}
 
 def read(fields: Fields) -> ModelConfig:
     ffns = feed_forwards(fields, experts="num_experts", shared="num_shared_experts", scale=2.5, dense=1)
-    slides = attention(fields, theta=1e4, qk_norm=QKNorm.HEAD)
-    full = replace(slides, rope=None) if fields.has("sliding_window") else slides
+    sliding = attention(fields, theta=1e4, qk_norm=QKNorm.HEAD)
+    full = replace(sliding, rope=None) if fields.has("sliding_window") else sliding
     windows = layer_windows(fields, len(ffns), pattern=_pattern(fields, len(ffns)))
-    attended = [full if window is None else replace(slides, window=window) for window in windows]
-    return model(fields, map(LayerConfig, attended, ffns), eps=1e-5)
+    mixers = [full if window is None else replace(sliding, window=window) for window in windows]
+    return model(fields, map(LayerConfig, mixers, ffns), eps=1e-5)
 
 
 def _pattern(fields: Fields, layers: int) -> list[str]:
-    """The kind of each layer, where they are not listed: the last of so many is full, or as letters say."""
-    pattern = fields.any("sliding_window_pattern", 4)
+    """Read `sliding_window_pattern` as the type of each layer.
+
+    A number n means that every n-th layer has full attention; letters repeat, L for sliding and G for full attention.
+    """
+    pattern = fields.get("sliding_window_pattern", 4)
     if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
         kinds = [pattern[layer % len(pattern)] for layer in range(layers - 1)] + ["G"]
     elif type(pattern) is int and pattern > 0:
         kinds = ["G" if (layer + 1) % pattern == 0 else "L" for layer in range(layers)]
     else:
-        fields.problem(f"sliding_window_pattern must be a number of layers or letters L and G, got {pattern!r}")
+        fields.problem(
+            f"sliding_window_pattern must be a number of layers or a string of letters L and G, got {pattern!r}"
+        )
         kinds = ["G"] * layers
     return [{"L": "sliding_attention", "G": "full_attention"}[kind] for kind in kinds]

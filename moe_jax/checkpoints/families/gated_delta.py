@@ -1,4 +1,4 @@
-"""Gated delta nets with full attention between them, as the files of Qwen3-Next and its successors describe them."""
+"""Gated delta nets interleaved with full attention, as in Qwen3-Next and its successors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = {
 
 
 def mixers(fields: Fields) -> list[AttentionConfig | DeltaConfig]:
-    """Each layer's: `layer_types` says which, or the last of so many is full attention."""
+    """Read the token mixer of each layer: a gated delta net or full attention."""
     fields.expect("attention_bias", False)
     full = attention(fields, theta=1e4, fraction=0.25, qk_norm=QKNorm.HEAD, output_gate=OutputGate.CHANNEL)
     delta = DeltaConfig(
@@ -43,10 +43,13 @@ def mixers(fields: Fields) -> list[AttentionConfig | DeltaConfig]:
 
 
 def recurrent_layers(fields: Fields, interval: str, default: int) -> list[bool]:
-    """Whether each layer is, from `layer_types`, or all but the last of every so many.
+    """For each layer, True if it is recurrent.
+
+    Where `layer_types` is missing, every n-th layer has full attention.
 
     Args:
-      interval: the field that says how many.
+      interval: name of the field that holds n.
+      default: n, if the file omits that field.
     """
     layers, every = fields.take("num_hidden_layers", int), fields.take(interval, int, default)
     kinds = fields.take_list("layer_types", str)

@@ -1,4 +1,4 @@
-"""GLM-4.5 (arXiv:2508.06471): the DeepSeek-V3 router with grouped-query attention, half of each head rotated."""
+"""GLM-4.5 (arXiv:2508.06471): DeepSeek-V3 router, grouped-query attention, half of each head rotated."""
 
 from moe_jax.checkpoints.families.deepseek_layers import feed_forwards
 from moe_jax.checkpoints.families.llama_fields import attention, model
@@ -10,7 +10,7 @@ SOURCES = {**MODEL, **ATTENTION_BLOCK, **DENSE_MLP, **MOE, **SELECTION_BIAS, **S
 
 
 def read(fields: Fields) -> ModelConfig:
-    attended = attention(
+    attn = attention(
         fields,
         theta=1e4,
         fraction=0.5,
@@ -18,4 +18,4 @@ def read(fields: Fields) -> ModelConfig:
         qk_norm=QKNorm.HEAD if fields.take("use_qk_norm", bool, False) else None,
     )
     ffns = feed_forwards(fields, experts="n_routed_experts", shared="n_shared_experts", scale=1.0, dense=1)
-    return model(fields, [LayerConfig(attended, ffn) for ffn in ffns], eps=1e-5)
+    return model(fields, [LayerConfig(attn, ffn) for ffn in ffns], eps=1e-5)

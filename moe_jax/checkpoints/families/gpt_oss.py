@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv:2508.10925): attention sinks, windows on every other layer, biased experts with a clamped SwiGLU."""
+"""gpt-oss (arXiv:2508.10925): attention sinks, sliding windows on alternate layers, biased experts, clamped SwiGLU."""
 
 from dataclasses import replace
 
@@ -15,19 +15,18 @@ SOURCES = {
     "attention.sinks": plain(ATTENTION + "sinks"),
     "ffn.router.weight": linear(MLP + "router.weight"),
     "ffn.router.bias": plain(MLP + "router.bias"),
-    "ffn.experts.gate_up": arranged(EXPERTS + "gate_up_proj", here="e d p f", file="e d (f p)"),
-    "ffn.experts.gate_up_bias": arranged(EXPERTS + "gate_up_proj_bias", here="e p f", file="e (f p)"),
-    "ffn.experts.down": arranged(EXPERTS + "down_proj", here="e f d", file="e f d"),
-    "ffn.experts.down_bias": arranged(EXPERTS + "down_proj_bias", here="e d", file="e d"),
+    "ffn.experts.gate_up": arranged(EXPERTS + "gate_up_proj", parameter="e d p f", tensor="e d (f p)"),
+    "ffn.experts.gate_up_bias": arranged(EXPERTS + "gate_up_proj_bias", parameter="e p f", tensor="e (f p)"),
+    "ffn.experts.down": arranged(EXPERTS + "down_proj", parameter="e f d", tensor="e f d"),
+    "ffn.experts.down_bias": arranged(EXPERTS + "down_proj_bias", parameter="e d", tensor="e d"),
 }
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name in ("initial_context_length", "experts_per_token"):
-        fields.any(name, None)  # said by others again
+    fields.ignore("initial_context_length", "experts_per_token")  # other fields hold the same
     layers, bias = fields.take("num_hidden_layers", int), fields.take("attention_bias", bool, True)
     limit, slope = fields.take("swiglu_limit", float, 7.0), fields.take("swiglu_alpha", float, 1.702)
-    attended = attention(fields, theta=1.5e5, sinks=True, bias=bias, output_bias=bias)
+    attn = attention(fields, theta=1.5e5, sinks=True, bias=bias, output_bias=bias)
     moe = MoEConfig(
         experts=experts(fields),
         top_k=fields.take("num_experts_per_tok", int),
@@ -38,4 +37,4 @@ def read(fields: Fields) -> ModelConfig:
     )
     pattern = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
     windows = layer_windows(fields, layers, pattern)
-    return model(fields, [LayerConfig(replace(attended, window=window), moe) for window in windows], eps=1e-5)
+    return model(fields, [LayerConfig(replace(attn, window=window), moe) for window in windows], eps=1e-5)

@@ -1,6 +1,6 @@
-"""Granite 3 MoE: multipliers on embeddings, scores, residuals and logits; the experts of a layer in one tensor."""
+"""Granite 3 MoE: multipliers of embeddings, scores, residuals and logits; each layer's experts in one tensor."""
 
-from moe_jax.checkpoints.families.llama_fields import alike, attention, model
+from moe_jax.checkpoints.families.llama_fields import attention, model, uniform_layers
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.weight_mapping import arranged, linear
@@ -11,8 +11,8 @@ SOURCES = {
     **MODEL,
     **ATTENTION_BLOCK,
     "ffn.router.weight": linear(MOE + "router.layer.weight"),
-    "ffn.experts.gate_up": arranged(MOE + "input_linear.weight", here="e d p f", file="e (p f) d"),
-    "ffn.experts.down": arranged(MOE + "output_linear.weight", here="e f d", file="e d f"),
+    "ffn.experts.gate_up": arranged(MOE + "input_linear.weight", parameter="e d p f", tensor="e (p f) d"),
+    "ffn.experts.down": arranged(MOE + "output_linear.weight", parameter="e f d", tensor="e d f"),
 }
 
 
@@ -27,7 +27,7 @@ def read(fields: Fields) -> ModelConfig:
     scale = fields.take("attention_multiplier", float, 1.0)
     return model(
         fields,
-        alike(fields, attention(fields, theta=1e4, bias=bias, output_bias=bias, scale=scale), moe),
+        uniform_layers(fields, attention(fields, theta=1e4, bias=bias, output_bias=bias, scale=scale), moe),
         eps=1e-6,
         embedding_scale=fields.take("embedding_multiplier", float, 1.0),
         residual_scale=fields.take("residual_multiplier", float, 1.0),

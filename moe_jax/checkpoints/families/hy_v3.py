@@ -1,6 +1,6 @@
-"""Hunyuan 3: the DeepSeek-V3 router without groups, its weights scaled; the first layer dense."""
+"""Hunyuan 3: DeepSeek-V3 router without groups, scaled router weights, a dense first layer."""
 
-from moe_jax.checkpoints.families.deepseek_layers import dense_layers, moe_of
+from moe_jax.checkpoints.families.deepseek_layers import dense_layers, moe_config
 from moe_jax.checkpoints.families.llama_fields import attention, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE
 from moe_jax.checkpoints.fields import Fields
@@ -22,12 +22,12 @@ SOURCES = {
 
 def read(fields: Fields) -> ModelConfig:
     fields.expect("mlp_bias", False)
-    fields.any("enable_moe_fp32_combine", True)  # the sum with the shared expert; here it is always of the row's dtype
+    fields.ignore("enable_moe_fp32_combine")  # routed and shared experts are always added in the dtype of the rows
     bias = fields.take("attention_bias", bool, False)
-    attended = attention(fields, theta=11158840.0, qk_norm=QKNorm.HEAD, bias=bias, output_bias=bias)
+    attn = attention(fields, theta=11158840.0, qk_norm=QKNorm.HEAD, bias=bias, output_bias=bias)
     scale = fields.take("router_scaling_factor", float, 2.826)
     router = RouterConfig(Score.SIGMOID, selection_bias=True, norm=1, scale=scale)
-    moe = moe_of(fields, router, experts="num_experts", shared="num_shared_experts")
+    moe = moe_config(fields, router, experts="num_experts", shared="num_shared_experts")
     dense = DenseConfig(fields.take("intermediate_size", int))
-    layers = [LayerConfig(attended, dense if is_dense else moe) for is_dense in dense_layers(fields, dense=1)]
+    layers = [LayerConfig(attn, dense if is_dense else moe) for is_dense in dense_layers(fields, dense=1)]
     return model(fields, layers, eps=1e-5)

@@ -1,4 +1,4 @@
-"""Jamba (arXiv:2403.19887): Mamba layers, attention every few of them, positions not embedded; dense MLPs and MoEs."""
+"""Jamba (arXiv:2403.19887): Mamba layers, attention without RoPE on every few layers, dense MLPs and MoEs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOURCES = {
     "recurrence.out_norm.weight": plain(MAMBA + "c_layernorm.weight"),
     "recurrence.step.weight": linear(MAMBA + "dt_proj.weight"),
     "recurrence.step.bias": plain(MAMBA + "dt_proj.bias"),
-    "recurrence.log_rates": arranged(MAMBA + "A_log", here="h n", file="h n"),
+    "recurrence.log_rates": arranged(MAMBA + "A_log", parameter="h n", tensor="h n"),
     "recurrence.skip": plain(MAMBA + "D"),
     "recurrence.output": linear(MAMBA + "out_proj.weight"),
     "recurrence.output_bias": plain(MAMBA + "out_proj.bias"),
@@ -41,9 +41,8 @@ SOURCES = {
 
 def read(fields: Fields) -> ModelConfig:
     fields.expect("sliding_window", None)
-    for name in ("use_mamba_kernels", "use_mambapy", "use_associative_scan", "num_logits_to_keep"):
-        fields.any(name, None)  # how others compute the same
-    fields.any("calc_logits_for_entire_prompt", None)
+    fields.ignore("use_mamba_kernels", "use_mambapy", "use_associative_scan")  # choices of kernels
+    fields.ignore("num_logits_to_keep", "calc_logits_for_entire_prompt")
     hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
     attention = AttentionConfig(
         heads, fields.take("num_key_value_heads", int, heads), fields.take("head_dim", int, hidden // heads), rope=None
@@ -56,30 +55,27 @@ def read(fields: Fields) -> ModelConfig:
         convolution_bias=fields.take("mamba_conv_bias", bool, True),
         bias=fields.take("mamba_proj_bias", bool, False),
     )
-    width, count, top_k = (
-        fields.take("intermediate_size", int),
-        experts(fields),
-        fields.take("num_experts_per_tok", int),
-    )
-    dense = DenseConfig(width)
+    width, count = fields.take("intermediate_size", int), experts(fields)
+    top_k, dense = fields.take("num_experts_per_tok", int), DenseConfig(width)
     moe = MoEConfig(count, top_k, width, RouterConfig()) if count > 1 else dense
-    mixers = [attention if here else mamba for here in _layers(fields, "attn_layer", 8, 4)]
-    ffns = [moe if here else dense for here in _layers(fields, "expert_layer", 2, 1)]
+    mixers = [attention if is_attention else mamba for is_attention in _layers(fields, "attn_layer", 8, 4)]
+    ffns = [moe if is_moe else dense for is_moe in _layers(fields, "expert_layer", 2, 1)]
     return model(fields, map(LayerConfig, mixers, ffns), eps=1e-6)
 
 
 def _layers(fields: Fields, kind: str, period: int, offset: int) -> list[bool]:
-    """Which layers are of a kind: of every so many the one at an offset.
+    """For each layer, True if it is of the kind: one layer in each period is, at an offset.
 
     Args:
-      period, offset: where the file does not say.
+      kind: prefix of the fields `{kind}_period` and `{kind}_offset`.
+      period, offset: defaults of these fields, in layers.
     """
-    every, at = fields.take(f"{kind}_period", int, period), fields.any(f"{kind}_offset", offset)
+    every, at = fields.take(f"{kind}_period", int, period), fields.get(f"{kind}_offset", offset)
     if type(at) is not int or not 0 <= at < every:
         fields.problem(f"{kind}_offset must be a number of layers, less than {kind}_period, got {at!r}")
     return [layer % every == at for layer in range(fields.take("num_hidden_layers", int))]
 
 
 def _rank(fields: Fields, hidden: int) -> int:
-    automatic = fields.any("mamba_dt_rank", "auto") == "auto"
+    automatic = fields.get("mamba_dt_rank", "auto") == "auto"
     return math.ceil(hidden / 16) if automatic else fields.take("mamba_dt_rank", int)

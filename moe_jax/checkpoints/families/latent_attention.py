@@ -1,10 +1,10 @@
-"""Multi-head latent attention as DeepSeek's files describe and name it."""
+"""Multi-head latent attention, with the config fields and tensor names of DeepSeek."""
 
 from __future__ import annotations
 
 from moe_jax.checkpoints.families.shared_names import ATTENTION, ATTENTION_BLOCK
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.rope_fields import read_rope, rope_object, yarn_magnitude
+from moe_jax.checkpoints.rope_fields import read_rope, rope_object, yarn_mscale
 from moe_jax.checkpoints.weight_mapping import linear, plain
 from moe_jax.config import LatentAttentionConfig, YarnScaling
 
@@ -26,15 +26,20 @@ SOURCES = {
 
 
 def latent_attention(fields: Fields, *, interleaved: bool) -> LatentAttentionConfig:
-    """YaRN scales the scores too, by the square of a magnitude of its own."""
-    for name in ("num_key_value_heads", "head_dim", "qk_head_dim"):  # said by the widths below
-        fields.any(name, None)
+    """Read multi-head latent attention.
+
+    With YaRN, `mscale_all_dim` scales the attention scores, by the square of its magnitude.
+
+    Args:
+      interleaved: rotate neighbouring channels instead of halves.
+    """
+    fields.ignore("num_key_value_heads", "head_dim", "qk_head_dim")  # the widths below imply them
     qk_nope_head_dim, qk_rope_head_dim = (fields.take(f"qk_{kind}_head_dim", int) for kind in ("nope", "rope"))
     rope = read_rope(fields, qk_rope_head_dim, theta=1e4, interleaved=interleaved)
     scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
-    score_magnitude = rope_object(fields).take_optional("mscale_all_dim", float)
-    if isinstance(rope.scaling, YarnScaling) and score_magnitude is not None:
-        scale *= yarn_magnitude(rope.scaling.factor, score_magnitude) ** 2
+    mscale_all_dim = rope_object(fields).take_optional("mscale_all_dim", float)
+    if isinstance(rope.scaling, YarnScaling) and mscale_all_dim is not None:
+        scale *= yarn_mscale(rope.scaling.factor, mscale_all_dim) ** 2
     return LatentAttentionConfig(
         heads=fields.take("num_attention_heads", int),
         q_lora_rank=fields.take_optional("q_lora_rank", int),

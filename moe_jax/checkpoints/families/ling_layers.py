@@ -1,4 +1,4 @@
-"""What models of the Ling line share: names of tensors; of the hybrid ones, latent attention and experts."""
+"""Tensor names of the Ling models; latent attention and feed-forward layers of the hybrid Ling models."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SOURCES = {
 }
 
 
-def heads(mixer: str) -> dict[str, Source]:
-    """Of a mixer whose queries, keys and values are in one tensor."""
+def qkv_sources(mixer: str) -> dict[str, Source]:
+    """Return the sources of a token mixer that has its queries, keys and values in one tensor."""
     parts = (f"{mixer}.{part}.weight" for part in ("query", "key", "value"))
     return {
         **joined(ATTENTION + "query_key_value.weight", *parts),
@@ -41,26 +41,34 @@ def heads(mixer: str) -> dict[str, Source]:
     }
 
 
-def latent(fields: Fields) -> LatentAttentionConfig:
-    """Of layers with full attention; a share of a head that is rotated is one of other layers' heads."""
-    attended = latent_attention.latent_attention(fields, interleaved=fields.take("rope_interleave", bool, True))
-    return replace(attended, rope=replace(attended.rope, width=None))
+def latent_layer(fields: Fields) -> LatentAttentionConfig:
+    """Read the layers with latent attention. `partial_rotary_factor` is for the heads of the other layers."""
+    attn = latent_attention.latent_attention(fields, interleaved=fields.take("rope_interleave", bool, True))
+    return replace(attn, rope=replace(attn.rope, width=None))
 
 
-def experts(fields: Fields, *, scale: float, dense: int, groups: int, kept: int) -> list[DenseConfig | MoEConfig]:
-    """Each layer's feed-forward; the numbers are those of `feed_forwards`."""
-    for name, value in SAME.items():
-        fields.expect(name, value)
+def hybrid_feed_forwards(
+    fields: Fields, *, scale: float, dense: int, n_group: int, topk_group: int
+) -> list[DenseConfig | MoEConfig]:
+    """Read the feed-forward layer of each decoder layer; the arguments are those of `feed_forwards`."""
+    fields.expect_all(SUPPORTED)
     for name in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list"):
         if any(fields.take_list(name, float)):
             fields.problem(f"{name} limits what experts compute, which is not supported")
     width = fields.take("moe_intermediate_size", int)
     fields.expect("moe_shared_expert_intermediate_size", width)
-    numbers = {"scale": scale, "dense": dense, "groups": groups, "kept": kept}
-    return feed_forwards(fields, experts="num_experts", shared="num_shared_experts", **numbers)
+    return feed_forwards(
+        fields,
+        experts="num_experts",
+        shared="num_shared_experts",
+        scale=scale,
+        dense=dense,
+        n_group=n_group,
+        topk_group=topk_group,
+    )
 
 
-SAME = {
+SUPPORTED = {
     "score_function": "sigmoid",
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
@@ -73,4 +81,4 @@ SAME = {
     "embedding_dropout": 0.0,
     "output_dropout": 0.0,
 }
-"""Fields of which there is one value in all files."""
+"""Fields with a single supported value."""

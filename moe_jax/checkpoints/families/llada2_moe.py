@@ -1,7 +1,7 @@
-"""LLaDA 2 (Ant Group, arXiv:2512.15745): Ling 2.0 that sees, and decodes, blocks of 32 positions."""
+"""LLaDA 2 (Ant Group, arXiv:2512.15745): Ling 2.0 with block diffusion, by default in blocks of 32 positions."""
 
 from moe_jax.checkpoints.families import bailing_moe
-from moe_jax.checkpoints.families.diffusion_fields import in_blocks
+from moe_jax.checkpoints.families.diffusion_fields import with_block_diffusion
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.config import ModelConfig
 
@@ -9,5 +9,5 @@ SOURCES = bailing_moe.SOURCES
 
 
 def read(fields: Fields) -> ModelConfig:
-    model = bailing_moe.model_of(fields, qk_norm=True, biased=True, scale=2.5)
-    return in_blocks(fields, model, block=32, mask=156895)
+    model = bailing_moe.read_model(fields, qk_norm=True, biased=True, scale=2.5)
+    return with_block_diffusion(fields, model, block=32, mask=156895)

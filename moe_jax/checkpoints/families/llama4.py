@@ -1,4 +1,4 @@
-"""Llama 4 as the hub has it, with a model of pictures beside that of text: the latter only."""
+"""Llama 4 as published on the hub: the language model of the multimodal checkpoint."""
 
 from moe_jax.checkpoints.families import llama4_text
 from moe_jax.checkpoints.fields import TEXT, Fields
@@ -6,11 +6,10 @@ from moe_jax.checkpoints.weight_mapping import within
 from moe_jax.config import ModelConfig
 
 SOURCES = within("language_model.", llama4_text.SOURCES)
-UNUSED = ("vision_model.", "multi_modal_projector.")
+IGNORED_PREFIXES = ("vision_model.", "multi_modal_projector.")
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name in ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index"):
-        fields.any(name, None)
+    fields.ignore("vision_config", "boi_token_index", "eoi_token_index", "image_token_index")
     fields.expect("tie_word_embeddings", False)
     return llama4_text.read(fields.inner(TEXT))

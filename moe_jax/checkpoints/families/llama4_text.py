@@ -1,4 +1,4 @@
-"""Llama 4 (Meta, 2025): chunks with rotary embedding, then full attention without; experts that take weighted rows."""
+"""Llama 4 (Meta, 2025): chunked attention with RoPE, full attention without it, router weights on expert inputs."""
 
 from dataclasses import replace
 
@@ -30,16 +30,15 @@ SOURCES = {
     "ffn.swiglu.gate_up": linear(FFN + "gate_proj.weight", FFN + "up_proj.weight"),
     "ffn.swiglu.down": linear(FFN + "down_proj.weight"),
     "ffn.router.weight": linear(FFN + "router.weight"),
-    "ffn.experts.gate_up": arranged(EXPERTS + "gate_up_proj", here="e d p f", file="e d (p f)"),
-    "ffn.experts.down": arranged(EXPERTS + "down_proj", here="e f d", file="e f d"),
+    "ffn.experts.gate_up": arranged(EXPERTS + "gate_up_proj", parameter="e d p f", tensor="e d (p f)"),
+    "ffn.experts.down": arranged(EXPERTS + "down_proj", parameter="e f d", tensor="e f d"),
     "ffn.shared.swiglu.gate_up": linear(SHARED + "gate_proj.weight", SHARED + "up_proj.weight"),
     "ffn.shared.swiglu.down": linear(SHARED + "down_proj.weight"),
 }
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name in ("for_llm_compressor", "cache_implementation"):
-        fields.any(name, None)
+    fields.ignore("for_llm_compressor", "cache_implementation")
     width = fields.take("intermediate_size", int)
     moe = MoEConfig(
         experts=experts(fields),
@@ -56,39 +55,39 @@ def read(fields: Fields) -> ModelConfig:
     return model(
         fields,
         [
-            LayerConfig(attended, moe if layer in routed else dense)
-            for layer, attended in zip(layers, _attentions(fields, len(layers)), strict=True)
+            LayerConfig(attn, moe if layer in routed else dense)
+            for layer, attn in zip(layers, _attentions(fields, len(layers)), strict=True)
         ],
         eps=1e-5,
     )
 
 
 def _attentions(fields: Fields, layers: int) -> list[AttentionConfig]:
-    """Of each layer."""
-    bias, normed = fields.take("attention_bias", bool, False), fields.take("use_qk_norm", bool, True)
-    norm = QKNorm.ROTATED_UNIT if normed else None
+    """Read the attention of each layer."""
+    bias, has_norm = fields.take("attention_bias", bool, False), fields.take("use_qk_norm", bool, True)
+    norm = QKNorm.ROTATED_UNIT if has_norm else None
     rotated = attention(fields, theta=5e5, interleaved=True, bias=bias, output_bias=bias, qk_norm=norm)
-    plain = replace(rotated, rope=None, qk_norm=None, query_scaling=_temperature(fields))
-    rotates = _rotates(fields, layers)
-    kinds = layer_kinds(fields, layers, [CHUNKED if rope else FULL for rope in rotates], near=CHUNKED)
+    unrotated = replace(rotated, rope=None, qk_norm=None, query_scaling=_query_scaling(fields))
+    has_rope = _rope_layers(fields, layers)
+    kinds = layer_kinds(fields, layers, [CHUNKED if rope else FULL for rope in has_rope], local=CHUNKED)
     chunk = fields.take("attention_chunk_size", int, 8192)
-    near = {"window": chunk, "window_kind": Window.CHUNKED}
+    local = {"window": chunk, "window_kind": Window.CHUNKED}
     return [
-        replace(rotated if rope else plain, **({} if kind == FULL else near))
-        for rope, kind in zip(rotates, kinds, strict=True)
+        replace(rotated if rope else unrotated, **({} if kind == FULL else local))
+        for rope, kind in zip(has_rope, kinds, strict=True)
     ]
 
 
-def _temperature(fields: Fields) -> QueryScalingConfig | None:
+def _query_scaling(fields: Fields) -> QueryScalingConfig | None:
     interval, strength = fields.take("floor_scale", int, 8192), fields.take("attn_scale", float, 0.1)
-    tuned = fields.any("attn_temperature_tuning", True)
+    tuned = fields.get("attn_temperature_tuning", True)
     if not isinstance(tuned, int):
         fields.problem(f"attn_temperature_tuning must be true or false, got {tuned!r}")
     return QueryScalingConfig(interval, strength) if tuned else None
 
 
-def _rotates(fields: Fields, layers: int) -> list[bool]:
-    """Which layers do: `no_rope_layers` says 1 for those."""
+def _rope_layers(fields: Fields, layers: int) -> list[bool]:
+    """For each layer, True if it has a rotary embedding: `no_rope_layers` holds 1 for such a layer."""
     interval = fields.take("no_rope_layer_interval", int, 4)
     listed = fields.take_list("no_rope_layers", int) or [int((layer + 1) % interval > 0) for layer in range(layers)]
     if len(listed) != layers or set(listed) - {0, 1}:

@@ -1,4 +1,4 @@
-"""Fields that most families have, under the names that Llama gave them."""
+"""Config fields that most families share, under Llama's names."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from moe_jax.checkpoints.rope_fields import read_rope
 from moe_jax.config import AttentionConfig, DenseConfig, LayerConfig, ModelConfig, MoEConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-"""Kinds of layers, as `layer_types` names them."""
+"""Types of layers in `layer_types`."""
 
 
 def attention(
     fields: Fields, *, theta: float, fraction: float = 1.0, interleaved: bool = False, **choices: Any
 ) -> AttentionConfig:
-    """Grouped-query attention with rotary embedding; `choices` are the fields of `AttentionConfig` beyond those.
+    """Read grouped-query attention with rotary embedding.
 
     Args:
       theta, fraction, interleaved: see `read_rope`.
+      choices: further fields of `AttentionConfig`.
     """
     hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
     head_dim = fields.take("head_dim", int, hidden // heads)
@@ -33,10 +34,11 @@ def attention(
 
 
 def model(fields: Fields, layers: Iterable[LayerConfig], *, eps: float, **choices: Any) -> ModelConfig:
-    """The model around the layers; `choices` are the fields of `ModelConfig` beyond those read here.
+    """Read the model around the given layers.
 
     Args:
-      eps: of the norms, where the file has none.
+      eps: default of `rms_norm_eps`.
+      choices: further fields of `ModelConfig`; `tied` is the default of `tie_word_embeddings`.
     """
     fields.expect("hidden_act", "silu")
     return ModelConfig(
@@ -50,35 +52,41 @@ def model(fields: Fields, layers: Iterable[LayerConfig], *, eps: float, **choice
     )
 
 
-def alike(fields: Fields, attention: AttentionConfig, ffn: DenseConfig | MoEConfig) -> tuple[LayerConfig, ...]:
-    """As many layers as the file says, all the same."""
+def uniform_layers(fields: Fields, attention: AttentionConfig, ffn: DenseConfig | MoEConfig) -> tuple[LayerConfig, ...]:
+    """Return `num_hidden_layers` equal layers."""
     return (LayerConfig(attention, ffn),) * fields.take("num_hidden_layers", int)
 
 
 def experts(fields: Fields) -> int:
-    """How many there are: files of transformers 5 say `num_local_experts` where the hub says `num_experts`, or the
-    other way round."""
+    """Read the number of routed experts.
+
+    transformers 5 may write `num_local_experts` where the hub has `num_experts`, and the other way round.
+    """
     return fields.take("num_experts" if fields.has("num_experts") else "num_local_experts", int)
 
 
 def layer_windows(fields: Fields, layers: int, pattern: list[str]) -> list[int | None]:
-    """The window of each layer, as `layer_types` says.
+    """Read the attention window of each layer; `None` for full attention.
 
     Args:
-      pattern: the types where the file has none.
+      pattern: default of `layer_types`.
     """
     window = fields.take_optional("sliding_window", int)
     return [window if kind == SLIDING else None for kind in layer_kinds(fields, layers, pattern)]
 
 
-def layer_kinds(fields: Fields, layers: int, pattern: list[str], near: str = SLIDING) -> list[str]:
-    """What `layer_types` says of each layer, or the pattern where the file has none; `near` is the kind of those that
-    are not full."""
+def layer_kinds(fields: Fields, layers: int, pattern: list[str], local: str = SLIDING) -> list[str]:
+    """Read the type of each layer.
+
+    Args:
+      pattern: default of `layer_types`.
+      local: the type of the layers without full attention.
+    """
     kinds = fields.take_list("layer_types", str) or pattern
-    further = fields.any("num_nextn_predict_layers", 0)
-    if isinstance(further, int) and len(kinds) == layers + further:  # which guess further tokens
+    mtp_layers = fields.get("num_nextn_predict_layers", 0)
+    if isinstance(mtp_layers, int) and len(kinds) == layers + mtp_layers:
         kinds = kinds[:layers]
-    if len(kinds) != layers or not set(kinds) <= {near, FULL}:
-        fields.problem(f"layer_types must say {near} or {FULL} for each of {layers} layers")
+    if len(kinds) != layers or not set(kinds) <= {local, FULL}:
+        fields.problem(f"layer_types must say {local} or {FULL} for each of {layers} layers")
         return [FULL] * layers
     return kinds

@@ -1,6 +1,6 @@
-"""MiniMax-M2: sigmoid scores with a bias for the choice; queries and keys normalised over all heads together."""
+"""MiniMax-M2: sigmoid router with selection bias; queries and keys normalised over all heads together."""
 
-from moe_jax.checkpoints.families.llama_fields import alike, attention, experts, model
+from moe_jax.checkpoints.families.llama_fields import attention, experts, model, uniform_layers
 from moe_jax.checkpoints.families.mixtral import EXPERTS
 from moe_jax.checkpoints.families.mixtral import MOE as MIXTRAL_MOE
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
@@ -11,7 +11,7 @@ from moe_jax.config import ModelConfig, MoEConfig, QKNorm, RouterConfig, Score
 SELECTION_BIAS = {"ffn.router.selection_bias": plain(MIXTRAL_MOE + "e_score_correction_bias")}
 SOURCES = {**MODEL, **ATTENTION_BLOCK, **EXPERTS, **SELECTION_BIAS}
 
-ONLY = {
+SUPPORTED = {
     "layernorm_full_attention_beta": 1.0,
     "layernorm_linear_attention_beta": 1.0,
     "layernorm_mlp_beta": 1.0,
@@ -22,14 +22,13 @@ ONLY = {
     "use_qk_norm": True,
     "use_routing_bias": True,
 }
-"""Fields that files of older families of this maker share, and the value of which each is understood."""
+"""Fields with a single supported value; older MiniMax families use others."""
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name in ("mlp_intermediate_size", "mtp_transformer_layers", "num_mtp_modules", "shared_moe_mode", "use_mtp"):
-        fields.any(name, None)  # of layers that this family does not have
-    for name, value in ONLY.items():
-        fields.expect(name, value)
+    fields.ignore("mlp_intermediate_size", "shared_moe_mode")  # of layers that this family lacks
+    fields.ignore("mtp_transformer_layers", "num_mtp_modules", "use_mtp")
+    fields.expect_all(SUPPORTED)
     kinds = fields.take_list("attn_type_list", int)
     if set(kinds) - {1}:
         fields.problem(f"attn_type_list={kinds} is not supported (only 1, softmax attention)")
@@ -41,6 +40,5 @@ def read(fields: Fields) -> ModelConfig:
     )
     head_dim = fields.take("head_dim", int, 128)
     fraction = fields.take("rotary_dim", int, head_dim) / head_dim
-    return model(
-        fields, alike(fields, attention(fields, theta=5e6, fraction=fraction, qk_norm=QKNorm.PROJECTION), moe), eps=1e-6
-    )
+    attn = attention(fields, theta=5e6, fraction=fraction, qk_norm=QKNorm.PROJECTION)
+    return model(fields, uniform_layers(fields, attn, moe), eps=1e-6)

@@ -1,6 +1,6 @@
-"""Mixtral (arXiv:2401.04088): every layer an MoE, the kept softmax scores renormalised."""
+"""Mixtral (arXiv:2401.04088): an MoE in every layer, softmax router with renormalised top-k weights."""
 
-from moe_jax.checkpoints.families.llama_fields import alike, attention, experts, model
+from moe_jax.checkpoints.families.llama_fields import attention, experts, model, uniform_layers
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.weight_mapping import linear
@@ -23,5 +23,5 @@ def read(fields: Fields) -> ModelConfig:
         width=fields.take("intermediate_size", int),
         router=RouterConfig(norm=1),
     )
-    attended = attention(fields, theta=1e6, window=fields.take_optional("sliding_window", int))
-    return model(fields, alike(fields, attended, moe), eps=1e-5)
+    attn = attention(fields, theta=1e6, window=fields.take_optional("sliding_window", int))
+    return model(fields, uniform_layers(fields, attn, moe), eps=1e-5)

@@ -1,6 +1,6 @@
-"""Phi-3.5-MoE (arXiv:2404.14219): SparseMixer routing of two experts, biased layer norms, LongRoPE."""
+"""Phi-3.5-MoE (arXiv:2404.14219): SparseMixer top-2 router, layer norms with bias, LongRoPE."""
 
-from moe_jax.checkpoints.families.llama_fields import alike, attention, experts, model
+from moe_jax.checkpoints.families.llama_fields import attention, experts, model, uniform_layers
 from moe_jax.checkpoints.families.mixtral import EXPERTS
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, MODEL
 from moe_jax.checkpoints.fields import Fields
@@ -19,7 +19,7 @@ SOURCES = {
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.any("input_jitter_noise", 0.0)  # in training
+    fields.ignore("input_jitter_noise")  # of training
     fields.expect("num_experts_per_tok", 2)
     moe = MoEConfig(
         experts=experts(fields),
@@ -29,6 +29,6 @@ def read(fields: Fields) -> ModelConfig:
     )
     bias = fields.take("attention_bias", bool, False)
     window = fields.take_optional("sliding_window", int)
-    attended = attention(fields, theta=1e6, bias=bias, output_bias=bias, window=window)
+    attn = attention(fields, theta=1e6, bias=bias, output_bias=bias, window=window)
     head_bias = fields.take("lm_head_bias", bool, False)
-    return model(fields, alike(fields, attended, moe), eps=1e-5, norm=Norm.LAYER_WITH_BIAS, head_bias=head_bias)
+    return model(fields, uniform_layers(fields, attn, moe), eps=1e-5, norm=Norm.LAYER_WITH_BIAS, head_bias=head_bias)

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (arXiv:2407.10671): biased query, key and value, and a sigmoid-gated shared expert."""
+"""Qwen2-MoE (arXiv:2407.10671): biased query, key and value projections, a sigmoid-gated shared expert."""
 
 from dataclasses import replace
 
@@ -13,17 +13,17 @@ SOURCES = {**MODEL, **ATTENTION_BLOCK, **DENSE_MLP, **MOE, **SHARED}
 
 def read(fields: Fields) -> ModelConfig:
     ffns = feed_forwards(fields, shared_expert(fields))
-    attended = attention(fields, theta=1e4, bias=fields.take("qkv_bias", bool, True))
+    attn = attention(fields, theta=1e4, bias=fields.take("qkv_bias", bool, True))
     windows = _windows(fields, len(ffns))
-    layers = [LayerConfig(replace(attended, window=window), ffn) for window, ffn in zip(windows, ffns, strict=True)]
+    layers = [LayerConfig(replace(attn, window=window), ffn) for window, ffn in zip(windows, ffns, strict=True)]
     return model(fields, layers, eps=1e-6)
 
 
 def _windows(fields: Fields, layers: int) -> list[int | None]:
     kinds = fields.take_list("layer_types", str)
-    fields.any("max_window_layers", None)  # says the same as layer_types, to transformers only
+    fields.ignore("max_window_layers")  # transformers derives layer_types from it
     if not fields.take("use_sliding_window", bool, False):
-        fields.any("sliding_window", None)
+        fields.ignore("sliding_window")
         return [None] * layers
     window = fields.take("sliding_window", int)
     if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:

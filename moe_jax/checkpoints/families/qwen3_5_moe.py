@@ -1,33 +1,32 @@
-"""Qwen3.5-MoE as the hub has it, beside a vision model that is left out: the experts of a layer in one tensor."""
+"""Qwen3.5-MoE as published on the hub: the language model of the multimodal checkpoint, fused experts."""
 
 from dataclasses import replace
 
 from moe_jax.checkpoints.families import qwen3_5_moe_text
 from moe_jax.checkpoints.families.shared_names import MLP
-from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.fields import TEXT, Fields
 from moe_jax.checkpoints.weight_mapping import Source, arranged
 from moe_jax.config import ModelConfig
 
 EXPERTS = {
-    "ffn.experts.gate_up": arranged(MLP + "experts.gate_up_proj", here="e d p f", file="e (p f) d"),
-    "ffn.experts.down": arranged(MLP + "experts.down_proj", here="e f d", file="e d f"),
+    "ffn.experts.gate_up": arranged(MLP + "experts.gate_up_proj", parameter="e d p f", tensor="e (p f) d"),
+    "ffn.experts.down": arranged(MLP + "experts.down_proj", parameter="e f d", tensor="e d f"),
 }
 
 
-def _beside_vision(source: Source) -> Source:
+def _language_model(source: Source) -> Source:
     names = (name.replace("model.", "model.language_model.", 1) for name in source.names)
     return replace(source, names=tuple(names))
 
 
-APART = {name: _beside_vision(source) for name, source in qwen3_5_moe_text.SOURCES.items()}
-SOURCES = APART | {name: _beside_vision(source) for name, source in EXPERTS.items()}
-ELSEWHERE = {name: APART[name] for name in EXPERTS}
-"""As transformers writes them: each expert has tensors of its own."""
-UNUSED = ("mtp.", "model.visual.")
+SEPARATE = {name: _language_model(source) for name, source in qwen3_5_moe_text.SOURCES.items()}
+SOURCES = SEPARATE | {name: _language_model(source) for name, source in EXPERTS.items()}
+ALTERNATIVE_SOURCES = {name: SEPARATE[name] for name in EXPERTS}
+"""Separate tensors for each expert, as transformers writes them."""
+IGNORED_PREFIXES = ("mtp.", "model.visual.")
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name in ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        fields.any(name, None)
+    fields.ignore("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     tied = fields.take("tie_word_embeddings", bool, False)
-    return qwen3_5_moe_text.read(fields.inner("text_config"), tied=tied)
+    return qwen3_5_moe_text.read(fields.inner(TEXT), tied=tied)

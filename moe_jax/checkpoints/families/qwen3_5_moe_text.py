@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE, the language model by itself: Qwen3-Next with projections apart and an MoE in every layer."""
+"""Qwen3.5-MoE, the language model alone: Qwen3-Next with separate projections and an MoE in every layer."""
 
 from moe_jax.checkpoints.families import gated_delta
 from moe_jax.checkpoints.families.llama_fields import experts, model
@@ -19,16 +19,15 @@ MIXERS = {
     "recurrence.decay.projection.weight": linear(LINEAR + "in_proj_a.weight"),
 }
 SOURCES = {**MODEL, **MIXERS, **MOE, **SHARED}
-UNUSED = ("mtp.",)
+IGNORED_PREFIXES = ("mtp.",)
 
 
 def read(fields: Fields, *, tied: bool = False) -> ModelConfig:
     fields.expect("attn_output_gate", True)
     fields.expect("mlp_only_layers", [])
-    for name in ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"):
-        fields.any(name, None)  # of layers that guess further tokens; states are float32 always
-    for name in ("mrope_section", "mrope_interleaved"):
-        rope_object(fields).any(name, None)  # of images: the three positions of a text's token are one
+    fields.ignore("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+    fields.ignore("mamba_ssm_dtype")  # states are always float32
+    rope_object(fields).ignore("mrope_section", "mrope_interleaved")  # text tokens have three equal positions
     moe = MoEConfig(
         experts=experts(fields),
         top_k=fields.take("num_experts_per_tok", int),

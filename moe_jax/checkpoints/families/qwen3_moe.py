@@ -11,8 +11,8 @@ SOURCES = {**MODEL, **ATTENTION_BLOCK, **DENSE_MLP, **MOE}
 
 def read(fields: Fields) -> ModelConfig:
     fields.expect("attention_bias", False)
-    fields.any("max_window_layers", None)  # files carry it; the family slides on all layers or on none
+    fields.ignore("max_window_layers")  # either all layers have a window, or none
     window = fields.take_optional("sliding_window", int)
     window = window if fields.take("use_sliding_window", bool, False) else None
-    attended = attention(fields, theta=1e4, qk_norm=QKNorm.HEAD, window=window)
-    return model(fields, [LayerConfig(attended, ffn) for ffn in feed_forwards(fields, shared=None)], eps=1e-6)
+    attn = attention(fields, theta=1e4, qk_norm=QKNorm.HEAD, window=window)
+    return model(fields, [LayerConfig(attn, ffn) for ffn in feed_forwards(fields, shared=None)], eps=1e-6)

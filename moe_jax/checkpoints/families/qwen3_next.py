@@ -1,4 +1,4 @@
-"""Qwen3-Next: three gated delta nets (arXiv:2412.06464) for one full attention, whose output is gated."""
+"""Qwen3-Next: three gated delta nets (arXiv:2412.06464) for each layer of full attention; gated attention output."""
 
 from moe_jax.checkpoints.families import gated_delta
 from moe_jax.checkpoints.families.llama_fields import model
@@ -20,7 +20,7 @@ SOURCES = {
     **MOE,
     **SHARED,
 }
-UNUSED = ("mtp.",)
+IGNORED_PREFIXES = ("mtp.",)
 
 
 def read(fields: Fields) -> ModelConfig:

@@ -22,10 +22,12 @@ def shared_expert(fields: Fields) -> SharedExpertConfig:
 def feed_forwards(
     fields: Fields, shared: SharedExpertConfig | None, *, norm: bool = False
 ) -> list[DenseConfig | MoEConfig]:
-    """Each layer's feed-forward: an MoE at every `decoder_sparse_step`-th layer unless listed in `mlp_only_layers`.
+    """Read the feed-forward layer of each decoder layer.
+
+    Every `decoder_sparse_step`-th layer is an MoE, unless `mlp_only_layers` lists it.
 
     Args:
-      norm: whether kept scores are renormalised, where the file does not say.
+      norm: default of `norm_topk_prob`.
     """
     dense = DenseConfig(fields.take("intermediate_size", int))
     moe = MoEConfig(

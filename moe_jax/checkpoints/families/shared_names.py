@@ -1,4 +1,4 @@
-"""Tensor names that most families use, after Llama's."""
+"""Tensor names that most families share, after Llama's."""
 
 from moe_jax.checkpoints.weight_mapping import linear, plain
 

@@ -1,4 +1,4 @@
-"""Step-3.5-Flash (StepFun, 2026): more heads on layers with windows, all gated; on some layers, limited SwiGLU."""
+"""Step-3.5-Flash (StepFun, 2026): more heads on sliding-window layers, gated heads, limited SwiGLU on some layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_jax.checkpoints.families.deepseek_layers import dense_layers
 from moe_jax.checkpoints.families.llama_fields import FULL, SLIDING, layer_kinds, model
 from moe_jax.checkpoints.families.shared_names import ATTENTION, ATTENTION_BLOCK, DENSE_MLP, MODEL
 from moe_jax.checkpoints.fields import Fields
-from moe_jax.checkpoints.rope_fields import NEW, OLD, described, read_rope_of
+from moe_jax.checkpoints.rope_fields import ROPE_PARAMETERS, ROPE_SCALING, read_layer_type_rope, read_rope_object
 from moe_jax.checkpoints.weight_mapping import arranged, linear, plain
 from moe_jax.config import (
     Activation,
@@ -38,12 +38,14 @@ SOURCES = {
     "attention.gate.weight": linear(ATTENTION + "g_proj.weight"),
     "ffn.router.weight": linear(MOE + "gate.weight"),
     "ffn.router.selection_bias": plain(MOE + "router_bias"),
-    "ffn.experts.gate_up": arranged(MOE + "gate_proj.weight", MOE + "up_proj.weight", here="e d f", file="e f d"),
-    "ffn.experts.down": arranged(MOE + "down_proj.weight", here="e f d", file="e d f"),
+    "ffn.experts.gate_up": arranged(
+        MOE + "gate_proj.weight", MOE + "up_proj.weight", parameter="e d f", tensor="e f d"
+    ),
+    "ffn.experts.down": arranged(MOE + "down_proj.weight", parameter="e f d", tensor="e d f"),
     "ffn.shared.swiglu.gate_up": linear(SHARED + "gate_proj.weight", SHARED + "up_proj.weight"),
     "ffn.shared.swiglu.down": linear(SHARED + "down_proj.weight"),
 }
-ONLY = {
+SUPPORTED = {
     "att_impl_type": "GQA",
     "mlp_bias": False,
     "moe_every_n_layer": 1,
@@ -59,17 +61,17 @@ ONLY = {
     "yarn_only_types": [FULL],
     "zero_centered": True,
 }
-"""Fields of which one value is understood."""
+"""Fields with a single supported value."""
 
 
 def read(fields: Fields) -> ModelConfig:
-    for name, value in ONLY.items():
-        fields.expect(name, value)
-    for name in ("max_seq_len", "mtp_layer_types", "mtp_mlp_layer_types", "need_fp32_gate"):
-        fields.any(name, None)  # said by others; of layers that guess further tokens; the router is float32 always
+    fields.expect_all(SUPPORTED)
+    fields.ignore("mtp_layer_types", "mtp_mlp_layer_types")
+    fields.ignore("max_seq_len")  # other fields hold the same
+    fields.ignore("need_fp32_gate")  # the router is always float32
     layers = fields.take("num_hidden_layers", int)
     routed, shared = (_each(fields, name, layers, None) for name in ("swiglu_limits", "swiglu_limits_shared"))
-    dense, width = _dense(fields, layers), fields.take("intermediate_size", int)
+    dense, width = _dense_layers(fields, layers), fields.take("intermediate_size", int)
     ffns = [
         DenseConfig(width, _limited(shared[layer])) if dense[layer] else _moe(fields, routed[layer], shared[layer])
         for layer in range(layers)
@@ -80,7 +82,7 @@ def read(fields: Fields) -> ModelConfig:
 def _attentions(fields: Fields, layers: int) -> list[AttentionConfig]:
     kinds = layer_kinds(fields, layers, [FULL] * layers)
     heads, width = fields.take("num_attention_heads", int), fields.take("head_dim", int)
-    kv_heads = fields.take(_spelled(fields, "num_key_value_heads", "num_attention_groups"), int)
+    kv_heads = fields.take(_present_name(fields, "num_key_value_heads", "num_attention_groups"), int)
     bias = fields.take("attention_bias", bool, False)
     full = AttentionConfig(
         heads,
@@ -93,15 +95,15 @@ def _attentions(fields: Fields, layers: int) -> list[AttentionConfig]:
         scale=fields.take("query_pre_attn_scalar", float, width) ** -0.5,
         output_gate=OutputGate.HEAD,
     )
-    slides = replace(
+    sliding = replace(
         full, heads=_sliding_heads(fields, full, kinds), window=fields.take_optional("sliding_window", int)
     )
     ropes = _ropes(fields, kinds, width)
-    return [replace(slides if kind == SLIDING else full, rope=rope) for kind, rope in zip(kinds, ropes, strict=True)]
+    return [replace(sliding if kind == SLIDING else full, rope=rope) for kind, rope in zip(kinds, ropes, strict=True)]
 
 
 def _sliding_heads(fields: Fields, full: AttentionConfig, kinds: list[str]) -> int:
-    """Heads of layers with a window, which the file may say in three ways."""
+    """Read the number of heads of the sliding-window layers, for which files have three forms."""
     other = fields.inner("attention_other_setting")
     other.expect("attention_type", SLIDING)
     other.expect("num_attention_groups", full.kv_heads)
@@ -115,15 +117,19 @@ def _sliding_heads(fields: Fields, full: AttentionConfig, kinds: list[str]) -> i
 
 
 def _ropes(fields: Fields, kinds: list[str], width: int) -> list[RopeConfig]:
-    """Of each layer: by kind in newer files, by lists in older ones, whose scaling is that of full layers."""
-    if fields.has(NEW):
-        by_kind = {kind: read_rope_of(fields, kind, width) for kind in set(kinds)}
+    """Read the rotary embedding of each layer.
+
+    Newer files describe it for each type of layer. Older files list the numbers of each layer and scale only the layers
+    with full attention.
+    """
+    if fields.has(ROPE_PARAMETERS):
+        by_kind = {kind: read_layer_type_rope(fields, kind, width) for kind in set(kinds)}
         return [by_kind[kind] for kind in kinds]
     thetas = _each(fields, "rope_theta", len(kinds), 1e4)
     fractions = _each(fields, "partial_rotary_factors", len(kinds), 1.0)
-    scaling = {FULL: fields.inner(OLD), SLIDING: Fields({})}
+    scaling = {FULL: fields.inner(ROPE_SCALING), SLIDING: Fields({})}
     return [
-        described(fields, scaling[kind], width, theta, fraction)
+        read_rope_object(fields, scaling[kind], width, theta, fraction)
         for kind, theta, fraction in zip(kinds, thetas, fractions, strict=True)
     ]
 
@@ -133,7 +139,7 @@ def _moe(fields: Fields, limit: float | None, shared_limit: float | None) -> MoE
     scale = fields.take("moe_router_scaling_factor", float, 1.0)
     return MoEConfig(
         experts=fields.take(experts, int),
-        top_k=fields.take(_spelled(fields, "num_experts_per_tok", "moe_top_k"), int),
+        top_k=fields.take(_present_name(fields, "num_experts_per_tok", "moe_top_k"), int),
         width=fields.take("moe_intermediate_size", int),
         router=RouterConfig(Score.SIGMOID, selection_bias=True, norm=1, scale=scale),
         shared=SharedExpertConfig(fields.take("share_expert_dim", int), gated=False, activation=_limited(shared_limit)),
@@ -141,9 +147,9 @@ def _moe(fields: Fields, limit: float | None, shared_limit: float | None) -> MoE
     )
 
 
-def _dense(fields: Fields, layers: int) -> list[bool]:
-    """Which layers are; older files list those that are not, in a text or as numbers."""
-    listed = fields.any("moe_layers_enum", None)
+def _dense_layers(fields: Fields, layers: int) -> list[bool]:
+    """For each layer, True if its feed-forward layer is dense. Older files list the MoE layers instead."""
+    listed = fields.get("moe_layers_enum", None)
     if listed is None or fields.has("mlp_layer_types"):
         return dense_layers(fields, dense=3)
     try:
@@ -155,16 +161,16 @@ def _dense(fields: Fields, layers: int) -> list[bool]:
 
 
 def _each(fields: Fields, name: str, layers: int, default: Any) -> list[Any]:
-    """A field that says a number for each layer, or for those that guess further tokens too, or one for all."""
-    value = fields.any(name, default)
+    """Read a field that holds one number for all layers, or one for each layer (MTP layers may follow)."""
+    value = fields.get(name, default)
     values = value[:layers] if isinstance(value, list) and value else [value or default] * layers
-    if len(values) < layers or not all(each is None or _is_size(each) for each in values):
+    if len(values) < layers or not all(each is None or _is_valid(each) for each in values):
         fields.problem(f"{name} must say a number for each of {layers} layers, got {value!r}")
         return [default] * layers
     return [each or default for each in values]
 
 
-def _is_size(value: Any) -> bool:
+def _is_valid(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
@@ -172,6 +178,6 @@ def _limited(limit: float | None) -> Activation:
     return SwiGLUConfig() if limit is None else LimitedSwiGLUConfig(limit)
 
 
-def _spelled(fields: Fields, new: str, old: str) -> str:
-    """Under which of its names a field is there."""
+def _present_name(fields: Fields, new: str, old: str) -> str:
+    """Return the name that the file uses for a field."""
     return new if fields.has(new) else old
