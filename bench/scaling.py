@@ -1,8 +1,8 @@
-"""Writes docs/scaling.md: what the policy and the roofline of `moe-jax plan` predict for published models on GPUs.
+"""Predicted decode speed of published models on GPUs, by the policy and roofline of `moe-jax plan`: docs/scaling.md.
 
 python -m bench.scaling > docs/scaling.md
 
-Nothing is compiled or run: the figures follow from sizes and from the hardware records (`moe_jax.sharding.hardware`).
+Nothing is compiled or run: predictions follow from sizes and from the hardware records (`moe_jax.sharding.hardware`).
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ from moe_jax.sharding.hardware import KNOWN
 CLUSTERS = (("h100", 8), ("h100", 16), ("gb200", 72))
 STRATEGIES = ("scatter", "reduce", "all-to-all")
 ROWS, POSITIONS = 64, 1024
-"""Sequences on each device, and the positions that each of them has a cache for."""
+"""Sequences on each device, and positions of the KV cache of each."""
 
 PAGE = """# Scaling
 
-What `moe-jax plan` predicts for {rows} sequences on each device, with caches of {positions} positions, in bfloat16.
-Written by `python -m bench.scaling > docs/scaling.md`: predicted from sizes, not measured.
+Predictions of `moe-jax plan` for {rows} sequences on each device, with caches of {positions} positions, in bfloat16.
+Written by `python -m bench.scaling > docs/scaling.md`; predicted from sizes, not measured.
 
 {table}
 
-`-` where weights and cache exceed a device's memory (their size is told). DeepSeek-V3 is published in float8 and
-held here in bfloat16. 72 devices hold as many as divide the number of experts, 64 of them.
+`-`: weights and cache, whose size is given, exceed the memory of a device. DeepSeek-V3 is published in float8; these
+predictions are for bfloat16. Of 72 devices 64 are used, the largest number that divides the number of experts.
 
-## What is assumed
+## Assumptions
 
-- Attention is data-parallel on every device, experts lie on all of them (`expert=<devices>`), sequences are even.
-- A step reads its weights and full caches once at the memory's bandwidth, or computes at the peak of the data sheet,
-  whichever takes longer; all experts are visited. Nothing else takes time: no launch of a kernel, no sampling, no host.
-- Collectives come one after the other and overlap with nothing. Each costs launches, hops and bytes, as
-  `moe_jax.sharding.hardware` says; the figures are those of data sheets and of NCCL's tuning model.
-- Rows travel in bfloat16, router results with them. An all-to-all sends each row to every device that holds
-  one of its experts, chosen evenly.
+- Attention is data-parallel over all devices, experts are sharded over all devices (`expert=<devices>`), and every
+  device has the same number of sequences.
+- A step either reads its weights and full caches once at the memory bandwidth, or computes at the peak of the data
+  sheet, whichever takes longer; it uses all experts. Kernel launches, sampling and the host take no time.
+- Collectives run one after the other and overlap with nothing. Each costs launches, hops and bytes, as in
+  `moe_jax.sharding.hardware`, with the figures of data sheets and of NCCL's tuning model.
+- Rows are sent in bfloat16, with their router results. An all-to-all sends each row to every device that holds one of
+  its experts; experts are chosen evenly.
 
-So tokens per second are an upper bound, and the ratios between strategies are what the model is for.
+Tokens per second are therefore an upper bound. The model is meant for ratios between strategies.
 
-## Where it disagrees with measurements
+## Disagreement with measurements
 
 {comparisons}
 """
@@ -60,27 +61,27 @@ HEADS_SPLIT = (
     "data=2,expert=2,tensor=2; tokens=data,expert; heads=tensor; experts=data,expert; ffn=tensor",
     "data=2,expert=4; tokens=data,expert; experts=expert; ffn=data",
 )
-"""Eight devices with experts on four of them, and attention over 2, 4 and 8 token shards."""
+"""Placements on eight devices: experts on four, attention over 2, 4 and 8 token shards."""
 COMBINE_KERNEL = """
-- SGLang's pull request 22642 (4 x GB200, Qwen3.5-397B-A17B) measured 257 us of an all-reduce, and 161 us of the
-reduce-scatter in its place, 1.60 times less. Predicted: {reduce:.0f} and {scatter:.0f} us with {rows} rows on each
-device, {times:.2f} times. All collectives together took 13.6% less time there, and the engine gave 7.7% more tokens.
+- SGLang's pull request 22642 (4 x GB200, Qwen3.5-397B-A17B) measured 257 us for an all-reduce and 161 us for the
+reduce-scatter that replaced it, a ratio of 1.60. Predicted: {reduce:.0f} and {scatter:.0f} us with {rows} rows on each
+device, a ratio of {times:.2f}. There, all collectives together took 13.6% less time, and throughput rose by 7.7%.
 """
 HEADS_AND_TOKENS = """
-- Pull request 23713 (8 x H200, experts on 4, attention over 2, 4 and 8 token shards) measured collectives that take
-3.3, 3.1 and 2.0 times less time. Predicted: {} times for the combine, with 4096 rows on each shard and a
-hidden width of 4096. The model knows bytes, hops and launches; what else the replaced path did is not in it.
+- SGLang's pull request 23713 (8 x H200, experts on 4, attention over 2, 4 and 8 token shards) measured collectives
+that take 3.3, 3.1 and 2.0 times less time. Predicted: {} times for the combine, with 4096 rows on each shard and a
+hidden size of 4096. The model has bytes, hops and launches; it does not have the other costs of the replaced path.
 """
 ALL_TO_ALL = """
-- TensorRT-LLM's blog 18 finds that an all-to-all only wins on more devices than `top_k`. The same is predicted for
-Qwen3, whose `top_k` is 8: slower on 8 devices, faster on 16 and 64. Where there are shared experts every device needs
-every row, and the all-to-all is a scatter.
+- TensorRT-LLM's blog 18 finds that an all-to-all only wins on more devices than `top_k`. The prediction agrees for
+Qwen3, whose `top_k` is 8: slower on 8 devices, faster on 16 and 64. For models with shared experts every device needs
+every row, and the all-to-all equals a scatter.
 """
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A model on devices with a strategy."""
+class Prediction:
+    """Predicted decode step of a model on devices with a strategy."""
 
     model: str
     devices: str
@@ -89,31 +90,32 @@ class Cell:
     roofline: Roofline
 
     @property
-    def held(self) -> int:
-        """Bytes of a device."""
+    def device_bytes(self) -> int:
+        """Bytes of weights and caches on a device."""
         return self.roofline.weight_bytes + self.roofline.cache_bytes
 
     @property
     def fits(self) -> bool:
-        return self.held <= self.hardware.memory
+        return self.device_bytes <= self.hardware.memory
 
     def __str__(self) -> str:
-        """A line of the table."""
+        """Row of the table."""
         seconds, share = self.roofline.step_seconds, self.roofline.collective_share
         figures = (f"{seconds * 1e3:.2f}", f"{share:.0%}", f"{ROWS / seconds:,.0f}") if self.fits else ("-", "-", "-")
-        return _line(self.model, self.devices, self.strategy, f"{self.held / 2**30:.1f}", *figures)
+        return _table_row(self.model, self.devices, self.strategy, f"{self.device_bytes / 2**30:.1f}", *figures)
 
 
-def cells(models: Iterable[str], clusters: Sequence[tuple[str, int]]) -> Iterator[Cell]:
+def predictions(models: Iterable[str], clusters: Sequence[tuple[str, int]]) -> Iterator[Prediction]:
+    """Predict each model on each cluster with each strategy."""
     for model in models:
         for name, devices in clusters:
             for strategy in STRATEGIES:
-                found = predicted(config(model), KNOWN[name], devices, strategy, ROWS)
-                yield Cell(model, f"{devices} x {name.upper()}", strategy, KNOWN[name], found)
+                roofline = predict(config(model), KNOWN[name], devices, strategy, ROWS)
+                yield Prediction(model, f"{devices} x {name.upper()}", strategy, KNOWN[name], roofline)
 
 
-def predicted(config: ModelConfig, hardware: Hardware, devices: int, strategy: str, rows: int) -> Roofline:
-    """For `rows` sequences on each of as many devices as divide the experts."""
+def predict(config: ModelConfig, hardware: Hardware, devices: int, strategy: str, rows: int) -> Roofline:
+    """Roofline for `rows` sequences on each device, on the largest number of devices that divides the experts."""
     (experts,) = {layer.ffn.experts for layer in config.layers if isinstance(layer.ffn, MoEConfig)}
     used = max(size for size in range(1, devices + 1) if experts % size == 0)
     decoder = ShardedDecoder(config, Placement.parse(f"expert={used}"), "bfloat16")
@@ -122,14 +124,14 @@ def predicted(config: ModelConfig, hardware: Hardware, devices: int, strategy: s
 
 
 def combine_us(hardware: str, mesh: str, strategy: str, rows: int) -> float:
-    """Microseconds of the combine of one layer of Qwen3.5-397B-A17B, with `rows` sequences on each token shard."""
+    """Predicted microseconds of the combine of a layer of Qwen3.5-397B-A17B, with `rows` rows on each token shard."""
     decoder = ShardedDecoder(config("Qwen3.5-397B-A17B"), Placement.parse(mesh), "bfloat16")
-    here, policy = decoder.placement, decoder.policy(KNOWN[hardware], strategy, "whole", "exact")
-    combine = policy.decide([rows] * here.size(Role.TOKENS), rows).route.combine
-    return 1e6 * KNOWN[hardware].seconds(combine.combine_moves(rows, policy.layers[0]), here)
+    placement, policy = decoder.placement, decoder.policy(KNOWN[hardware], strategy, "whole", "exact")
+    combine = policy.decide([rows] * placement.size(Role.TOKENS), rows).route.combine
+    return 1e6 * KNOWN[hardware].seconds(combine.combine_moves(rows, policy.layers[0]), placement)
 
 
-def _line(*columns: str) -> str:
+def _table_row(*columns: str) -> str:
     return f"| {' | '.join(columns)} |"
 
 
@@ -140,12 +142,14 @@ def main() -> None:
 
 
 def page() -> str:
-    head = _line("model", "devices", "combine", "GiB a device", "step, ms", "collectives", "tokens/s a device")
-    table = "\n".join([head, _line(*["---"] * 3, *["---:"] * 4), *map(str, cells(MODELS, CLUSTERS))])
+    """Text of docs/scaling.md."""
+    head = _table_row("model", "devices", "combine", "GiB a device", "step, ms", "collectives", "tokens/s a device")
+    table = "\n".join([head, _table_row(*["---"] * 3, *["---:"] * 4), *map(str, predictions(MODELS, CLUSTERS))])
     return PAGE.format(rows=ROWS, positions=POSITIONS, table=table, comparisons="\n".join(comparisons()))
 
 
 def comparisons() -> Iterator[str]:
+    """Comparisons of the predictions with published measurements, as list items."""
     rows = bisect_left(range(2**13), 257, key=partial(combine_us, "gb200", "expert=4", "reduce"))
     scatter, reduce = (combine_us("gb200", "expert=4", strategy, rows) for strategy in ("scatter", "reduce"))
     yield _item(COMBINE_KERNEL.format(rows=rows, scatter=scatter, reduce=reduce, times=reduce / scatter))
