@@ -34,7 +34,7 @@ Generate = Callable[[int], np.ndarray]
 
 @dataclass(frozen=True)
 class Workload:
-    """Workload of the checkpoint, and numbers of prompt tokens and generated tokens of a sequence."""
+    """Sizes of the checkpoint, and numbers of prompt tokens and generated tokens of a sequence."""
 
     vocabulary: int = 8192
     hidden: int = 512
@@ -175,6 +175,7 @@ def compare(
     options: Namespace,
     limits: Mapping[str, float],
 ) -> dict[str, Any]:
+    """Time both programs for one batch size."""
     both = {"moe_jax": ours, "transformers": theirs}
     first, second = (generate(workload.tokens) for generate in both.values())
     calls = {
@@ -196,14 +197,14 @@ def compare(
     return {
         "sequences": sequences,
         "speeds": speeds,
-        "times": {what: speeds["moe_jax"][what] / speeds["transformers"][what] for what in ("decode", "prefill")},
+        "times": {name: speeds["moe_jax"][name] / speeds["transformers"][name] for name in ("decode", "prefill")},
         "different_tokens": int(np.sum(first != second)),
         "tokens": int(first.size),
     }
 
 
 def measured_limits(options: Namespace) -> dict[str, float]:
-    """What this machine reaches in large arrays: the best of reading, copying and adding, and a square matmul."""
+    """Measure bandwidth (the best of read, copy and triad on large arrays) and FLOP/s (a square matmul)."""
     count, side = (2**16, 64) if options.quick else (2**26, 2048)
     x, square = jnp.ones(count, jnp.float32), jnp.ones((side, side), jnp.float32)
     programs = {

@@ -12,6 +12,14 @@ from moe_jax.models import ShardedDecoder
 from moe_jax.models.sharded import DTYPES
 from moe_jax.sharding import Placement
 
+SIZES = {
+    "heads": "attention heads",
+    "layers": "layers",
+    "hidden": "hidden size",
+    "experts": "experts",
+    "width": "intermediate size of each expert",
+}
+
 
 def options(parser: ArgumentParser, **sizes: int) -> ArgumentParser:
     """Add the options of the model to the parser and return it.
@@ -24,7 +32,9 @@ def options(parser: ArgumentParser, **sizes: int) -> ArgumentParser:
         "--model", type=Path, metavar="DIR", help="directory of a config.json to use instead of the sizes below"
     )
     for name, default in ({"heads": 8} | sizes).items():
-        parser.add_argument(f"--{name}", type=script.positive, default=default, help="of the synthetic model")
+        parser.add_argument(
+            f"--{name}", type=script.positive, default=default, help=f"{SIZES[name]} of the synthetic model"
+        )
     return parser
 
 

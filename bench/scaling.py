@@ -41,8 +41,9 @@ predictions are for bfloat16. Of 72 devices 64 are used, the largest number that
 
 - Attention is data-parallel over all devices, experts are sharded over all devices (`expert=<devices>`), and every
   device has the same number of sequences.
-- A step either reads its weights and full caches once at the memory bandwidth, or computes at the peak of the data
-  sheet, whichever takes longer; it uses all experts. Kernel launches, sampling and the host take no time.
+- A step takes the time of reading its weights and full caches once at the memory bandwidth, or the time of its
+  computation at the peak of the data sheet, whichever is longer. It uses all experts. Kernel launches, sampling and
+  the host take no time.
 - Collectives run one after the other and overlap with nothing. Each costs launches, hops and bytes, as in
   `moe_jax.sharding.hardware`, with the figures of data sheets and of NCCL's tuning model.
 - Rows are sent in bfloat16, with their router results. An all-to-all sends each row to every device that holds one of

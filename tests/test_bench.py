@@ -6,15 +6,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bench import against, scaling
+from bench import against, scaling, timing
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -120,22 +120,25 @@ def test_a_comparison_without_torch_says_what_to_install(tmp_path: Path) -> None
     assert done.stderr.splitlines()[-1] == ("not compared: No module named torch; run pip install '.[compare]'")
 
 
-def test_throughputs_follow_from_measured_times() -> None:
+def test_throughputs_follow_from_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
     workload = against.Workload(prompt=8, tokens=3)
     options = Namespace(repeats=3)
 
     def generate(tokens: int) -> np.ndarray:
-        time.sleep(0.02 * tokens)
+        nonlocal now
+        now += 0.02 * tokens
         return np.zeros((2, tokens), int)
 
     limits = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
     found = against.compare(workload, 2, generate, generate, options, limits)
     ours = found["speeds"]["moe_jax"]
-    assert ours["decode"] == pytest.approx(2 / 0.02, rel=0.3)
-    assert ours["prefill"] == pytest.approx(2 * 8 / 0.02, rel=0.3)
+    assert ours["decode"] == pytest.approx(2 / 0.02)
+    assert ours["prefill"] == pytest.approx(2 * 8 / 0.02)
     assert ours["memory"] == pytest.approx(ours["decode"] / 2 * workload.step_bytes(2) / 1e9)
     assert ours["compute"] == pytest.approx(ours["prefill"] / 16 * workload.prompt_flops(2) / 1e9)
-    assert found["times"]["decode"] == pytest.approx(1, rel=0.3)
+    assert found["times"]["decode"] == pytest.approx(1)
     assert (found["different_tokens"], found["tokens"]) == (0, 6)
     assert workload.step_bytes(1) == 4 * (workload.shared_weights + workload.top_k * workload.expert_weights)
 
