@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.engine.generation import Generation, StepOutput, TopLogprobs
 from moe_jax.engine.step_inputs import PromptRows, SampledSegment
 from moe_jax.programs import SampledTokens
-from moe_jax.programs.sampling import NOWHERE
+from moe_jax.programs.sampling import NO_TOKEN
 from moe_jax.scheduler import Request
 
 
@@ -51,4 +51,4 @@ def add_prompt_output(generation: Generation, prompt: PromptRows, scored: Any) -
 
 
 def _by_token(tokens: list[int], logprobs: list[float]) -> TopLogprobs:
-    return {token: logprob for token, logprob in zip(tokens, logprobs, strict=True) if token != NOWHERE}
+    return {token: logprob for token, logprob in zip(tokens, logprobs, strict=True) if token != NO_TOKEN}

@@ -131,7 +131,7 @@ def _propose(
         sampling = SamplingMetadata(*(jnp.repeat(part, diffusion.block, axis=0) for part in own))
         inputs = SamplerInputs(sampling, blocks.positions.reshape(-1) - sampling.prompt_length, None)
     placement = route.residual.placement
-    return sample(logits, decoder.vocabulary.size, placement, inputs, never=diffusion.mask_token)
+    return sample(logits, decoder.vocabulary.size, placement, inputs, excluded_token=diffusion.mask_token)
 
 
 def _choose(
