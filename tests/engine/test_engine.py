@@ -66,7 +66,7 @@ class Crowd(RuleBasedStateMachine):
     @rule(prompt=st.integers(0, len(PROMPTS) - 1), params=st.integers(0, len(PARAMS) - 1))
     def arrive(self, prompt: int, params: int) -> None:
         (group,) = self.llm.request_groups([PROMPTS[prompt]], PARAMS[params])
-        (generation,) = group.begin(self.llm.ends, self.queue)
+        (generation,) = group.begin(self.queue)
         self.llm.engine.add(generation)
         self.open[generation] = (prompt, params)
 

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 
 from moe_jax import SamplingParams
 from moe_jax.engine import Engine, Generation, OutputQueue
-from moe_jax.engine.generation import StepOutput
+from moe_jax.engine.partial_outputs import StepOutput
 from moe_jax.engine.sizes import Sizes
 from moe_jax.errors import RequestError
 from moe_jax.scheduler import Request

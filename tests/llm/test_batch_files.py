@@ -1,4 +1,4 @@
-"""Files of prompts: order, lines that cannot be served, and going on after a kill."""
+"""Batch files: order of results, lines that cannot be served, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_results_come_in_the_order_of_the_input(llm: LLM, paths: tuple[Path, Path]) -> None:
-    """Whatever order they end in."""
+def test_results_have_the_order_of_the_input(llm: LLM, paths: tuple[Path, Path]) -> None:
+    """Later prompts end earlier."""
     source, output = paths
     write(
         source,
@@ -48,7 +48,7 @@ def test_results_come_in_the_order_of_the_input(llm: LLM, paths: tuple[Path, Pat
     assert set(output.parent.iterdir()) == {source, output}
 
 
-def test_lines_that_cannot_be_served_leave_the_others_running(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_lines_that_cannot_be_served_do_not_stop_the_others(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     write(
         source,
@@ -67,7 +67,7 @@ def test_lines_that_cannot_be_served_leave_the_others_running(llm: LLM, paths: t
     generate_file(llm, source, output, GREEDY)
     results = read(output)
     expected = [
-        "this is no JSON",
+        "the line is not valid JSON",
         "must be a JSON object with a prompt",
         "the prompt is empty",
         "the prompt has 70 tokens, a sequence can have 64",
@@ -90,7 +90,7 @@ class Killed(Exception):
     pass
 
 
-def test_what_was_decoded_before_a_kill_is_not_decoded_again(
+def test_a_run_resumes_after_a_kill_without_decoding_twice(
     llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = paths
@@ -105,41 +105,41 @@ def test_what_was_decoded_before_a_kill_is_not_decoded_again(
     journal = output.with_name("out.jsonl.partial")
     with journal.open("a") as file:
         file.write('{"number": 11, "resu')  # torn
-    begun: list[int] = []
+    started: list[int] = []
     add = llm.engine.add
-    monkeypatch.setattr(llm.engine, "add", lambda generation: (begun.append(1), add(generation)))
-    with pytest.raises(RequestError, match="was begun with another input, model"):
+    monkeypatch.setattr(llm.engine, "add", lambda generation: (started.append(1), add(generation)))
+    with pytest.raises(RequestError, match="belongs to another input, model"):
         generate_file(llm, source, output, SamplingParams(temperature=0, max_tokens=7))
     with monkeypatch.context() as patch:
         patch.setattr(llm, "identity", llm.identity.replace("float32", "bfloat16"))
-        with pytest.raises(RequestError, match="was begun with another input, model"):
+        with pytest.raises(RequestError, match="belongs to another input, model"):
             generate_file(llm, source, output, GREEDY)
     generate_file(llm, source, output, GREEDY)
-    assert len(begun) == 12 - 5
+    assert len(started) == 12 - 5
     assert [result["samples"][0]["text"] for result in read(output)] == [str(2 * n) for n in range(12)]
     assert not journal.exists()
-    with pytest.raises(RequestError, match="is there already, and complete"):
+    with pytest.raises(RequestError, match="exists already, and is complete"):
         generate_file(llm, source, output, GREEDY)
 
 
-def test_an_empty_file_has_no_results(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_an_empty_file_gives_an_empty_file(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     write(source)
     generate_file(llm, source, output, GREEDY)
     assert output.read_text() == ""
 
 
-def test_what_is_no_text_leaves_the_others_running(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_lines_that_are_not_text_do_not_stop_the_others(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     source.write_bytes(b'{"prompt": "1+\xff="}\n' + b"[" * 200_000 + b'\n{"prompt": "1+1="}\n')
     assert generate_file(llm, source, output, GREEDY) == 2
     first, second, third = read(output)
-    assert first["error"].startswith("this is no JSON")
-    assert second["error"].startswith("this is no JSON")
+    assert first["error"].startswith("the line is not valid JSON")
+    assert second["error"].startswith("the line is not valid JSON")
     assert third["samples"][0]["text"] == "2"
 
 
-def test_a_damaged_journal_is_told(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_a_damaged_journal_is_reported(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     write(source, {"prompt": "1+1="})
     output.with_name("out.jsonl.partial").write_text("{}\n{]\n")
@@ -147,19 +147,19 @@ def test_a_damaged_journal_is_told(llm: LLM, paths: tuple[Path, Path]) -> None:
         generate_file(llm, source, output, GREEDY)
 
 
-def test_two_runs_do_not_write_to_one_journal(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_two_runs_cannot_share_a_journal(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     write(source, {"prompt": "1+1="}, {"prompt": "2+2="})
 
-    def again(done: int, wanted: int) -> None:
+    def run_again(done: int, total: int) -> None:
         with pytest.raises(RequestError, match="another run writes to"):
             generate_file(llm, source, output, GREEDY)
 
-    assert generate_file(llm, source, output, GREEDY, again) == 0
+    assert generate_file(llm, source, output, GREEDY, run_again) == 0
     assert len(output.read_text().splitlines()) == 2
 
 
-def test_bad_paths(llm: LLM, paths: tuple[Path, Path], tmp_path: Path) -> None:
+def test_bad_paths_are_refused(llm: LLM, paths: tuple[Path, Path], tmp_path: Path) -> None:
     source, _ = paths
     with pytest.raises(RequestError, match="there is no file"):
         generate_file(llm, source, tmp_path / "out", GREEDY)

@@ -232,8 +232,9 @@ def test_a_step_of_nothing_cannot_be_explained(golden: LLM) -> None:
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[MoEJaxError], message: str) -> None:
+    arguments: dict[str, Any] = {"checkpoint": GOLDEN, **options}
     with pytest.raises(error, match=message):
-        LLM(**{"checkpoint": GOLDEN, **options})
+        LLM(**arguments)
 
 
 def test_the_bundled_model_is_small_and_the_default() -> None:
@@ -282,5 +283,5 @@ def test_a_stream_of_no_tokens_says_why_it_ended(adder: LLM) -> None:
 
 def test_candidates_are_tokens_of_the_vocabulary(adder: LLM) -> None:
     (output,) = adder.generate("1+1=", SamplingParams(temperature=0, logprobs=20))
-    assert output.samples[0].top_logprobs is not None
-    assert all(token >= 0 for column in output.samples[0].top_logprobs for token in column)
+    assert output.outputs[0].top_logprobs is not None
+    assert all(token >= 0 for column in output.outputs[0].top_logprobs for token in column)
