@@ -16,7 +16,12 @@ _COLLECTIVE = re.compile(rf"{_NAME}(?P<result>.+?) (?P<kind>{'|'.join(KINDS)})(?
 _OPERAND = re.compile(r"-done\(%?([^\s,)]+)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)[a-z\d]*\[(?P<shape>[\d,]*)\]")
-# Groups of devices as HLO writes them: {{0,1},{2,3}}, [2,2]<=[4], or mesh['data'=2,'expert'=2] {'expert'}.
+# Groups of devices as HLO writes them: {{0,1},{2,3}}, [2,2]<=[4], mesh['data'=2,'expert'=2] {'expert'}, or {} for one
+# group of all devices; a permutation lists the pairs that send.
+_EVERYONE = "replica_groups={}"
+_COUNTS = re.compile(r"(?:replica_count|num_partitions)=(\d+)")
+_PAIRS = re.compile(r"source_target_pairs=\{([\d,{}]*)\}")
+_PAIR = re.compile(r"(\d+),(\d+)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(?:\d+,)*(\d+)\]<=")
 _MESH = re.compile(r"replica_groups=mesh\[(?P<sizes>[^\]]*)\] \{(?P<axes>[^}]*)\}")
@@ -45,15 +50,20 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """What each device sends, by a ring, each time."""
-        of_result = {"all-reduce": 2 * (self.devices - 1) / self.devices, "reduce-scatter": self.devices - 1}
+        """Bytes that each device sends each time: by a ring, or its whole buffer once in a permutation."""
+        of_result = {
+            "all-reduce": 2 * (self.devices - 1) / self.devices,
+            "reduce-scatter": self.devices - 1,
+            "collective-permute": self.devices > 1,
+        }
         return _bytes(self.result) * of_result.get(self.kind, (self.devices - 1) / self.devices)
 
 
 def collectives(hlo: str) -> list[Collective]:
     """The collectives of an optimized HLO module (`compiled.as_text()`), those in loops counted once per trip."""
     computations, entry = _computations(hlo)
-    return [c for lines, times in _executed(computations, entry, 1) for c in _collectives_among(lines, times)]
+    devices = _device_count(hlo)
+    return [c for lines, times in _executed(computations, entry, 1) for c in _collectives_among(lines, times, devices)]
 
 
 def dot_flops(hlo: str) -> int:
@@ -89,6 +99,11 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
+def _device_count(hlo: str) -> int:
+    """The devices of the program, from the header of its module, which leaves counts of one out."""
+    return math.prod(map(int, _COUNTS.findall(hlo.partition("\n")[0])))
+
+
 def _executed(computations: Mapping[str, list[str]], name: str, times: int) -> Iterator[tuple[list[str], int]]:
     """The lines of each computation that `name` comes to, itself included, and how often they run: as often as loops
     are known to go round; all branches."""
@@ -103,7 +118,8 @@ def _executed(computations: Mapping[str, list[str]], name: str, times: int) -> I
                 yield from _executed(computations, callee, times)
 
 
-def _collectives_among(lines: Sequence[str], times: int) -> Iterator[Collective]:
+def _collectives_among(lines: Sequence[str], times: int, devices: int) -> Iterator[Collective]:
+    """The collectives of one computation of a program that runs on `devices` devices."""
     started: dict[str, str] = {}
     for line in lines:
         if not (found := _COLLECTIVE.match(line)):
@@ -112,7 +128,8 @@ def _collectives_among(lines: Sequence[str], times: int) -> Iterator[Collective]
             started[found["name"]] = line
         else:
             operand = _OPERAND.search(line)
-            yield _collective(found, times, started[operand[1]] if operand else line, asynchronous=bool(operand))
+            groups = started[operand[1]] if operand else line
+            yield _collective(found, times, groups, devices, asynchronous=bool(operand))
 
 
 def _dot_flops(lines: Sequence[str]) -> int:
@@ -125,14 +142,18 @@ def _dot_flops(lines: Sequence[str]) -> int:
     return flops
 
 
-def _collective(found: re.Match[str], times: int, line: str, *, asynchronous: bool) -> Collective:
+def _collective(found: re.Match[str], times: int, line: str, devices: int, *, asynchronous: bool) -> Collective:
     """From the result, and the line that says over which devices."""
     scope = _SCOPE.search(line)
     arrays = ", ".join(array[0] for array in _ARRAY.finditer(found["result"]))
-    return Collective(found["kind"], times, arrays, scope[1] if scope else "", _group_size(line), asynchronous)
+    return Collective(found["kind"], times, arrays, scope[1] if scope else "", _group_size(line, devices), asynchronous)
 
 
-def _group_size(line: str) -> int:
+def _group_size(line: str, devices: int) -> int:
+    if _EVERYONE in line:
+        return devices
+    if pairs := _PAIRS.search(line):
+        return _largest_group(_PAIR.findall(pairs[1]))
     if listed := _LISTED.search(line):
         return listed[1].count(",") + 1
     if iota := _IOTA.search(line):
@@ -143,14 +164,23 @@ def _group_size(line: str) -> int:
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh["axes"]))
 
 
-def _bytes(arrays: str) -> int:
+def _largest_group(pairs: Iterable[tuple[str, str]]) -> int:
+    """The most devices that these pairs join to each other, directly or by way of others."""
+    groups: list[set[str]] = []
+    for pair in pairs:
+        joined = set(pair).union(*(group for group in groups if not group.isdisjoint(pair)))
+        groups = [group for group in groups if group.isdisjoint(pair)] + [joined]
+    return max(map(len, groups), default=1)
+
+
+def _bytes(arrays: str) -> float:
     dtypes = (array["dtype"] for array in _ARRAY.finditer(arrays))
-    return sum(math.prod(shape) * _item_bytes(dtype) for shape, dtype in zip(_shapes(arrays), dtypes, strict=True))
+    return sum(math.prod(shape) * _item_bits(dtype) / 8 for shape, dtype in zip(_shapes(arrays), dtypes, strict=True))
 
 
 def _shapes(arrays: str) -> list[list[int]]:
     return [[int(size) for size in array["shape"].split(",") if size] for array in _ARRAY.finditer(arrays)]
 
 
-def _item_bytes(dtype: str) -> int:
-    return 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8
+def _item_bits(dtype: str) -> int:
+    return 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))

@@ -85,7 +85,7 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """The dtype that the weights were saved in, as config.json says."""
-        return str(self._of_text.get("dtype") or self._of_text.get("torch_dtype") or "bfloat16")
+        return str(self._of_text.get("dtype") or "bfloat16")
 
     def quantization(self, weight_dtype: str) -> Quantization | None:
         """How weights are held where a user asks for this dtype: `exact`, or one of eight bits. Those that the files
@@ -177,10 +177,13 @@ class Checkpoint:
 
 
 def _of_text(raw_config: dict[str, Any]) -> dict[str, Any]:
-    """The fields, those of the part for text before those around it."""
+    """The fields, those of the part for text before those around it; `torch_dtype` is the older name of `dtype`."""
     inner = raw_config.get(TEXT)
-    said = {name: value for name, value in inner.items() if value is not None} if isinstance(inner, dict) else {}
-    return raw_config | said
+    found: dict[str, Any] = {}
+    for part in (raw_config, inner if isinstance(inner, dict) else {}):
+        said = {name: value for name, value in part.items() if value is not None}
+        found |= {"dtype": said["torch_dtype"], **said} if "torch_dtype" in said else said
+    return found
 
 
 def family_of(raw_config: dict[str, Any]) -> Family:

@@ -105,7 +105,10 @@ def _mix(frequencies: Float[np.ndarray, "f"], factor: float, kept: Float[np.ndar
 
 
 def _yarn_ramp(scaling: YarnScaling, theta: float, width: int) -> Float[np.ndarray, "f"]:
-    """From 0 at the frequency that turns `fast` times within the original positions to 1 at that of `slow` times."""
+    """From 0 at the frequency that turns `fast` times within the original positions to 1 at that of `slow` times.
+
+    At most 0 where no frequency turns `slow` times, as in transformers.
+    """
 
     def pair(turns: float) -> float:
         """The number, not whole, of the frequency that turns so often."""
@@ -115,4 +118,4 @@ def _yarn_ramp(scaling: YarnScaling, theta: float, width: int) -> Float[np.ndarr
     if scaling.whole_ends:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
-    return (np.arange(width // 2) - first) / max(last - first, 1e-3)
+    return (np.arange(width // 2) - first) / (last - first or 1e-3)

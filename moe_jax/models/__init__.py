@@ -1,4 +1,4 @@
-"""The decoder that every family shares, assembled from its config."""
+"""Decoder that all families share, assembled from a config."""
 
 from moe_jax.models.batch import BatchShape, PageRange, Segment, Segments, pack
 from moe_jax.models.decoder import Caches, Decoder

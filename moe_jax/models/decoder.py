@@ -1,6 +1,6 @@
-"""The decoder, assembled from its config, written for one device of a placement.
+"""Decoder of every model, assembled from its config and written for one device of a placement.
 
-T  own rows     B  those of them that this device keeps     D  hidden
+T  rows of this token shard     B  rows that this device keeps between blocks     D  hidden size
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moe_jax.config import (
 )
 from moe_jax.kernels.kv_cache import KVCache
 from moe_jax.kernels.recurrent_states import States
+from moe_jax.kernels.stacked_weight import LayerSlice
 from moe_jax.kernels.step import Step
 from moe_jax.layers import (
     Attention,
@@ -38,24 +39,23 @@ from moe_jax.layers import (
     Mamba,
     MoE,
     Vocabulary,
-    parameter,
     row_norm,
 )
 from moe_jax.models.grouping import Group
 
 Caches = list[list[KVCache | States]]
-"""A cache for each layer of the unit of each group, of the kind that it takes, its arrays stacked over the repeats."""
+"""KV cache or recurrent states for each layer of each group's unit, with arrays stacked over the repeats."""
 Mixer: TypeAlias = Attention | LatentAttention | DeltaAttention | Mamba | LightningAttention
-"""What takes a row's part of other positions of its sequence."""
+"""Layer that mixes the positions of a sequence."""
 
 
 class DecoderLayer(nnx.Module):
-    """One pre-norm layer."""
+    """Pre-norm layer: a mixer, then a feed-forward block, each with a residual connection."""
 
     def __init__(
         self, layer: LayerConfig, model: ModelConfig, numbers: range, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        """`numbers` are those of the layers that it is, one for each repeat."""
+        """`numbers` are the indices of the layers that share this module, one for each repeat."""
         hidden, eps = model.hidden, model.norm_eps
         self.residual_scale = model.residual_scale
         self.attention_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
@@ -103,7 +103,7 @@ def _mixer(layer: LayerConfig, model: ModelConfig, numbers: range, *, dtype: DTy
 
 
 class Stack(nnx.Module):
-    """A group of layers: one unit of blocks, its parameters stacked over the repeats and scanned."""
+    """Group of repeating layers: parameters are stacked over the repeats, and the layers run in a `lax.scan`."""
 
     def __init__(self, group: Group, model: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         @nnx.split_rngs(splits=group.repeats)
@@ -118,14 +118,14 @@ class Stack(nnx.Module):
     def __call__(
         self, x: Float[Array, "B D"], step: Step, caches: list[KVCache | States]
     ) -> tuple[Float[Array, "B D"], list[KVCache | States], list[Load]]:
-        """The loads' arrays are stacked over the repeats."""
+        """Run all repeats. Return the hidden states, the caches, and the router loads, stacked over the repeats."""
         blocks, parameters = nnx.split(self.unit)
 
         def body(carry: tuple[Array, list[KVCache | States]], repeat: tuple[Array, Any]) -> tuple[Any, list[Load]]:
             (x, caches), (index, own) = carry, repeat
-            layer_slice = jax.tree.map(lambda own, stack: parameter.LayerSlice(own, stack, index), own, parameters)
+            slices = jax.tree.map(lambda own, stack: LayerSlice(own, stack, index), own, parameters)
             written, loads = [], []
-            for block, cache in zip(nnx.merge(blocks, layer_slice), caches, strict=True):
+            for block, cache in zip(nnx.merge(blocks, slices), caches, strict=True):
                 x, cache, load = block(x, step, cache, index)
                 written.append(cache)
                 loads += [] if load is None else [load]
@@ -136,6 +136,8 @@ class Stack(nnx.Module):
 
 
 class Decoder(nnx.Module):
+    """Embedding, stacks of layers, final norm and head."""
+
     def __init__(self, config: ModelConfig, groups: Sequence[Group], *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.embedding_scale, self.unit_head = config.embedding_scale, config.unit_head
         self.embedding = Vocabulary(config, dtype=dtype, rngs=rngs)
@@ -150,8 +152,11 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int32[Array, "T"], step: Step, caches: Caches
     ) -> tuple[Float[Array, "T D"], Caches, list[Load]]:
-        """The last hidden state of each row, as the head takes it; the caches with the rows written; the load of each
-        MoE layer."""
+        """Run the layers.
+
+        Returns:
+          Hidden states of all rows, ready for the head; caches with the rows written; the load of each MoE layer.
+        """
         step = step.with_rotations(self.rotaries)
         x = self.embedding.embed(tokens, step.residual) * self.embedding_scale
         written, loads = [], []
@@ -166,5 +171,5 @@ class Decoder(nnx.Module):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What turns hidden states into logits."""
+        """Table that turns hidden states into logits: the head, or the embedding if they are tied."""
         return self.embedding if self.head is None else self.head

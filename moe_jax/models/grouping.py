@@ -1,4 +1,4 @@
-"""Runs of layers that repeat, so that one of each is traced and compiled, however deep the model."""
+"""Group repeating layers, so that each kind is traced and compiled once, however deep the model is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_jax.config import LayerConfig
 
 @dataclass(frozen=True)
 class Group:
-    """`repeats` times the layers of `unit`, from layer number `first` on."""
+    """Layers of `unit`, repeated `repeats` times, starting at layer index `first`."""
 
     first: int
     unit: tuple[LayerConfig, ...]
@@ -18,22 +18,22 @@ class Group:
 
     @property
     def numbers(self) -> list[range]:
-        """Of each layer of the unit, its numbers in all repeats."""
+        """Layer indices that each layer of the unit stands for, one for each repeat."""
         each, last = len(self.unit), self.first + self.repeats * len(self.unit)
         return [range(self.first + index, last, each) for index in range(each)]
 
     def layer(self, repeat: int, index: int) -> int:
-        """The number of layer `index` of the unit in a given repeat."""
+        """Return the layer index of layer `index` of the unit in a repeat."""
         return self.first + repeat * len(self.unit) + index
 
 
-def each_apart(layers: Sequence[LayerConfig]) -> tuple[Group, ...]:
-    """No loop over layers: all of them are one unit."""
+def ungrouped(layers: Sequence[LayerConfig]) -> tuple[Group, ...]:
+    """Put all layers into one unit that is not repeated: no loop over layers."""
     return (Group(0, tuple(layers), 1),)
 
 
 def group_layers(layers: Sequence[LayerConfig]) -> tuple[Group, ...]:
-    """Cut the layers, in order, into groups; at each cut the unit is taken that saves the most layers."""
+    """Group the layers in order. Each group takes the unit whose repeats save the most layers."""
     groups: list[Group] = []
     first = 0
     while first < len(layers):
@@ -46,7 +46,7 @@ def group_layers(layers: Sequence[LayerConfig]) -> tuple[Group, ...]:
 
 
 def _repeats(layers: Sequence[LayerConfig], length: int) -> int:
-    """How often the first `length` layers follow each other."""
+    """Count how often the first `length` layers repeat from the start."""
     repeats = 1
     while layers[repeats * length : (repeats + 1) * length] == layers[:length]:
         repeats += 1

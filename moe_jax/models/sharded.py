@@ -1,4 +1,4 @@
-"""A decoder on a mesh: the shardings of its parameters and caches, and what runs on each device."""
+"""Decoder on a mesh: shardings of parameters and caches, and the wrapper that runs it on each device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moe_jax.kernels.recurrent_states import STATE_DTYPE, SlotStates
 from moe_jax.kernels.step import Step
 from moe_jax.layers import parameter
 from moe_jax.models.decoder import Caches, Decoder
-from moe_jax.models.grouping import Group, each_apart, group_layers
+from moe_jax.models.grouping import Group, group_layers, ungrouped
 from moe_jax.sharding import (
     EXACT,
     Encoding,
@@ -49,8 +49,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class ShardedDecoder:
-    """A model config on a placement, in a compute dtype, its matrices in eight bits if a quantization says so. Holds no
-    arrays.
+    """Model config on a placement: shardings of parameters and caches, and the mesh's programs. Holds no arrays.
 
     Raises:
       PlacementError: the model cannot be split this way.
@@ -61,8 +60,8 @@ class ShardedDecoder:
     placement: Placement
     dtype: str
     scan_layers: bool = True
-    """Whether layers that are alike are one loop: a program of one layer, whatever their number, but each layer's
-    weights are copied out of the stack in every step. Experts' are not."""
+    """Compile repeating layers as one loop. Compile time then does not grow with depth, but each step copies every
+    layer's weights, except those of experts, out of the stack."""
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +78,7 @@ class ShardedDecoder:
         return _abstract(self.config, self.scan_layers, self.dtype)
 
     def rows_of(self, layer: LayerConfig, encoding: Encoding = EXACT) -> RowBytes:
-        """What a layer's feed-forward block moves of each row."""
+        """Bytes of each row that a layer's feed-forward block moves."""
         ffn = layer.ffn
         top_k, shared = (ffn.top_k, ffn.shared is not None) if isinstance(ffn, MoEConfig) else (0, False)
         return RowBytes.of(self.config.hidden, self.dtype, top_k=top_k, shared=shared, encoding=encoding)
@@ -87,10 +86,10 @@ class ShardedDecoder:
     def policy(
         self, hardware: Hardware, combine: str | Strategy, residual: str | type[ResidualLayout], gather_dtype: str
     ) -> Policy:
-        """How rows go through the layers, as users ask for it.
+        """Make the policy for a user's choices; `"auto"` leaves a choice to the policy.
 
         Raises:
-          PlacementError, ConfigError: no such strategy, residual or dtype.
+          PlacementError, ConfigError: unknown strategy, residual layout or dtype.
         """
         encoding = as_encoding(gather_dtype)
         strategy, kept = as_strategy(combine), as_residual_layout(residual)
@@ -103,7 +102,7 @@ class ShardedDecoder:
 
     @cached_property
     def parameters(self) -> Parameters:
-        """Every parameter's shape, dtype and sharding."""
+        """Shapes, dtypes and shardings of all parameters."""
         return parameter.placed(self._abstract[1], self.placement, self.quantization)
 
     @property
@@ -111,19 +110,19 @@ class ShardedDecoder:
         return jax.tree.map(lambda leaf: leaf.sharding.spec, self.parameters)
 
     def init(self, seed: int) -> Parameters:
-        """Random parameters, drawn on the devices that hold them; the same for every placement."""
+        """Draw random parameters on the devices that hold them. All placements give the same values."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.parameters)
 
         def draw(key: Array) -> Parameters:
-            emitted = nnx.state(Decoder(self.config, self.groups, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
+            drawn = nnx.state(Decoder(self.config, self.groups, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
             if self.quantization is None:
-                return emitted
-            return parameter.quantized(emitted, self.parameters, self.quantization)
+                return drawn
+            return parameter.quantized(drawn, self.parameters, self.quantization)
 
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
 
     def unstacked(self, stacked: Parameters) -> Parameters:
-        """The same parameters from those of a decoder that scans its layers, whose arrays are given up."""
+        """Unstack the parameters of a decoder that scans its layers; its stacked arrays are deleted."""
         if self.scan_layers:
             return stacked
         groups = group_layers(self.config.layers)
@@ -145,15 +144,22 @@ class ShardedDecoder:
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
-        """How far back layers look, each distance once: those that look equally far share tables of pages. Recurrent
-        layers have none; where there are no others, positions are counted as if one looked back to the first."""
+        """Distinct attention windows of the layers; layers with equal windows share page tables.
+
+        Recurrent layers have no window. A model of recurrent layers alone has the one window None.
+        """
         attended = (layer.attention for layer in self.config.layers)
         looks = (each.window for each in attended if not isinstance(each, RecurrentConfig))
         return tuple(dict.fromkeys(looks)) or (None,)
 
     def abstract_caches(self, pages: Mapping[int | None, int], page: int, slots: int) -> Caches:
-        """The shapes, dtypes and shardings of KV caches of so many pages of `page` positions on each token shard, for
-        each of the `windows`, and of the states of `slots` sequences on each."""
+        """Shapes, dtypes and shardings of the caches.
+
+        Args:
+          pages: number of pages on each token shard, for each of the `windows`.
+          page: positions of a page.
+          slots: sequences with recurrent states on each token shard.
+        """
         placement, shards = self.placement, self.placement.size(Role.TOKENS)
 
         def abstract(repeats: int, heads: int, places: int, *rest: int, dtype: DTypeLike = self.dtype) -> Any:
@@ -173,11 +179,11 @@ class ShardedDecoder:
         return [[cache(group.repeats, layer) for layer in group.unit] for group in self.groups]
 
     def empty_caches(self, pages: Mapping[int | None, int], page: int, slots: int) -> Caches:
-        """Zeroed caches, as `abstract_caches`."""
+        """Allocate zeroed caches, with the arguments of `abstract_caches`."""
         return zeros(self.abstract_caches(pages, page, slots))
 
     def per_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """`function(decoder, *args)` on every device, as a function of parameters and args."""
+        """Wrap `function(decoder, *args)` in `shard_map`; the result takes `(parameters, *args)`."""
 
         def run(parameters: Parameters, *args: Any) -> Any:
             return function(nnx.merge(self.graph, parameters), *args)
@@ -195,13 +201,13 @@ class ShardedDecoder:
 
     @property
     def cache_spec(self) -> PartitionSpec:
-        """Of every array of every cache, whatever follows its first dimensions: layers, heads, pages or slots."""
+        """Spec of every cache array: layers, heads, then pages or slots; later dimensions are whole."""
         return PartitionSpec(None, *self.placement.spec((Role.HEADS, Role.TOKENS), (0, 0)))
 
     def all_logits(
         self, parameters: Parameters, caches: Caches, batch: ForwardBatch, route: Route
     ) -> tuple[Float[Array, "shards*T vocab"], Caches]:
-        """Logits after every row, and the caches with the batch written."""
+        """Return the logits after every row, and the caches with the batch written."""
 
         def run(decoder: Decoder, caches: Caches, batch: ForwardBatch) -> tuple[Array, Caches]:
             x, caches, _ = decoder(batch.tokens, Step.of(batch, route), caches)
@@ -214,18 +220,18 @@ class ShardedDecoder:
 
 @cache
 def _groups(config: ModelConfig, scan_layers: bool) -> tuple[Group, ...]:
-    return (group_layers if scan_layers else each_apart)(config.layers)
+    return (group_layers if scan_layers else ungrouped)(config.layers)
 
 
 @cache
 def _abstract(config: ModelConfig, scan_layers: bool, dtype: str) -> tuple[nnx.GraphDef, Parameters]:
-    """The same on all placements."""
+    """Trace the decoder's parameters once for all placements."""
     groups = _groups(config, scan_layers)
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, groups, dtype=dtype, rngs=parameter.ShapesAlone(0))))
 
 
 def zeros(abstract: Tree) -> Tree:
-    """Zeros of the given shapes, dtypes and shardings, all made by one program."""
+    """Allocate zeros of the given shapes, dtypes and shardings, in one program."""
     leaves, structure = jax.tree.flatten(abstract)
     return jax.tree.unflatten(structure, _maker_of_zeros(tuple(leaves))())
 

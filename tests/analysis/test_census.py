@@ -77,3 +77,86 @@ ENTRY %main (p: f32[8,4]) -> f32[2,4] {{
         ("all-reduce", 4, False),
     ]
     assert [c.sent_bytes for c in found] == [3 * 32, 3 / 4 * 64, 2 * 3 / 4 * 32]
+
+
+def program(body: str, header: str = "") -> str:
+    return f"HloModule m{header}\n\nENTRY %main (p: f32[8,4]) -> f32[8,4] {{\n{body}\n}}"
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "conditional(%i, %p, %p, %p), branch_computations={%one, %two, %none}",
+        "conditional(i, p, p, p), branch_computations={one, two, none}",
+        "conditional(%i, %p, %p), true_computation=%one, false_computation=%two",
+        "conditional(%i, %p, %p), true_computation=%two, false_computation=%one",
+    ],
+)
+def test_all_branches_of_a_conditional_count(branches: str) -> None:
+    text = f"""
+%one (q: f32[8,4]) -> f32[8,4] {{
+  ROOT %a = f32[8,4] all-reduce(%q), replica_groups={{{{0,1}}}}
+}}
+
+%two (r: f32[8,4]) -> f32[8,4] {{
+  %b = f32[2,4] reduce-scatter(%r), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}
+  ROOT %c = f32[8,4] all-gather(%b), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}
+}}
+
+%none (s: f32[8,4]) -> f32[8,4] {{
+  ROOT %d = f32[8,4] negate(%s)
+}}
+
+%body (t: f32[8,4]) -> f32[8,4] {{
+  ROOT %e = f32[8,4] {branches}
+}}
+
+%end (u: f32[8,4]) -> pred[] {{
+  ROOT %f = pred[] constant(false)
+}}
+"""
+    looped = '  ROOT %w = f32[8,4] while(%p), condition=%end, body=%body, backend_config={"known_trip_count":{"n":"3"}}'
+    assert count(collectives(text + program(looped))) == {"all-reduce": 3, "reduce-scatter": 3, "all-gather": 3}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "devices"),
+    [("{0,1},{1,2},{2,3},{3,0}", 4), ("{0,1},{4,5},{1,0},{5,4}", 2), ("{2,3},{0,1},{1,2}", 4), ("{0,0},{1,1}", 1)],
+)
+def test_a_permutation_sends_its_buffer_once(pairs: str, devices: int) -> None:
+    found = collectives(
+        program(f"""
+  %a = (f32[8,4], f32[8,4], u32[], u32[]) collective-permute-start(%p), source_target_pairs={{{pairs}}}
+  %b = f32[8,4] collective-permute-done(%a)
+  ROOT %c = f32[8,4] collective-permute(%b), channel_id=2, source_target_pairs={{{pairs}}}""")
+    )
+    sent = 4 * 32 if devices > 1 else 0
+    assert [(c.kind, c.devices, c.sent_bytes, c.asynchronous) for c in found] == [
+        ("collective-permute", devices, sent, True),
+        ("collective-permute", devices, sent, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "devices"),
+    [
+        (", is_scheduled=true, num_partitions=8", 8),
+        (", replica_count=2, num_partitions=4", 8),
+        (", replica_count=4", 4),
+        ("", 1),
+    ],
+)
+def test_no_groups_are_all_devices_of_the_program(header: str, devices: int) -> None:
+    body = "  ROOT %a = f32[8,4] all-reduce(%p), channel_id=1, replica_groups={}, to_apply=%add"
+    (found,) = collectives(program(body, header))
+    assert found.devices == devices
+    assert found.sent_bytes == 2 * (devices - 1) / devices * 128
+
+
+@pytest.mark.parametrize(
+    ("array", "whole"),
+    [("s4[8,4]{1,0:E(4)}", 16), ("u4[3,5]", 7.5), ("f4e2m1fn[8,4]", 16), ("pred[8,4]", 32), ("bf16[8,4]", 64)],
+)
+def test_numbers_of_less_than_a_byte(array: str, whole: float) -> None:
+    (found,) = collectives(program(f"  ROOT %a = {array} all-gather(%p), replica_groups=[2,4]<=[8]"))
+    assert found.sent_bytes == 3 / 4 * whole

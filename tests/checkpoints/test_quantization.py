@@ -18,6 +18,7 @@ from moe_jax.errors import CheckpointError, ConfigError
 
 CASE, BLOCK = "qwen3_moe_gqa2_e12_top1_dense", (24, 12)
 """Blocks that do not divide the weights."""
+PLAIN = json.loads((GOLDENS / CASE / "config.json").read_text())
 SOME = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -36,8 +37,7 @@ def quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def write(path: Path, held: dict[str, np.ndarray], **fields: Any) -> Path:
     path.mkdir()
-    raw = json.loads((GOLDENS / CASE / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(raw | fields))
+    (path / "config.json").write_text(json.dumps(PLAIN | fields))
     save_file(held, path / "model.safetensors")
     return path
 
@@ -62,7 +62,13 @@ def test_they_are_what_they_mean(tmp_path: Path) -> None:
     assert_equal(load(eight, "expert=2,tensor=2"), load(meant, "expert=2,tensor=2"))
     checkpoint = Checkpoint(eight)
     there = decoder(checkpoint, "expert=2")
-    checkpoint.save_hugging_face(tmp_path / "out", there, checkpoint.load(there))
+    parameters = checkpoint.load(there)
+    checkpoint.save_hugging_face(tmp_path / "out", there, parameters)
+    checkpoint.save_orbax(tmp_path / "stored", parameters)
+    for exported in ("out", "stored"):
+        assert json.loads((tmp_path / exported / "config.json").read_text()) == PLAIN, (
+            "its weights are in no eight bits"
+        )
     expected, got = tensors(meant), tensors(tmp_path / "out")
     assert expected.keys() == got.keys()
     assert all((got[name] == value).all() for name, value in expected.items())

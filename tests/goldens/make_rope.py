@@ -29,6 +29,13 @@ CASES: dict[str, dict[str, Any]] = {
     "llama3": {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
     },
+    "yarn, no pair turns fast": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn, no pair turns fast, ends not whole": {
+        "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False,
+    },
+    "yarn, no ramp": {"factor": 4.0, "original_max_position_embeddings": 4},
+    "yarn, no pair turns once": {"factor": 4.0, "original_max_position_embeddings": 4, "truncate": False},
+    "yarn, all pairs turn": {"factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 10.0},
 }  # fmt: skip
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +94,14 @@ class Killed(Exception):
     pass
 
 
+def record_started(llm: LLM, patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Record the prompts that begin from now on, in order."""
+    started: list[tuple[int, ...]] = []
+    add = llm.engine.add
+    patch.setattr(llm.engine, "add", lambda generation: (started.append(tuple(generation.prompt)), add(generation)))
+    return started
+
+
 def test_a_run_resumes_after_a_kill_without_decoding_twice(
     llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,9 +117,7 @@ def test_a_run_resumes_after_a_kill_without_decoding_twice(
     journal = output.with_name("out.jsonl.partial")
     with journal.open("a") as file:
         file.write('{"number": 11, "resu')  # torn
-    started: list[int] = []
-    add = llm.engine.add
-    monkeypatch.setattr(llm.engine, "add", lambda generation: (started.append(1), add(generation)))
+    started = record_started(llm, monkeypatch)
     with pytest.raises(RequestError, match="belongs to another input, model"):
         generate_file(llm, source, output, SamplingParams(temperature=0, max_tokens=7))
     with monkeypatch.context() as patch:
@@ -120,6 +130,67 @@ def test_a_run_resumes_after_a_kill_without_decoding_twice(
     assert not journal.exists()
     with pytest.raises(RequestError, match="exists already, and is complete"):
         generate_file(llm, source, output, GREEDY)
+
+
+def test_a_run_can_be_killed_repeatedly(llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = paths
+    prompts = [tuple(group.prompt) for group in llm.request_groups([f"{n}+{n}=" for n in range(12)], GREEDY)]
+    write(source, *({"prompt": list(prompt), "id": f"sum {n}"} for n, prompt in enumerate(prompts)), "no json")
+    journal = output.with_name("out.jsonl.partial")
+    finished: set[int] = set()
+    for results, torn in ((4, '{"number": 11, "resu'), (9, '{"number": 10, "result": {"id": "' + "x" * 2000)):
+
+        def kill(done: int, _: int, results: int = results) -> None:
+            if done == results:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            started = record_started(llm, patch)
+            with pytest.raises(Killed):
+                generate_file(llm, source, output, GREEDY, kill)
+        assert not {prompts[number] for number in finished if number < 12} & set(started)
+        numbers = [json.loads(line)["number"] for line in journal.read_text().splitlines()[1:]]
+        assert len(set(numbers)) == len(numbers) == results
+        assert finished < set(numbers)
+        finished = set(numbers)
+        with journal.open("a") as file:
+            file.write(torn)
+    started = record_started(llm, monkeypatch)
+    assert generate_file(llm, source, output, GREEDY) == 1
+    assert sorted(started) == sorted(prompts[number] for number in set(range(12)) - finished)
+    results = read(output)
+    assert [result["id"] for result in results] == [*(f"sum {n}" for n in range(12)), 12]
+    assert [result["samples"][0]["text"] for result in results[:12]] == [str(2 * n) for n in range(12)]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from moe_jax import LLM, SamplingParams
+from moe_jax.llm.batch_files import generate_file
+
+def kill(done, _):
+    if done == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+llm = LLM(mesh="expert=2", dtype="float32", max_batch_size=4, decode_steps=2)
+generate_file(llm, Path(sys.argv[1]), Path(sys.argv[2]), SamplingParams(temperature=0, max_tokens=6), kill)
+"""
+
+
+def test_each_result_survives_a_kill(llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL leaves a process no time to write."""
+    source, output = paths
+    write(source, *({"prompt": f"{n}+{n}="} for n in range(6)))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(source), str(output)],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL
+    started = record_started(llm, monkeypatch)
+    generate_file(llm, source, output, GREEDY)
+    assert len(started) == 6 - 3
+    assert [result["samples"][0]["text"] for result in read(output)] == [str(2 * n) for n in range(6)]
 
 
 def test_an_empty_file_gives_an_empty_file(llm: LLM, paths: tuple[Path, Path]) -> None:

@@ -26,8 +26,9 @@ from moe_jax.sharding import (
     as_residual_layout,
     as_strategy,
 )
-from moe_jax.sharding.hardware import KNOWN, of_kind, save
+from moe_jax.sharding.hardware import KNOWN, Link, of_kind, save
 from moe_jax.sharding.policy import STRATEGIES, Decision
+from moe_jax.sharding.traffic import Kind, moves
 
 ROW = RowBytes(gather=4096, combine=4096, beside=64, top_k=8)
 H100 = KNOWN["h100"]
@@ -141,6 +142,42 @@ def test_an_axis_between_hosts_pays_the_slower_link() -> None:
     moves = ScatterCombine(placement("dp8_ep8")).combine_moves(64, ROW)
     near, far = (h.seconds(moves, placement("dp8_ep8")) for h in (H100, pairs))
     assert far > 3 * near
+
+
+TOY = Hardware(
+    name="toy", devices_per_host=4, local=Link(bandwidth=100, latency=2), remote=Link(bandwidth=10, latency=5),
+    launch=7, memory=1, memory_bandwidth=50, flops=1, source="made up",
+)  # fmt: skip
+"""Two hosts hold a mesh of `data=2,expert=4`, so that `data` lies between them."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "rows", "row_bytes", "share", "seconds"),
+    [  # launches, hops, bytes sent, and the buffers written and read
+        (Kind.ALL_GATHER, ("expert",), 8, 100, 1, 7 + 3 * 2 + 3 / 4 * 800 / 100 + 2 * 800 / 50),
+        (Kind.REDUCE_SCATTER, ("expert",), 40, 20, 0.5, 7 + 3 * 2 + 0.5 * 3 / 4 * 800 / 100 + 2 * 800 / 50),
+        (Kind.ALL_REDUCE, ("expert",), 8, 100, 1, 7 + 6 * 2 + 2 * 3 / 4 * 800 / 100 + 2 * 800 / 50),
+        (Kind.ALL_REDUCE, ("data",), 5, 20, 1, 7 + 2 * 5 + 2 * 1 / 2 * 100 / 10 + 2 * 100 / 50),
+        (Kind.ALL_TO_ALL, ("expert",), 8, 100, 0.25, 7 + 2 + 0.25 * 3 / 4 * 800 / 100 + 2 * 1600 / 50),
+        (Kind.RAGGED_ALL_TO_ALL, ("data", "expert"), 16, 50, 0.5, 2 * 7 + 5 + 0.5 * 7 / 8 * 800 / 10 + 2 * 1600 / 50),
+    ],
+)
+def test_seconds_of_a_collective(
+    kind: Kind, axes: tuple[str, ...], rows: int, row_bytes: int, share: float, seconds: float
+) -> None:
+    here = placement("two_replicas_dp4_ep4")
+    made = moves(kind, axes, rows, row_bytes, here, share)
+    assert TOY.seconds(made, here) == pytest.approx(seconds)
+    assert TOY.seconds(2 * made, here) == pytest.approx(2 * seconds)
+
+
+def test_devices_that_share_a_bandwidth_take_turns() -> None:
+    """Launches and latencies are each device's own."""
+    here = placement("two_replicas_dp4_ep4")
+    made = moves(Kind.ALL_GATHER, ("expert",), 8, 100, here)
+    assert replace(TOY, shared=True).seconds(made, here) == pytest.approx(7 + 3 * 2 + 4 * (600 / 100 + 2 * 800 / 50))
+    few = placement("single")
+    assert replace(TOY, shared=True).sharers(few) == 1
 
 
 def test_hardware_by_name_by_file_and_by_device(tmp_path: Path) -> None:
