@@ -166,15 +166,21 @@ def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
         (["generate", "1" * 65], "prompt 0 has 65 tokens, a sequence can have 64"),
         (["generate", ""], "prompt 0 is empty"),
         (["convert", GOLDEN, GOLDEN, "--to", "orbax"], "exists already"),
-        (["generate", "--coordinator", "localhost:1"], "the number of processes and the number of this one together"),
-        (["generate", "--distributed", "--num-processes", "2"], "and the number of this one together, or none"),
+        (
+            ["generate", "--coordinator", "localhost:1"],
+            "the number of processes and the number of this process together",
+        ),
+        (
+            ["generate", "--distributed", "--num-processes", "2"],
+            "and the number of this process together, or none of them",
+        ),
         (
             ["generate", *MEMBER, "2", "--coordinator", "localhost:1"],
-            "of 2 processes the numbers go from 0 to 1, got 2",
+            "the number of this process must be from 0 to 1 for 2 processes, got 2",
         ),
         (
             ["generate", *MEMBER, "0", "--coordinator", "localhost"],
-            "the coordinator is the HOST:PORT of process 0, got",
+            "the coordinator must be the HOST:PORT of process 0, such as 10.0.0.1:1234, got",
         ),
         (["generate", "--distributed"], "the processes cannot be joined"),
         (["plan", "--model", GOLDEN, "--mesh", "tensor=3"], "8 attention heads do not divide over 3 devices"),
