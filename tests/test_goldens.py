@@ -161,7 +161,7 @@ def test_every_golden_is_tested() -> None:
     assert {(case, mesh) for case, mesh, *_ in CASES}.issuperset(DECODED_APART)
 
 
-@pytest.mark.usefixtures("unkept")
+@pytest.mark.usefixtures("no_cache_writes")
 @pytest.mark.parametrize(("case", "mesh", "combine", "residual"), CASES)
 def test_parity_with_transformers(
     case: str, mesh: str, combine: str, residual: str, monkeypatch: pytest.MonkeyPatch

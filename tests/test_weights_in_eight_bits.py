@@ -187,7 +187,7 @@ def test_all_but_matrices_and_small_parameters_of_recurrences_are_in_eight_bits(
     assert not any(found[name] for name in found if set(name) & {"router", "decay", "strength", "select", "step"})
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 @pytest.mark.parametrize("quantization", [INT8, Quantization(WeightDtype.FLOAT8, block=64)], ids=str)
 def test_a_program_holds_no_copy_of_the_weights(quantization: Quantization) -> None:
     attention = AttentionConfig(heads=8, kv_heads=2, head_dim=32, rope=RopeConfig(1e4))

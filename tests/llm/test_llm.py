@@ -131,7 +131,7 @@ def test_explain(golden: LLM) -> None:
         assert words in str(said)
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 @pytest.mark.parametrize(
     ("case", "combine"),
     [

@@ -1,4 +1,4 @@
-"""For the processes that tests start. Most do little but import, a third of which is looking for garbage."""
+"""Garbage collection of the processes that tests start: most of them only import, a third of which is collection."""
 
 import atexit
 import gc

@@ -57,7 +57,7 @@ def in_feed_forwards(compiled: jax.stages.Compiled) -> Counter[str]:
     return count([c for c in found(compiled) if "/ffn/" in c.scope])
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 @pytest.mark.parametrize("where", ["dp8_ep8", "two_replicas_dp4_ep4"])
 def test_at_tensor_1_a_block_has_one_reduction(where: str) -> None:
     scattered = in_feed_forwards(decode_step(where, ScatterCombine))
@@ -68,12 +68,12 @@ def test_at_tensor_1_a_block_has_one_reduction(where: str) -> None:
     assert reduced["reduce-scatter"] == 0
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_at_tensor_1_nothing_else_is_summed() -> None:
     assert count(found(decode_step("dp8_ep8", ScatterCombine)))["all-reduce"] == 0
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 @pytest.mark.parametrize("where", ["dp4_ep4_tp2", "dp2_ep4"])
 def test_with_attention_tp_a_block_scatters_and_then_sums_own_rows(where: str) -> None:
     blocks = in_feed_forwards(decode_step(where, ScatterCombine))
@@ -82,12 +82,12 @@ def test_with_attention_tp_a_block_scatters_and_then_sums_own_rows(where: str) -
     assert (reduced["reduce-scatter"], reduced["all-reduce"]) == (0, LAYERS)
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_one_device_talks_to_nobody() -> None:
     assert not found(decode_step("single", ReduceCombine))
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 @pytest.mark.parametrize("where", ["dp8_ep8", "dp4_ep4_tp2"])
 def test_the_cache_is_updated_in_place(where: str) -> None:
     slots, positions = 4, 512
@@ -100,7 +100,7 @@ def test_the_cache_is_updated_in_place(where: str) -> None:
     assert memory.temp_size_in_bytes < 3 * of_layer
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_states_are_updated_in_place() -> None:
     """Of sequences, beside pages: a layer's states are looked at, never a copy of all."""
     delta = DeltaConfig(8, 4, 32, 32, 4, DecayConfig(each_channel=False), HeadGate.SILU)
@@ -114,7 +114,7 @@ def test_states_are_updated_in_place() -> None:
     assert memory.temp_size_in_bytes < states / 2
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_depth_adds_nothing_to_the_program() -> None:
     """`python -m bench.compile_time` prints what this means in seconds."""
     shallow, deep = (
@@ -123,7 +123,7 @@ def test_depth_adds_nothing_to_the_program() -> None:
     assert deep <= 1.02 * shallow
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_what_is_read_here_is_what_users_compile() -> None:
     """Tests compile quickly: machine code is less optimized, the program is the same."""
     found = []

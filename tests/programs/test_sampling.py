@@ -305,7 +305,7 @@ def test_logprobs_of_given_tokens(heads: int) -> None:
     np.testing.assert_allclose(found.top_logprobs, -np.sort(-every)[:, :TOP], rtol=1e-5)
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_no_row_of_the_vocabulary_is_sent() -> None:
     heads, vocab, requests = 4, 32_768, 2
     args = (jnp.zeros((requests, vocab)), SamplingMetadata.of([None] * requests), np.zeros(requests, np.int32))

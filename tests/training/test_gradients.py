@@ -21,7 +21,7 @@ LENGTH = 12
 """Tokens of each of four sequences."""
 
 
-@pytest.mark.usefixtures("unkept")
+@pytest.mark.usefixtures("no_cache_writes")
 @pytest.mark.parametrize("case", FAMILIES)
 def test_the_gradient_of_every_parameter_is_finite_and_not_zero(case: str) -> None:
     placement = Placement.parse("data=2,expert=2,tensor=2" if case in SPLIT else "data=1")
