@@ -1,4 +1,4 @@
-"""Garbage collection of the processes that tests start: most of them only import, a third of which is collection."""
+"""Garbage collection in the processes that tests start: they mostly import, and a third of that would be collection."""
 
 import atexit
 import gc

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from blocks import by_name
-from test_goldens import DECODED_APART, FAMILIES, GOLDENS
+from test_goldens import FAMILIES, GOLDENS, PREFILL_THEN_DECODE
 
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.models import ShardedDecoder
@@ -14,7 +14,7 @@ from moe_jax.sharding import Placement, Route, ScatterCombine
 from moe_jax.training.examples import examples
 from moe_jax.training.loss import losses
 
-SPLIT = [case for case, _ in DECODED_APART]
+SPLIT = [case for case, _ in PREFILL_THEN_DECODE]
 """One for each way to remember: their gradients come through the collectives of a mesh. Those of feed-forward blocks do
 so in the tests of every placement."""
 LENGTH = 12
