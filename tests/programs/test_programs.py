@@ -75,7 +75,7 @@ def test_at_tensor_1_nothing_else_is_summed() -> None:
 
 @pytest.mark.usefixtures("fresh_compilation")
 @pytest.mark.parametrize("where", ["dp4_ep4_tp2", "dp2_ep4"])
-def test_with_attention_tp_a_block_scatters_and_then_sums_own_rows(where: str) -> None:
+def test_with_attention_tp_a_block_reduce_scatters_and_all_reduces(where: str) -> None:
     blocks = in_feed_forwards(decode_step(where, ScatterCombine))
     assert (blocks["reduce-scatter"], blocks["all-reduce"]) == (LAYERS, LAYERS)
     reduced = in_feed_forwards(decode_step(where, ReduceCombine))
