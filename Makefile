@@ -1,8 +1,10 @@
-# make demo           decode with the bundled model
-# make test           all tests; on another Python: make test PYTHON=python3.13
-# make quick          the quick tests: pure Python, and one placement of each mechanism (tests/quick.txt)
-# make check          formatting, lint and types
-# make bench          the benchmarks with tiny sizes: that they run, not how fast
+# make demo           decode a batch with the bundled model, then score the model
+# make test           run all tests; on another Python: make test PYTHON=python3.13
+# make quick          run the quick tests: pure Python, and one placement of each mechanism (tests/quick.txt)
+# make lint           check formatting and lint
+# make check          check formatting, lint and types
+# make bench          run the benchmarks with tiny sizes, to see that they run
+# make clean          remove the virtual environments
 PYTHON ?= python3
 
 ifeq ($(PYTHON),python3)
@@ -44,7 +46,8 @@ $(VENV)/installed-%: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
-# XLA's GPU compiler, which needs neither a GPU nor CUDA; apart, so that JAX does not look for a GPU with it.
+# XLA's GPU compiler needs neither a GPU nor CUDA. It has a directory of its own: inside the environment, JAX would use
+# it to look for a GPU.
 $(VENV)/gpu-compiler: | $(VENV)/installed
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && $(BIN)/python -m pip install --quiet \
 		--no-deps --target $@ jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version

@@ -29,27 +29,30 @@ ROWS, POSITIONS = 64, 1024
 
 PAGE = """# Scaling
 
-What `moe-jax plan` predicts for {rows} sequences on each device, with caches of {positions} positions, in bfloat16.
-Written by `python -m bench.scaling > docs/scaling.md`: predicted from sizes, not measured.
+Predictions of `moe-jax plan` for published models, with {rows} sequences on each device and caches of
+{positions} positions, in bfloat16. The figures follow from sizes and data sheets; nothing was measured.
+`python -m bench.scaling > docs/scaling.md` writes this page.
 
 {table}
 
-`-` where weights and cache exceed a device's memory (their size is told). DeepSeek-V3 is published in float8 and
-held here in bfloat16. 72 devices hold as many as divide the number of experts, 64 of them.
+`-` marks models whose weights and cache exceed a device's memory; their size is given. DeepSeek-V3 is published in
+float8 and held here in bfloat16. Of 72 devices, 64 are used: the largest number that divides the number of experts.
 
-## What is assumed
+## Assumptions
 
-- Attention is data-parallel on every device, experts lie on all of them (`expert=<devices>`), sequences are even.
-- A step reads its weights and full caches once at the memory's bandwidth, or computes at the peak of the data sheet,
-  whichever takes longer; all experts are visited. Nothing else takes time: no launch of a kernel, no sampling, no host.
-- Collectives come one after the other and overlap with nothing. Each costs launches, hops and bytes, as
-  `moe_jax.sharding.hardware` says; the figures are those of data sheets and of NCCL's tuning model.
-- Rows travel in bfloat16, router results with them. An all-to-all sends each row to every device that holds
-  one of its experts, chosen evenly.
+- Attention is data-parallel on every device, experts lie on all devices (`expert=<devices>`), and sequences are spread
+  evenly.
+- A step reads its weights and full caches once at the bandwidth of the memory, or computes at the peak of the data
+  sheet, whichever takes longer. All experts are visited. Nothing else takes time: no kernel launch, no sampling, no
+  work of the host.
+- Collectives run one after the other and overlap with nothing. Each costs launches, hops and bytes, as
+  `moe_jax.sharding.hardware` says, with figures from data sheets and from NCCL's tuning model.
+- Rows travel in bfloat16, together with the router's results. An all-to-all sends each row to every device that holds
+  one of the row's experts, and rows choose experts evenly.
 
-So tokens per second are an upper bound, and the ratios between strategies are what the model is for.
+Tokens per second are therefore an upper bound. The model is made for the ratios between strategies.
 
-## Where it disagrees with measurements
+## Comparison with measurements of other engines
 
 {comparisons}
 """
@@ -63,18 +66,19 @@ HEADS_SPLIT = (
 """Eight devices with experts on four of them, and attention over 2, 4 and 8 token shards."""
 COMBINE_KERNEL = """
 - SGLang's pull request 22642 (4 x GB200, Qwen3.5-397B-A17B) measured 257 us of an all-reduce, and 161 us of the
-reduce-scatter in its place, 1.60 times less. Predicted: {reduce:.0f} and {scatter:.0f} us with {rows} rows on each
-device, {times:.2f} times. All collectives together took 13.6% less time there, and the engine gave 7.7% more tokens.
+reduce-scatter in its place, 1.60 times less. The prediction is {reduce:.0f} and {scatter:.0f} us with {rows} rows on
+each device, {times:.2f} times less. In the measurement, all collectives together took 13.6% less time, and the engine
+produced 7.7% more tokens.
 """
 HEADS_AND_TOKENS = """
 - Pull request 23713 (8 x H200, experts on 4, attention over 2, 4 and 8 token shards) measured collectives that take
-3.3, 3.1 and 2.0 times less time. Predicted: {} times for the combine, with 4096 rows on each shard and a
-hidden width of 4096. The model knows bytes, hops and launches; what else the replaced path did is not in it.
+3.3, 3.1 and 2.0 times less time. The prediction is {} times for the combine, with 4096 rows on each shard and a
+hidden width of 4096. The model knows bytes, hops and launches, and no other work of the replaced path.
 """
 ALL_TO_ALL = """
-- TensorRT-LLM's blog 18 finds that an all-to-all only wins on more devices than `top_k`. The same is predicted for
-Qwen3, whose `top_k` is 8: slower on 8 devices, faster on 16 and 64. Where there are shared experts every device needs
-every row, and the all-to-all is a scatter.
+- TensorRT-LLM's blog 18 finds that an all-to-all only wins on more devices than `top_k`. The prediction agrees for
+Qwen3, whose `top_k` is 8: slower on 8 devices, faster on 16 and 64. With a shared expert every device needs every row,
+and the all-to-all is a scatter.
 """
 
 
