@@ -104,14 +104,14 @@ class Case:
             np.testing.assert_allclose(value, wanted[name], rtol=0, atol=2e-5 * largest, err_msg=message)
 
 
-@pytest.mark.usefixtures("unkept")
+@pytest.mark.usefixtures("no_cache_writes")
 @pytest.mark.parametrize("number", sorted(set(range(len(EVERY))).difference(WITH_GRADIENTS)))
 def test_blocks_equal_those_of_one_device(number: int) -> None:
     case = Case(number)
     case.check({"output": case.collect(jax.jit(case.run)(*case.inputs))})
 
 
-@pytest.mark.usefixtures("unkept")
+@pytest.mark.usefixtures("no_cache_writes")
 @pytest.mark.parametrize("number", WITH_GRADIENTS)
 def test_blocks_and_gradients_equal_those_of_one_device(number: int) -> None:
     case = Case(number)

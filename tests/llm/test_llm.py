@@ -131,7 +131,7 @@ def test_explain_counts_collectives_and_bytes(golden: LLM) -> None:
         assert words in str(explanation)
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 @pytest.mark.parametrize(
     ("case", "combine"),
     [

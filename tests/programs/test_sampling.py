@@ -197,7 +197,7 @@ def test_logprobs_of_given_tokens(shards: int) -> None:
     np.testing.assert_allclose(found.top_logprobs, -np.sort(-every)[:, :TOP], rtol=1e-5)
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_no_row_of_the_vocabulary_is_sent() -> None:
     shards, vocab, requests = 4, 32_768, 2
     args = (jnp.zeros((requests, vocab)), SamplingMetadata.of([None] * requests), np.zeros(requests, np.int32))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from blocks import by_name
-from test_goldens import DECODED_APART, FAMILIES, GOLDENS
+from test_goldens import FAMILIES, GOLDENS, PREFILL_THEN_DECODE
 
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.models import ShardedDecoder
@@ -14,13 +14,13 @@ from moe_jax.sharding import Placement, Route, ScatterCombine
 from moe_jax.training.examples import make_examples
 from moe_jax.training.loss import losses
 
-SHARDED = [case for case, _ in DECODED_APART]
+SHARDED = [case for case, _ in PREFILL_THEN_DECODE]
 """One family for each kind of attention or recurrence, differentiated through the collectives of a mesh. The tests of
 every placement do so for feed-forward blocks."""
 SEQUENCES, LENGTH = 4, 12
 
 
-@pytest.mark.usefixtures("unkept")
+@pytest.mark.usefixtures("no_cache_writes")
 @pytest.mark.parametrize("case", FAMILIES)
 def test_the_gradient_of_every_parameter_is_finite_and_not_zero(case: str) -> None:
     placement = Placement.parse("data=2,expert=2,tensor=2" if case in SHARDED else "data=1")
