@@ -1,1 +1,1 @@
-"""One claim per script: each prints a table and one JSON line, draws a plot, and says what it ran on."""
+"""Benchmark scripts. Each tests one claim: it prints the machine, a table and a JSON line, and draws a plot."""

@@ -1,4 +1,4 @@
-"""Compile time of a decode step against depth: Qwen3-30B-A3B's layers, few or many of them; no weights.
+"""Compile time of a decode step of Qwen3-30B-A3B at several depths, without weights.
 
 python -m bench.compile_time [--mesh expert=8] [--depths 4,48] [--quick]; --help lists the rest.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import script
 from bench.published import config
-from bench.timing import interleaved, written
+from bench.timing import format_time, interleaved
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.sharding import Placement, Route, ScatterCombine
@@ -21,14 +21,17 @@ SLOTS, POSITIONS = 64, 2048
 
 
 def compile_step(depth: int, placement: Placement) -> None:
-    whole = config("Qwen3-30B-A3B")
-    shallow = replace(whole, layers=whole.layers[:depth])
-    programs = Programs(ShardedDecoder(shallow, placement, "bfloat16"))
+    """Compile a decode step of the first `depth` layers."""
+    full = config("Qwen3-30B-A3B")
+    truncated = replace(full, layers=full.layers[:depth])
+    programs = Programs(ShardedDecoder(truncated, placement, "bfloat16"))
     programs.decode_step(SLOTS, POSITIONS, Route.whole(ScatterCombine(placement)))
 
 
 def main() -> None:
-    parser = script.parser("compile_time", "Times the compilation of decode steps of several depths.", repeats=5)
+    parser = script.parser(
+        "compile_time", "Compile time of a decode step of Qwen3-30B-A3B at several depths.", repeats=5
+    )
     parser.add_argument("--depths", type=script.several(script.positive), default=[4, 48], help="numbers of layers")
     options, placement = script.begin(parser, QUICK)
 
@@ -38,7 +41,7 @@ def main() -> None:
     for depth, found in zip(options.depths, times.values(), strict=True):
         ratio = found.median / times[str(options.depths[0])].median
         results.append({"layers": depth, **found.as_dict(), "ratio": ratio})
-        table.row(depth, written(results[-1]), f"{ratio:.2f}")
+        table.row(depth, format_time(results[-1]), f"{ratio:.2f}")
     script.finish("compile_time", options, placement, {"results": results}, lambda axes: draw(axes, results))
 
 

@@ -1,13 +1,13 @@
-"""A profile of the whole decode step of a model with random weights: reduce-and-slice beside scatter.
+"""Profile of a decode step of a model with random weights: reduce-and-slice against scatter.
 
-    sent        bytes that each device sends, by a ring, to run the collectives found in the compiled program
-    collective  time of the gathers and combines alone: a program of hardly more than the collectives of the step's
-                feed-forward blocks, as many and with the same bytes (else it is not timed), in turn with the step
-    compute     the step's time less that, as if nothing overlapped
-    step        the compiled program, its inputs on the devices already; tokens/s follow from it
+    sent        bytes that each device sends, by ring algorithms, for the collectives of the compiled program
+    collective  time of a program with little else than the collectives of the step's feed-forward blocks; it is not
+                timed if its collectives or bytes differ from theirs
+    compute     time of the step minus `collective`, as if they did not overlap
+    step        time of the compiled step, with its inputs on the devices; tokens/s follow from it
 
 python -m bench.decode [--mesh expert=8] [--model DIR] [--sequences 8] [--trace DIR] [--quick]; --help lists the rest.
-With --against transformers another comparison, of whole generations on one device: see `bench.against`.
+With --against transformers, whole generations on one device are compared instead: see `bench.against`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from bench import against, model, script
-from bench.step import SCOPES, Decode, prepared
-from bench.timing import interleaved, written
+from bench.step import SCOPES, DecodeProgram, step_inputs
+from bench.timing import format_time, interleaved
 from moe_jax.models import ShardedDecoder
 from moe_jax.sharding import ReduceCombine, Role, Rows, ScatterCombine
 
@@ -34,15 +34,20 @@ TRACED_STEPS = 3
 
 
 def measure(decoder: ShardedDecoder, options: Namespace) -> dict[str, Any]:
-    here, parameters = decoder.placement, decoder.init(seed=0)
+    """Run and time both strategies on the same inputs."""
+    placement, parameters = decoder.placement, decoder.init(seed=0)
     steps = 1 + options.repeats + (TRACED_STEPS if options.trace else 0)
     positions = max(steps, options.positions)
-    turns = prepared(decoder, options.sequences, positions, steps)
-    counts = [options.sequences] * here.size(Role.TOKENS)
-    sized = {name: strategy.sized(here, counts, options.sequences) for name, strategy in STRATEGIES.items()}
-    rows = Rows.of(counts, here, options.sequences)
-    decodes = {name: Decode(decoder, parameters, turns, rows, positions, combine) for name, combine in sized.items()}
-    alone = {f"{name} alone": decode.alone for name, decode in decodes.items() if decode.is_alike}
+    inputs = step_inputs(decoder, options.sequences, positions, steps)
+    counts = [options.sequences] * placement.size(Role.TOKENS)
+    sized = {name: strategy.sized(placement, counts, options.sequences) for name, strategy in STRATEGIES.items()}
+    rows = Rows.of(counts, placement, options.sequences)
+    decodes = {
+        name: DecodeProgram(decoder, parameters, inputs, rows, positions, combine) for name, combine in sized.items()
+    }
+    alone = {
+        f"{name} alone": decode.collectives_alone for name, decode in decodes.items() if decode.has_same_collectives
+    }
     times = interleaved({**decodes, **alone}, options.repeats)
     if options.trace:
         trace(decodes, options.trace)
@@ -56,8 +61,8 @@ def measure(decoder: ShardedDecoder, options: Namespace) -> dict[str, Any]:
     }
 
 
-def trace(decodes: Mapping[str, Decode], directory: Path) -> None:
-    """Write a trace of some steps of each, one after the other."""
+def trace(decodes: Mapping[str, DecodeProgram], directory: Path) -> None:
+    """Write a profiler trace of a few steps of each variant."""
     with jax.profiler.trace(str(directory)):
         for number in range(TRACED_STEPS):
             for name, decode in decodes.items():
@@ -66,18 +71,18 @@ def trace(decodes: Mapping[str, Decode], directory: Path) -> None:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """A column for each variant."""
+    """Print a table with a column for each variant."""
     variants = result["variants"].values()
-    table = script.Table({"in one step": "<32", **dict.fromkeys(result["variants"], ">16")})
+    table = script.Table({"per step": "<32", **dict.fromkeys(result["variants"], ">16")})
     for kind in KINDS:
         table.row(kind, *(variant["collectives"].get(kind, 0) for variant in variants))
-    table.row("of these outside feed-forwards", *(variant["outside"] for variant in variants))
+    table.row("of them outside feed-forwards", *(variant["outside"] for variant in variants))
     table.row("KiB sent by each device", *(f"{variant['sent_bytes'] / 1024:.1f}" for variant in variants))
     alone = (variant["collective"] for variant in variants)
-    table.row("gather and combine alone, ms", *(written(times) if times else "-" for times in alone))
+    table.row("gather and combine alone, ms", *(format_time(times) if times else "-" for times in alone))
     ratios = (variant["collective_to_compute"] for variant in variants)
     table.row("collective/compute ratio", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
-    table.row("step, ms", *(written(variant["step"]) for variant in variants))
+    table.row("step, ms", *(format_time(variant["step"]) for variant in variants))
     table.row("tokens/s", *(f"{variant['tokens_per_second']:.0f}" for variant in variants))
 
 
@@ -97,32 +102,32 @@ def main() -> None:
     show(result)
     differ = result["different_tokens"]
     generated = f"{result['steps']} steps of {result['sequences']} sequences, {options.dtype}"
-    print(f"tokens  {differ} differ between the two" if differ else "tokens  the same from both", f"({generated})")
+    print(f"tokens  {differ} differ between the two" if differ else "tokens  the same in both", f"({generated})")
     if options.trace:
-        print(f"trace   in {options.trace}, whose programs name {', '.join(result['scopes'])}")
+        print(f"trace   written to {options.trace}, with the scopes {', '.join(result['scopes'])}")
     script.finish("decode", options, placement, result, lambda axes: draw(axes, result["variants"]))
     if differ and options.dtype == "float32":
-        sys.exit("error: in float32 both must give the same tokens")
+        sys.exit("error: both must generate the same tokens in float32")
 
 
 def arguments() -> ArgumentParser:
-    parser = script.parser("decode", "Profiles the decode step: reduce-and-slice beside scatter.", repeats=30)
-    parser.add_argument("--sequences", type=script.positive, default=8, help="on each token shard")
-    parser.add_argument("--positions", type=script.positive, default=128, help="of the caches, at least")
-    parser.add_argument(
-        "--against", choices=["transformers"], help="compare with it on one device: see bench/against.py"
-    )
+    parser = script.parser("decode", "Profile of a decode step: reduce-and-slice against scatter.", repeats=30)
+    parser.add_argument("--sequences", type=script.positive, default=8, help="sequences on each token shard")
+    parser.add_argument("--positions", type=script.positive, default=128, help="positions of the KV caches, at least")
+    parser.add_argument("--against", choices=["transformers"], help="program to compare with on one device")
     batches = {"type": script.several(script.positive), "default": [1, 32]}
-    parser.add_argument("--batches", **batches, help="sequences, where compared with another program")
-    parser.add_argument("--trace", type=Path, metavar="DIR", help="write a jax.profiler trace of some more steps")
+    parser.add_argument("--batches", **batches, help="numbers of sequences, under --against")
+    parser.add_argument(
+        "--trace", type=Path, metavar="DIR", help="write a jax.profiler trace of a few more steps to this directory"
+    )
     return model.options(parser, layers=4, hidden=256, experts=32, width=128)
 
 
 def draw(axes: script.Axes, variants: Mapping[str, Any]) -> None:
-    """The step of each variant, beside its gather and combine alone where that was timed."""
-    shown = {"step": [variant["step"] for variant in variants.values()]}
+    """Draw the time of the step of each variant, and of gather and combine alone if they were timed."""
+    times = {"step": [variant["step"] for variant in variants.values()]}
     alone = [variant["collective"] for variant in variants.values()]
-    script.bars(axes, list(variants), shown | ({"gather and combine alone": alone} if all(alone) else {}))
+    script.bars(axes, list(variants), times | ({"gather and combine alone": alone} if all(alone) else {}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The matmul of each expert with its own rows: as moe_jax does it, beside what bounds it.
+"""Time of the grouped matmul of rows with the weights of their experts, against a plain matmul and `ragged_dot`.
 
     ours      `moe_jax.kernels.grouped_matmul.dispatch`
-    plain     one matmul of all the rows with one expert's weights: as many operations, fewer bytes
+    plain     one matmul of all rows with the weights of one expert: as many operations, fewer bytes
     ragged    `jax.lax.ragged_dot`
 
-Rows choose their experts by chance. python -m bench.grouped_matmul [--rows 256,32,1] [--quick]; --help lists the rest.
+The experts of each row are random. python -m bench.grouped_matmul [--rows 256,32,1] [--quick]; --help lists the rest.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import numpy as np
 from jax import lax
 
 from bench import script
-from bench.timing import Program, interleaved, written
-from moe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, grouped_matmul_on
+from bench.timing import Program, format_time, interleaved
+from moe_jax.kernels.grouped_matmul import grouped_matmul, grouped_matmul_on
 from moe_jax.sharding import Placement
 
 QUICK = {"repeats": 3, "rows": [8, 1], "experts": 8, "inputs": 32, "outputs": 16}
 
 
 def variants(rows: int, options: Namespace, placement: Placement) -> dict[str, Program]:
+    """Compile each way to multiply `rows` rows."""
     random, backend = np.random.default_rng(0), grouped_matmul_on(placement.device)
     chosen = [random.permutation(options.experts)[: options.top_k] for _ in range(rows)]
     sizes = jnp.asarray(np.bincount(np.concatenate(chosen), minlength=options.experts), jnp.int32)
@@ -54,7 +55,9 @@ def measure(rows: int, options: Namespace, placement: Placement) -> dict[str, An
 
 
 def main() -> None:
-    parser = script.parser("grouped_matmul", "Each expert's own rows: ours, a plain matmul, ragged_dot.", repeats=30)
+    parser = script.parser(
+        "grouped_matmul", "Time of the grouped matmul: ours, a plain matmul, ragged_dot.", repeats=30
+    )
     parser.set_defaults(cpu_devices=1)
     parser.add_argument("--rows", type=script.several(script.positive), default=[256, 32, 1])
     for name, default in {"experts": 32, "top-k": 4, "inputs": 512, "outputs": 256}.items():
@@ -64,14 +67,14 @@ def main() -> None:
     table = script.Table({"rows": ">6", "assignments": ">11"} | dict.fromkeys(("ours, ms", "plain", "ragged"), ">16"))
     results = []
     for rows in options.rows:
-        results.append(found := measure(rows, options, placement))
-        table.row(rows, found["assignments"], *map(written, found["variants"].values()))
-        print(f"       ours takes {found['times_plain']:.2f} times plain, {found['times_ragged']:.2f} times ragged")
+        results.append(result := measure(rows, options, placement))
+        table.row(rows, result["assignments"], *map(format_time, result["variants"].values()))
+        print(f"       ours takes {result['times_plain']:.2f} times plain, {result['times_ragged']:.2f} times ragged")
 
     def draw(axes: script.Axes) -> None:
-        labels = [f"{found['rows']} rows" for found in results]
+        labels = [f"{result['rows']} rows" for result in results]
         names = results[0]["variants"]
-        script.bars(axes, labels, {name: [found["variants"][name] for found in results] for name in names})
+        script.bars(axes, labels, {name: [result["variants"][name] for result in results] for name in names})
 
     script.finish("grouped_matmul", options, placement, {"results": results}, draw)
 

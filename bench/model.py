@@ -1,4 +1,4 @@
-"""The model that a script runs: that of a config.json, or of some sizes; its weights are random either way."""
+"""Model of a script: from a config.json or from sizes, with random weights."""
 
 from __future__ import annotations
 
@@ -12,18 +12,34 @@ from moe_jax.models import ShardedDecoder
 from moe_jax.models.sharded import DTYPES
 from moe_jax.sharding import Placement
 
+SIZES = {
+    "heads": "attention heads",
+    "layers": "layers",
+    "hidden": "hidden size",
+    "experts": "experts",
+    "width": "intermediate size of each expert",
+}
+
 
 def options(parser: ArgumentParser, **sizes: int) -> ArgumentParser:
-    """The same parser, with the options that say which model; `sizes` are the defaults: layers, hidden, experts,
-    width, that of an expert, and, if not 8, attention heads."""
+    """Add the options of the model to the parser and return it.
+
+    Args:
+      sizes: Defaults of `layers`, `hidden`, `experts`, `width` (of each expert) and, if not 8, `heads` (of attention).
+    """
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="its config.json instead of the sizes below")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="directory of a config.json to use instead of the sizes below"
+    )
     for name, default in ({"heads": 8} | sizes).items():
-        parser.add_argument(f"--{name}", type=script.positive, default=default, help="of the synthetic model")
+        parser.add_argument(
+            f"--{name}", type=script.positive, default=default, help=f"{SIZES[name]} of the synthetic model"
+        )
     return parser
 
 
 def decoder(options: Namespace, placement: Placement) -> ShardedDecoder:
+    """Make the decoder that the options describe."""
     return ShardedDecoder(_config(options), placement, options.dtype)
 
 

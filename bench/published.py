@@ -1,4 +1,4 @@
-"""The `config.json` of published models, as far as they say what a decode step costs."""
+"""Fields of the `config.json` of published models that determine the cost of a decode step."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ MODELS = {
 
 @cache
 def config(model: str) -> ModelConfig:
+    """Config of one of `MODELS`."""
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
         return Checkpoint(Path(folder)).config

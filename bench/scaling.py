@@ -1,8 +1,8 @@
-"""Writes docs/scaling.md: what the policy and the roofline of `moe-jax plan` predict for published models on GPUs.
+"""Predicted decode speed of published models on GPUs, by the policy and roofline of `moe-jax plan`: docs/scaling.md.
 
 python -m bench.scaling > docs/scaling.md
 
-Nothing is compiled or run: the figures follow from sizes and from the hardware records (`moe_jax.sharding.hardware`).
+Nothing is compiled or run: predictions follow from sizes and from the hardware records (`moe_jax.sharding.hardware`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moe_jax.sharding.hardware import KNOWN
 CLUSTERS = (("h100", 8), ("h100", 16), ("gb200", 72))
 STRATEGIES = ("scatter", "reduce", "all-to-all")
 ROWS, POSITIONS = 64, 1024
-"""Sequences on each device, and the positions that each of them has a cache for."""
+"""Sequences on each device, and positions of the KV cache of each."""
 
 PAGE = """# Scaling
 
@@ -63,7 +63,7 @@ HEADS_SPLIT = (
     "data=2,expert=2,tensor=2; tokens=data,expert; heads=tensor; experts=data,expert; ffn=tensor",
     "data=2,expert=4; tokens=data,expert; experts=expert; ffn=data",
 )
-"""Eight devices with experts on four of them, and attention over 2, 4 and 8 token shards."""
+"""Placements on eight devices: experts on four, attention over 2, 4 and 8 token shards."""
 COMBINE_KERNEL = """
 - SGLang's pull request 22642 (4 x GB200, Qwen3.5-397B-A17B) measured 257 us of an all-reduce, and 161 us of the
 reduce-scatter in its place, 1.60 times less. The prediction is {reduce:.0f} and {scatter:.0f} us with {rows} rows on
@@ -83,8 +83,8 @@ and the all-to-all is a scatter.
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A model on devices with a strategy."""
+class Prediction:
+    """Predicted decode step of a model on devices with a strategy."""
 
     model: str
     devices: str
@@ -93,31 +93,32 @@ class Cell:
     roofline: Roofline
 
     @property
-    def held(self) -> int:
-        """Bytes of a device."""
+    def device_bytes(self) -> int:
+        """Bytes of weights and caches on a device."""
         return self.roofline.weight_bytes + self.roofline.cache_bytes
 
     @property
     def fits(self) -> bool:
-        return self.held <= self.hardware.memory
+        return self.device_bytes <= self.hardware.memory
 
     def __str__(self) -> str:
-        """A line of the table."""
+        """Row of the table."""
         seconds, share = self.roofline.step_seconds, self.roofline.collective_share
         figures = (f"{seconds * 1e3:.2f}", f"{share:.0%}", f"{ROWS / seconds:,.0f}") if self.fits else ("-", "-", "-")
-        return _line(self.model, self.devices, self.strategy, f"{self.held / 2**30:.1f}", *figures)
+        return _table_row(self.model, self.devices, self.strategy, f"{self.device_bytes / 2**30:.1f}", *figures)
 
 
-def cells(models: Iterable[str], clusters: Sequence[tuple[str, int]]) -> Iterator[Cell]:
+def predictions(models: Iterable[str], clusters: Sequence[tuple[str, int]]) -> Iterator[Prediction]:
+    """Predict each model on each cluster with each strategy."""
     for model in models:
         for name, devices in clusters:
             for strategy in STRATEGIES:
-                found = predicted(config(model), KNOWN[name], devices, strategy, ROWS)
-                yield Cell(model, f"{devices} x {name.upper()}", strategy, KNOWN[name], found)
+                roofline = predict(config(model), KNOWN[name], devices, strategy, ROWS)
+                yield Prediction(model, f"{devices} x {name.upper()}", strategy, KNOWN[name], roofline)
 
 
-def predicted(config: ModelConfig, hardware: Hardware, devices: int, strategy: str, rows: int) -> Roofline:
-    """For `rows` sequences on each of as many devices as divide the experts."""
+def predict(config: ModelConfig, hardware: Hardware, devices: int, strategy: str, rows: int) -> Roofline:
+    """Roofline for `rows` sequences on each device, on the largest number of devices that divides the experts."""
     (experts,) = {layer.ffn.experts for layer in config.layers if isinstance(layer.ffn, MoEConfig)}
     used = max(size for size in range(1, devices + 1) if experts % size == 0)
     decoder = ShardedDecoder(config, Placement.parse(f"expert={used}"), "bfloat16")
@@ -126,14 +127,14 @@ def predicted(config: ModelConfig, hardware: Hardware, devices: int, strategy: s
 
 
 def combine_us(hardware: str, mesh: str, strategy: str, rows: int) -> float:
-    """Microseconds of the combine of one layer of Qwen3.5-397B-A17B, with `rows` sequences on each token shard."""
+    """Predicted microseconds of the combine of a layer of Qwen3.5-397B-A17B, with `rows` rows on each token shard."""
     decoder = ShardedDecoder(config("Qwen3.5-397B-A17B"), Placement.parse(mesh), "bfloat16")
-    here, policy = decoder.placement, decoder.policy(KNOWN[hardware], strategy, "whole", "exact")
-    combine = policy.decide([rows] * here.size(Role.TOKENS), rows).route.combine
-    return 1e6 * KNOWN[hardware].seconds(combine.combine_moves(rows, policy.layers[0]), here)
+    placement, policy = decoder.placement, decoder.policy(KNOWN[hardware], strategy, "whole", "exact")
+    combine = policy.decide([rows] * placement.size(Role.TOKENS), rows).route.combine
+    return 1e6 * KNOWN[hardware].seconds(combine.combine_moves(rows, policy.layers[0]), placement)
 
 
-def _line(*columns: str) -> str:
+def _table_row(*columns: str) -> str:
     return f"| {' | '.join(columns)} |"
 
 
@@ -144,12 +145,14 @@ def main() -> None:
 
 
 def page() -> str:
-    head = _line("model", "devices", "combine", "GiB a device", "step, ms", "collectives", "tokens/s a device")
-    table = "\n".join([head, _line(*["---"] * 3, *["---:"] * 4), *map(str, cells(MODELS, CLUSTERS))])
+    """Text of docs/scaling.md."""
+    head = _table_row("model", "devices", "combine", "GiB a device", "step, ms", "collectives", "tokens/s a device")
+    table = "\n".join([head, _table_row(*["---"] * 3, *["---:"] * 4), *map(str, predictions(MODELS, CLUSTERS))])
     return PAGE.format(rows=ROWS, positions=POSITIONS, table=table, comparisons="\n".join(comparisons()))
 
 
 def comparisons() -> Iterator[str]:
+    """Comparisons of the predictions with published measurements, as list items."""
     rows = bisect_left(range(2**13), 257, key=partial(combine_us, "gb200", "expert=4", "reduce"))
     scatter, reduce = (combine_us("gb200", "expert=4", strategy, rows) for strategy in ("scatter", "reduce"))
     yield _item(COMBINE_KERNEL.format(rows=rows, scatter=scatter, reduce=reduce, times=reduce / scatter))

@@ -1,4 +1,4 @@
-"""What every script does besides its claim: arguments, devices, the table, the JSON line and the plot."""
+"""Shared parts of the scripts: arguments, devices, table, JSON line and plot."""
 
 from __future__ import annotations
 
@@ -18,37 +18,39 @@ from moe_jax.errors import MoEJaxError
 from moe_jax.sharding import Placement, as_placement
 
 Axes: TypeAlias = Any
-"""Matplotlib's, which need not be installed."""
+"""`matplotlib.axes.Axes`; matplotlib is optional."""
 
 
 def parser(name: str, description: str, *, repeats: int) -> ArgumentParser:
-    """The arguments that all scripts take."""
-    made = ArgumentParser(f"python -m bench.{name}", None, description, formatter_class=ArgumentDefaultsHelpFormatter)
-    made.add_argument("--mesh", help="as in 'data=2,expert=4', roles after semicolons; by default expert=<all devices>")
-    made.add_argument("--cpu-devices", type=positive, default=8, help="virtual ones where there is no accelerator")
-    made.add_argument("--repeats", type=positive, default=repeats, help="timed calls of each variant")
-    made.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, not how fast")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line there too")
-    made.add_argument("--plot", type=Path, metavar="FILE", default=f"bench_{name}.png", help="a PNG")
-    return made
+    """Make a parser with the arguments of all scripts; `repeats` is a default."""
+    parser = ArgumentParser(f"python -m bench.{name}", None, description, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--mesh", help="for example 'data=2,expert=4', roles after semicolons; by default expert=<all devices>"
+    )
+    parser.add_argument("--cpu-devices", type=positive, default=8, help="virtual devices if there is no accelerator")
+    parser.add_argument("--repeats", type=positive, default=repeats, help="timed calls of each variant")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that the script runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON line to a file too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", default=f"bench_{name}.png", help="PNG file of the plot")
+    return parser
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Parse a whole number above 0."""
     if not text.isdecimal() or not int(text):
         raise ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
 
 
 def above_one(text: str) -> int:
-    """A whole number above 1."""
+    """Parse a whole number above 1."""
     if positive(text) < 2:
         raise ArgumentTypeError(f"expected a whole number above 1, got {text!r}")
     return int(text)
 
 
 def above_zero(text: str) -> float:
-    """A number above 0, infinity too."""
+    """Parse a number above 0, infinity included."""
     try:
         number = float(text)
     except ValueError:
@@ -59,7 +61,7 @@ def above_zero(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A number from 0 to 1."""
+    """Parse a number from 0 to 1."""
     try:
         number = float(text)
     except ValueError:
@@ -70,12 +72,12 @@ def share(text: str) -> float:
 
 
 def several(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Reads values separated by commas."""
+    """Parser of values separated by commas, from the parser of one."""
     return lambda text: [one(part) for part in text.split(",")]
 
 
 def begin(parser: ArgumentParser, quick: Mapping[str, Any]) -> tuple[Namespace, Placement]:
-    """Read the command line, where `quick` are other defaults for --quick; set up the devices and say what they are."""
+    """Parse the command line, with the defaults `quick` under --quick; set up the devices and print the machine."""
     options = parser.parse_args()
     if options.quick:
         parser.set_defaults(**quick)
@@ -87,12 +89,12 @@ def begin(parser: ArgumentParser, quick: Mapping[str, Any]) -> tuple[Namespace, 
     placement = as_placement(options.mesh)
     print(", ".join(f"{name} {value}" for name, value in machine(placement).items()))
     if placement.mesh.devices.size == 1:
-        print("one device: nothing moves between devices, the variants differ in local copies only")
+        print("one device: no data moves between devices, so the variants differ in local copies only")
     return options, placement
 
 
 def machine(placement: Placement) -> dict[str, Any]:
-    """What this process measures on."""
+    """Description of the machine and its software."""
     device, devices = placement.mesh.devices.flat[0], placement.mesh.devices.size
     virtual = " (virtual)" if device.platform == "cpu" and devices > 1 else ""
     return {
@@ -105,7 +107,7 @@ def machine(placement: Placement) -> dict[str, Any]:
 
 
 class Table:
-    """Prints rows as they come, under a heading. `columns` gives each heading its format, as in `>8`."""
+    """Table that prints each row at once. `columns` maps each heading to a format such as `>8`."""
 
     def __init__(self, columns: Mapping[str, str]) -> None:
         self._formats = tuple(columns.values())
@@ -118,7 +120,7 @@ class Table:
 def finish(
     name: str, options: Namespace, placement: Placement, results: Mapping[str, Any], draw: Callable[[Axes], None]
 ) -> None:
-    """Print the JSON line, on standard output the last, and draw the plot."""
+    """Print the JSON line as the last line of standard output, and draw the plot."""
     line = json.dumps({"bench": name, "quick": options.quick, **machine(placement), **results})
     print(line, flush=True)
     if options.json:
@@ -126,31 +128,31 @@ def finish(
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
-        print("plot not drawn: it needs matplotlib, which pip install '.[bench]' brings", file=sys.stderr)
+        print("plot not drawn: matplotlib is not installed; run pip install '.[bench]'", file=sys.stderr)
         return
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     draw(axes)
-    here = machine(placement)
-    axes.set_title(f"bench.{name}: {here['devices']}, jax {here['jax']}, {options.repeats} repeats", fontsize=10)
+    setup = machine(placement)
+    axes.set_title(f"bench.{name}: {setup['devices']}, jax {setup['jax']}, {options.repeats} repeats", fontsize=10)
     axes.legend()
     figure.savefig(options.plot, format="png", dpi=120)
     print(f"plot written to {options.plot}", file=sys.stderr)
 
 
 def bars(axes: Axes, labels: Sequence[str], variants: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Milliseconds and their spread: under each label a bar of each variant."""
+    """Draw milliseconds with their spread: a group of bars for each label, a bar for each variant."""
     width = 0.8 / len(variants)
-    for place, (name, found) in enumerate(variants.items()):
-        at = [label + (place - (len(variants) - 1) / 2) * width for label in range(len(labels))]
-        errors = [one["ms"] * one["spread"] for one in found]
-        axes.bar(at, [one["ms"] for one in found], width, yerr=errors, capsize=3, label=name)
+    for index, (name, times) in enumerate(variants.items()):
+        at = [label + (index - (len(variants) - 1) / 2) * width for label in range(len(labels))]
+        errors = [time["ms"] * time["spread"] for time in times]
+        axes.bar(at, [time["ms"] for time in times], width, yerr=errors, capsize=3, label=name)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylabel("ms")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Users' mistakes, and files that cannot be read or written, are one line on standard error and exit status 2."""
+    """Run a script; report users' mistakes and file errors as one line on standard error, with exit status 2."""
     try:
         main()
     except (MoEJaxError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Compiled programs, timed side by side, so that what disturbs one disturbs the others."""
+"""Interleaved timing of compiled programs, so that a disturbance affects all of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from moe_jax.analysis.census import Collective, collectives, count, sent_bytes
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one variant's repeats."""
+    """Timed repeats of one variant."""
 
     seconds: np.ndarray
+    """Seconds of each repeat."""
 
     @property
     def median(self) -> float:
@@ -27,7 +28,7 @@ class Times:
 
     @property
     def spread(self) -> float:
-        """Half of the distance between the quartiles, as a share of the median."""
+        """Half the interquartile range, as a share of the median."""
         low, high = np.quantile(self.seconds, [0.25, 0.75])
         return float((high - low) / 2 / self.median)
 
@@ -37,7 +38,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program with the arguments to call it with."""
+    """A compiled program and its arguments."""
 
     compiled: Compiled
     args: tuple[Any, ...]
@@ -55,7 +56,7 @@ class Program:
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
-    """Call the variants in turn, `repeats` times each, after one call that warms up."""
+    """Time the variants in turns, `repeats` calls each, after one warm-up call."""
     for variant in variants.values():
         jax.block_until_ready(variant())
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -67,16 +68,17 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict
     return {name: Times(np.array(values)) for name, values in seconds.items()}
 
 
-def compared(programs: Mapping[str, Program], repeats: int) -> dict[str, dict[str, Any]]:
-    """Of each program: its time, how often each kind of collective runs, and the bytes that each device sends."""
+def measure_programs(programs: Mapping[str, Program], repeats: int) -> dict[str, dict[str, Any]]:
+    """Time, number of collectives of each kind, and bytes that each device sends, of each program."""
     times = interleaved(programs, repeats)
-    return {name: {**times[name].as_dict(), **sends(program.collectives)} for name, program in programs.items()}
+    return {name: {**times[name].as_dict(), **traffic(program.collectives)} for name, program in programs.items()}
 
 
-def sends(found: Sequence[Collective]) -> dict[str, Any]:
+def traffic(found: Sequence[Collective]) -> dict[str, Any]:
+    """Number of collectives of each kind, and the bytes that each device sends."""
     return {"collectives": dict(count(found)), "sent_bytes": sent_bytes(found)}
 
 
-def written(variant: Mapping[str, Any]) -> str:
-    """Milliseconds and their spread."""
+def format_time(variant: Mapping[str, Any]) -> str:
+    """Format milliseconds and their spread."""
     return f"{variant['ms']:.3f} ±{variant['spread']:4.0%}"

@@ -22,5 +22,5 @@ for prompt, output in zip(prompts, llm.generate(prompts, greedy), strict=True):
 # Each prompt may have parameters of its own, and several samples.
 drawn = SamplingParams(temperature=5.0, top_k=3, n=3, seed=0, max_tokens=8)
 first, second = llm.generate(["12+34=", "12+34="], [greedy, drawn])
-print("greedy:", first.text, " drawn:", [sample.text for sample in second.samples])
+print("greedy:", first.text, " drawn:", [sample.text for sample in second.outputs])
 print(llm.stats())

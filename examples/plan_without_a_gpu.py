@@ -26,7 +26,7 @@ try:
 except PlacementError as error:
     sys.exit(str(error))
 decoder = ShardedDecoder(checkpoint.config, placement, "bfloat16")
-policy = decoder.policy(as_hardware(TARGET), combine="auto", residual="auto", gather_dtype="exact")
+policy = decoder.policy(as_hardware(TARGET))
 plan = explain(Programs(decoder, COMPILER_OPTIONS), policy, counts=[64] * 8, positions=64)  # 64 sequences on each GPU
 
 print(plan)

@@ -1,32 +1,32 @@
-"""Every error that a user of moe_jax can cause, in one place.
+"""Errors that users of moe_jax can cause.
 
 All are `ValueError`s: the input was wrong, nothing was changed, and the message says what was expected and what to do.
 """
 
 
 class MoEJaxError(ValueError):
-    """Base of the errors below; the command line prints it without a traceback."""
+    """Base class of all errors of moe_jax. The command line prints them without a traceback."""
 
 
 class ConfigError(MoEJaxError):
-    """A model description that makes no sense, or that this version cannot compute."""
+    """Invalid or unsupported model configuration."""
 
 
 class PlacementError(MoEJaxError):
-    """A mesh or placement that does not exist, that does not fit the model, or that a layer is called outside of."""
+    """Unknown mesh or placement, one that does not fit the model, or a layer called outside its placement."""
 
 
 class CheckpointError(MoEJaxError):
-    """A checkpoint directory that is missing, damaged, or does not match its own config."""
+    """Missing or damaged checkpoint directory, or one that does not match its own config."""
 
 
 class RequestError(MoEJaxError):
-    """A prompt or sampling parameter that cannot be served."""
+    """Invalid prompt or sampling parameter, or a request that cannot be served."""
 
 
 class ProcessGroupError(MoEJaxError):
-    """Processes that cannot be joined, or that were started or are used otherwise than the others."""
+    """Processes that cannot join a group, or that differ in how they were started or are used."""
 
 
 class ReductionError(MoEJaxError):
-    """A sum over devices done twice, never, or on a value that is no partial sum; raised while tracing."""
+    """Sum over devices done twice, never, or on a value that is not a partial sum; raised while tracing."""

@@ -1,4 +1,4 @@
-"""Runs one feed-forward block on a placement, as someone who brings their own model would."""
+"""One feed-forward block on a placement, run as a user with a model of their own would."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from moe_jax.sharding import Combine, Placement, Role, Rows
 
 
 class Block:
-    """A module `(x, rows, combine) -> (y, load)`, its parameters drawn alike for every placement."""
+    """A module `(x, rows, combine) -> (y, load)` with the same random parameters on every placement."""
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], placement: Placement) -> None:
         self.placement = placement
-        self.graph, drawn = _made(make)
-        placed = parameter.placed(drawn, placement)
+        self.graph, parameters = _created(make)
+        placed = parameter.placed(parameters, placement)
         self.specs = jax.tree.map(lambda leaf: leaf.sharding.spec, placed)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
-        self.parameters = jax.device_put(drawn, shardings)
+        self.parameters = jax.device_put(parameters, shardings)
 
     @property
     def shards(self) -> int:
         return self.placement.size(Role.TOKENS)
 
     def program(self, combine: Combine) -> Callable[[Any, jax.Array, Rows], jax.Array]:
-        """`(parameters, x, rows) -> y`, with all shards' rows one after the other."""
+        """Return a function `(parameters, x, rows) -> y` of the rows of all shards, one shard after the other."""
         tokens = self.placement.spec((Role.TOKENS,), (0,))
 
         def run(parameters: Any, x: jax.Array, rows: Rows) -> jax.Array:
@@ -43,12 +43,12 @@ class Block:
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """The parameters as plain arrays, by name."""
+        """Parameters as NumPy arrays, by name."""
         return by_name(self.parameters)
 
 
 @cache
-def _made(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
+def _created(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(make(nnx.Rngs(0)))
 
 
@@ -57,7 +57,7 @@ def by_name(state: nnx.State) -> dict[str, np.ndarray]:
 
 
 def altered(state: nnx.State, name: str, change: Callable[[jax.Array], jax.Array]) -> nnx.State:
-    """The same parameters but for one."""
+    """Replace one parameter."""
     flat = nnx.to_flat_state(state)
     assert name in {".".join(map(str, path)) for path, _ in flat}
     changed = [
@@ -68,7 +68,7 @@ def altered(state: nnx.State, name: str, change: Callable[[jax.Array], jax.Array
 
 
 def spread(real: np.ndarray, counts: list[int], capacity: int, fill: float = 0.0) -> jnp.ndarray:
-    """Rows laid out for shards of `counts` real rows, pad rows filled with `fill`."""
+    """Lay real rows out for shards that hold `counts` of them, and fill pad rows with `fill`."""
     out = np.full((len(counts), capacity, real.shape[1]), fill, np.float32)
     first = 0
     for shard, count in enumerate(counts):
@@ -77,7 +77,7 @@ def spread(real: np.ndarray, counts: list[int], capacity: int, fill: float = 0.0
     return jnp.asarray(out.reshape(-1, real.shape[1]))
 
 
-def collect(laid_out: np.ndarray, counts: list[int], capacity: int) -> np.ndarray:
-    """The real rows of `spread`'s layout, in order."""
-    shards = np.asarray(laid_out).reshape(len(counts), capacity, -1)
-    return np.concatenate([rows[:count] for rows, count in zip(shards, counts, strict=True)])
+def collect(rows: np.ndarray, counts: list[int], capacity: int) -> np.ndarray:
+    """Invert `spread`: return the real rows, in order."""
+    shards = np.asarray(rows).reshape(len(counts), capacity, -1)
+    return np.concatenate([shard[:count] for shard, count in zip(shards, counts, strict=True)])

@@ -1,4 +1,4 @@
-"""All tests run on eight virtual CPU devices, through the code path of an accelerator."""
+"""Setup of all tests: eight virtual CPU devices, which take the code path of an accelerator."""
 
 import gc
 import math
@@ -11,26 +11,26 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)  # code for tiny shapes need not be fast, but made fast
-if jax.__version_info__ < (0, 11):  # newer ones do not know the flags
-    FASTER = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FASTER
+jax.config.update("jax_disable_most_optimizations", True)  # tiny shapes: compile time matters, run time does not
+if jax.__version_info__ < (0, 11):  # newer versions do not know these flags
+    COMPILE_FASTER = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + COMPILE_FASTER
 
 QUICK = Path(__file__).parent / "quick.txt"
 
-LONG_TO_COMPILE = 0.2
-"""Seconds from which on a program is kept."""
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that tests start, inherit it
-    COMPILED = TemporaryDirectory(prefix="moe_jax_compiled_")
-    """Of this run of the tests alone: what one process has compiled, others find."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(LONG_TO_COMPILE)
+MIN_COMPILE_SECONDS = 0.2
+"""Compile time in seconds from which on a program is written to the compilation cache."""
+if "PYTEST_XDIST_WORKER" not in os.environ:  # xdist workers, and the processes that tests start, inherit the variables
+    CACHE = TemporaryDirectory(prefix="moe_jax_compiled_")
+    """Compilation cache that the processes of this test run share."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(MIN_COMPILE_SECONDS)
     PATHS = [str(Path(__file__).parent / "processes"), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", LONG_TO_COMPILE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 
-gc.freeze()  # tracing makes so many objects that looking for garbage among all that was imported takes a while
+gc.freeze()  # tracing makes many objects: each collection would otherwise scan all imported modules
 gc.set_threshold(20_000, 20, 20)
 
 
@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of the quick tier, and refuse a line of its list that matches none."""
+    """With `--quick`, keep the tests that the list names. A line of the list that matches no test is an error."""
     if not config.getoption("--quick"):
         return
     kept: dict[pytest.Item, None] = {}
@@ -59,17 +59,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def unkept() -> Iterator[None]:
-    """For tests whose programs no other test has: writing one takes a twentieth of the time that making it takes."""
+def no_cache_writes() -> Iterator[None]:
+    """Write no program to the compilation cache, for tests whose programs no other test compiles.
+
+    Writing a program takes a twentieth of the time that compiling it takes.
+    """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LONG_TO_COMPILE)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 
 
 @pytest.fixture
-def anew(unkept: None) -> Iterator[None]:
-    """For tests that read compiled programs: none is one that was kept, for those are printed without some of their
-    lines. That they are compiled without optimizations changes their machine code alone."""
+def fresh_compilation(no_cache_writes: None) -> Iterator[None]:
+    """Read no program from the compilation cache, for tests that read the text of programs.
+
+    Cached programs print without some of their lines. The disabled optimizations change the machine code only, not the
+    text.
+    """
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     yield
     jax.config.update("jax_compilation_cache_include_metadata_in_key", False)

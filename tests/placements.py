@@ -1,4 +1,4 @@
-"""Placements that the tests share: those of the README's table, a single device, and six devices."""
+"""Placements shared by tests: those of the README's table, a single device, and six devices."""
 
 from itertools import product
 from math import prod
@@ -26,20 +26,20 @@ def placement(name: str) -> Placement:
     return Placement.parse(PLACEMENTS[name])
 
 
-def legal(devices: int) -> list[Placement]:
-    """Every placement of so many devices: all sizes of the axes, and all roles of those that split anything.
+def all_placements(devices: int) -> list[Placement]:
+    """Return every placement on a number of devices: all axis sizes, and all roles of the axes larger than 1.
 
-    Of those that differ by the names of axes only there is one, with the names in some order.
+    Placements that differ only in the names of axes are returned once, with some order of names.
     """
-    found: dict[tuple, Placement] = {}
+    by_roles: dict[tuple, Placement] = {}
     for sizes in product(range(1, devices + 1), repeat=len(AXES)):
         if prod(sizes) != devices:
             continue
         split = [axis for axis, size in zip(AXES, sizes, strict=True) if size > 1]
         for roles in product(product(("tokens", "heads"), ("experts", "ffn", None)), repeat=len(split)):
-            played = dict(zip(split, roles, strict=True))
-            alike = tuple(sorted((sizes[AXES.index(axis)], str(roles)) for axis, roles in played.items()))
-            axes = {role: tuple(axis for axis in split if role in played[axis]) for role in ROLES}
-            # Whichever comes last of those that are alike: their axes are in ever new orders.
-            found[alike] = Placement(make_mesh(dict(zip(AXES, sizes, strict=True))), **axes)
-    return list(found.values())
+            roles_of = dict(zip(split, roles, strict=True))
+            key = tuple(sorted((sizes[AXES.index(axis)], str(roles)) for axis, roles in roles_of.items()))
+            axes = {role: tuple(axis for axis in split if role in roles_of[axis]) for role in ROLES}
+            # The last of equal placements is kept, so that the order of names varies.
+            by_roles[key] = Placement(make_mesh(dict(zip(AXES, sizes, strict=True))), **axes)
+    return list(by_roles.values())

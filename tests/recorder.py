@@ -1,4 +1,4 @@
-"""An engine without devices: steps are remembered in place of being run, and every token is 0."""
+"""An engine without devices: its executor records steps instead of running them, and every token is 0."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ DECODE_STEPS = 8
 
 
 class Recorder(Executor):
+    """An executor that records the size of each step."""
+
     def __init__(self) -> None:
         self.programs = Programs(decoders.decoder("dp8_ep8"))
         self.capacities: list[int] = []
-        """Rows of a token shard, of each step or dispatch."""
+        """Rows of a token shard in each dispatch."""
 
     def run(self, step_input: StepInput) -> Any:
         self.capacities.append(step_input.batch.rows.capacity)
         tokens = np.zeros((len(step_input.slots), DECODE_STEPS), np.int32)
-        given = step_input.limits if step_input.limits is not None else step_input.samples
-        parts = (tokens, tokens.astype(np.float32), tokens[..., :0], tokens[..., :0], np.asarray(given, np.int32))
+        counts = step_input.limits if step_input.limits is not None else step_input.samples
+        parts = (tokens, tokens.astype(np.float32), tokens[..., :0], tokens[..., :0], np.asarray(counts, np.int32))
         return np.asarray(SampledTokens(*map(jnp.asarray, parts)).pack()), None
 
 
 def recorded(positions: int, slots: int, pages: int) -> tuple[Engine, Recorder]:
-    """On eight token shards, with so many slots and pages each."""
+    """Make an engine of eight token shards, each with `slots` slots and `pages` pages."""
     recorder = Recorder()
     decoder = recorder.programs.decoder
     options = Options(positions, max_batch_size=8 * slots, prefill_tokens=positions, decode_steps=DECODE_STEPS)

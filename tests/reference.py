@@ -1,4 +1,4 @@
-"""Feed-forward blocks in plain JAX on one device, every expert for every token: what placements must agree with."""
+"""Reference feed-forward blocks in plain JAX on one device: every expert for every token."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="config")
 def moe(x: jax.Array, weights: Weights, config: MoEConfig) -> jax.Array:
+    """Mixture of experts with softmax scores, and a shared expert if the config has one."""
     scores = jax.nn.softmax(x @ weights["router.weight"])
     lowest_kept = jnp.sort(scores)[:, -config.top_k, None]
     kept = jnp.where(scores >= lowest_kept, scores, 0)

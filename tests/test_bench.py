@@ -1,4 +1,4 @@
-"""The benchmark scripts, each run once with tiny sizes: what they print is complete, however long it took."""
+"""Benchmark scripts with tiny sizes: their output is complete and consistent."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bench import against, scaling
+from bench import against, scaling, timing
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -24,13 +24,13 @@ ENVIRONMENT = {
 }
 
 
-def bench(name: str, where: Path, *arguments: str) -> tuple[dict[str, Any], str, str]:
-    """The JSON line that a script prints, all that it prints, and its messages; its files come to lie in `where`."""
+def bench(name: str, directory: Path, *arguments: str) -> tuple[dict[str, Any], str, str]:
+    """Run a script in a directory; return its JSON line, its standard output and its standard error."""
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", "line.json", *arguments]
-    done = subprocess.run(command, cwd=where, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=directory, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     line = done.stdout.splitlines()[-1]
-    assert (where / "line.json").read_text().strip() == line
+    assert (directory / "line.json").read_text().strip() == line
     printed = json.loads(line)
     assert printed["bench"] == name
     assert printed["devices"] == "8 x cpu (virtual)"
@@ -38,9 +38,9 @@ def bench(name: str, where: Path, *arguments: str) -> tuple[dict[str, Any], str,
     return printed, done.stdout, done.stderr
 
 
-def check_plot(where: Path, name: str, messages: str) -> None:
-    """There is one, unless matplotlib is not installed, which the script then says."""
-    plot = where / f"bench_{name}.png"
+def check_plot(directory: Path, name: str, messages: str) -> None:
+    """Check that the script wrote a plot, or reported that matplotlib is not installed."""
+    plot = directory / f"bench_{name}.png"
     assert plot.exists() == ("plot written" in messages) == ("pip install '.[bench]'" not in messages)
     assert not plot.exists() or plot.read_bytes().startswith(b"\x89PNG")
 
@@ -98,7 +98,7 @@ def test_moe(tmp_path: Path) -> None:
 def test_decode(tmp_path: Path) -> None:
     printed, shown, messages = bench("decode", tmp_path, "--trace", "trace")
     check_plot(tmp_path, "decode", messages)
-    assert "tokens  the same from both" in shown
+    assert "tokens  the same in both" in shown
     assert printed["different_tokens"] == 0
     assert printed["scopes"] == ["attention", "ffn", "route", "gather", "experts", "combine", "head", "sample"]
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
@@ -112,32 +112,35 @@ def test_decode(tmp_path: Path) -> None:
         assert variant["tokens_per_second"] == pytest.approx(printed["sequences"] / variant["step"]["ms"] * 1e3)
 
 
-def test_decode_says_what_a_comparison_needs(tmp_path: Path) -> None:
+def test_a_comparison_without_torch_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
     command = [sys.executable, "-m", "bench.decode", "--quick", "--against", "transformers"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == ("not compared: No module named torch; pip install '.[compare]' brings it")
+    assert done.stderr.splitlines()[-1] == ("not compared: No module named torch; run pip install '.[compare]'")
 
 
-def test_comparisons_divide_what_was_measured() -> None:
-    sizes = against.Sizes(prompt=8, tokens=3)
+def test_throughputs_follow_from_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    workload = against.Workload(prompt=8, tokens=3)
     options = Namespace(repeats=3)
 
     def generate(tokens: int) -> np.ndarray:
-        time.sleep(0.02 * tokens)
+        nonlocal now
+        now += 0.02 * tokens
         return np.zeros((2, tokens), int)
 
     limits = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
-    found = against.compare(sizes, 2, generate, generate, options, limits)
+    found = against.compare(workload, 2, generate, generate, options, limits)
     ours = found["speeds"]["moe_jax"]
-    assert ours["decode"] == pytest.approx(2 / 0.02, rel=0.3)
-    assert ours["prefill"] == pytest.approx(2 * 8 / 0.02, rel=0.3)
-    assert ours["memory"] == pytest.approx(ours["decode"] / 2 * sizes.step_bytes(2) / 1e9)
-    assert ours["compute"] == pytest.approx(ours["prefill"] / 16 * sizes.prompt_flops(2) / 1e9)
-    assert found["times"]["decode"] == pytest.approx(1, rel=0.3)
+    assert ours["decode"] == pytest.approx(2 / 0.02)
+    assert ours["prefill"] == pytest.approx(2 * 8 / 0.02)
+    assert ours["memory"] == pytest.approx(ours["decode"] / 2 * workload.step_bytes(2) / 1e9)
+    assert ours["compute"] == pytest.approx(ours["prefill"] / 16 * workload.prompt_flops(2) / 1e9)
+    assert found["times"]["decode"] == pytest.approx(1)
     assert (found["different_tokens"], found["tokens"]) == (0, 6)
-    assert sizes.step_bytes(1) == 4 * (sizes.rest + sizes.top_k * sizes.expert)
+    assert workload.step_bytes(1) == 4 * (workload.shared_weights + workload.top_k * workload.expert_weights)
 
 
 def test_policy(tmp_path: Path) -> None:
@@ -185,7 +188,7 @@ def test_serve(tmp_path: Path) -> None:
 def test_host(tmp_path: Path) -> None:
     printed, shown, messages = bench("host", tmp_path)
     check_plot(tmp_path, "host", messages)
-    assert "landing ms" in shown
+    assert "update ms" in shown
     assert [result["decode_steps"] for result in printed["results"]] == [1, 8]
     for result in printed["results"]:
         parts = [result[part] for part in ("plan", "order", "put", "landing", "total")]
@@ -204,9 +207,9 @@ def test_quantization(tmp_path: Path) -> None:
     assert exact["median"] == 0 < int8["median"] < float8["median"] < 0.3
 
 
-def test_the_page_on_scaling_says_what_is_predicted() -> None:
+def test_docs_scaling_has_the_current_predictions() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text()
-    found = list(scaling.cells(["Qwen3-30B-A3B", "DeepSeek-V3"], [("h100", 8)]))
-    assert [cell.fits for cell in found] == [True] * 3 + [False] * 3
-    for text in (*map(str, found), *scaling.comparisons()):
+    predictions = list(scaling.predictions(["Qwen3-30B-A3B", "DeepSeek-V3"], [("h100", 8)]))
+    assert [each.fits for each in predictions] == [True] * 3 + [False] * 3
+    for text in (*map(str, predictions), *scaling.comparisons()):
         assert text in page

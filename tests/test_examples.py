@@ -1,4 +1,4 @@
-"""Every example runs, and prints what it is there to show."""
+"""Every example runs and prints its result."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GPU_COMPILER = Path(sys.prefix) / "gpu-compiler"
-"""See tests/gpu."""
-PRINTS = {
+"""XLA's GPU compiler, installed by the Makefile."""
+OUTPUTS = {
     "moe_in_your_model": r"step 100: loss 0\.0",
     "batched_decode": r"\n999\+1234=2233  \(stop",
     "streaming_asyncio": r"(?s)\nbob: 1234\+5678=6912\n.*all users are served",
@@ -23,25 +23,25 @@ PRINTS = {
 }
 
 
-def test_no_example_is_left_out() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PRINTS)
+def test_every_example_is_tested() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(OUTPUTS)
 
 
-@pytest.mark.parametrize("name", PRINTS)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_example(name: str) -> None:
     paths = [str(GPU_COMPILER)] if name == "plan_without_a_gpu" else []
     paths += filter(None, [os.environ.get("PYTHONPATH")])
-    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | quickly)
-    assert ended.returncode == 0, ended.stderr
-    assert re.search(PRINTS[name], ended.stdout), ended.stdout
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+    assert result.returncode == 0, result.stderr
+    assert re.search(OUTPUTS[name], result.stdout), result.stdout
     if name == "moe_in_your_model":
-        first, *_, last = map(float, re.findall(r"loss (\S+)", ended.stdout))
+        first, *_, last = map(float, re.findall(r"loss (\S+)", result.stdout))
         assert last < 0.1 * first
 
 
-@pytest.mark.parametrize("name", PRINTS)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_example_is_short_and_says_how_to_run_it(name: str) -> None:
     text = (EXAMPLES / f"{name}.py").read_text()
     docstring, code = text.split('"""', 2)[1:]

@@ -1,5 +1,7 @@
-"""Parity with transformers: logits and greedy tokens of tiny checkpoints (see goldens/make_goldens.py). Families that
-transformers does not have are compared with plain NumPy (see plain.py)."""
+"""Parity with transformers: logits and greedy tokens of tiny checkpoints (see goldens/make_goldens.py).
+
+Families that transformers does not have are compared with NumPy references (see plain.py and plain_blocks.py).
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,24 @@ from moe_jax.models import sharded
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 2e-5
-"""Relative to the largest logit, in float32."""
+"""Largest error of a logit in float32, relative to the largest logit."""
 
 
 def model_type(case: str) -> str:
     return json.loads((GOLDENS / case / "config.json").read_text())["model_type"]
 
 
-FIRST = "qwen3_moe_gqa4_e8_top2"
-ON = [("dp4_ep4_tp2", "scatter"), ("dp2_ep4", "reduce"), ("tp8_ep4", "reduce"), ("dp8_ep4_moe_tp2", "scatter")]
-"""Every family that transformers has is on these: attention with data and tensor parallelism, both, experts split by
-number and by width. Those that are compared with plain NumPy are on the first and the third."""
+QWEN3 = "qwen3_moe_gqa4_e8_top2"
+FAMILY_PLACEMENTS = [
+    ("dp4_ep4_tp2", "scatter"),
+    ("dp2_ep4", "reduce"),
+    ("tp8_ep4", "reduce"),
+    ("dp8_ep4_moe_tp2", "scatter"),
+]
+"""Placements and combines of every family that transformers has. Attention is data parallel, tensor parallel or both,
+and experts are split by number and by width. Families with a NumPy reference run on the first and the third."""
 FAMILIES = {
-    FIRST: ("qwen3_moe_gqa8_e16_top4_sparse_step", "qwen3_moe_gqa2_e12_top1_dense"),
+    QWEN3: ("qwen3_moe_gqa8_e16_top4_sparse_step", "qwen3_moe_gqa2_e12_top1_dense"),
     "qwen2_moe_gqa2_e8_top4_sparse_step": ("qwen2_moe_gqa1_e4_top2", "qwen2_moe_gqa4_e12_top2_window"),
     "mixtral_gqa8_e16_top4_sharded": (),
     "olmoe_gqa2_e8_top2_clip": ("olmoe_gqa8_e8_top3",),
@@ -63,8 +70,8 @@ FAMILIES = {
     "llada2_moe_gqa4_e8_top2_groups": (),
     "sdar_moe_gqa2_e8_top3": (),
 }
-"""A case of each, and others, which take the last placements over."""
-ELSEWHERE = {
+"""First case of each family, and more cases of it, which take the last placements in place of the first case."""
+OTHER_CASES = {
     "qwen3_moe_gqa1_e6_top2_window": "expert=6",
     "mixtral_gqa1_e4_top2": "data=1",
     "mixtral_gqa2_e6_top1_window": "data=2,expert=2,tensor=2",
@@ -74,28 +81,32 @@ ELSEWHERE = {
     "sarvam_moe_gqa8_e8_top2": "data=2,expert=2,tensor=2",
     "qwen3_5_moe_e4_top3": "data=2,expert=2,tensor=2",
 }
-"""More cases, and model types that differ from one above by names only; the policy decides."""
-PLAIN = [case for case in (*FAMILIES, *ELSEWHERE) if case.startswith(("bailing_moe_gqa", "bailing_moe_v2", "sarvam"))]
-BLOCKS = [case for case in FAMILIES if case.startswith(("llada2", "sdar"))]
-"""Decoded in blocks."""
-WITHOUT_REFERENCE = [*PLAIN, *BLOCKS, "bailing_moe_linear_e8_top2"]
-MAIN_CASES = list({model_type(case): case for case in reversed([*FAMILIES, *ELSEWHERE])}.values())
-"""One of each model type."""
+"""Mesh of cases with unusual sizes, and of model types that differ from one above by names only. The policy chooses the
+combine."""
+NUMPY_CASES = [
+    case for case in (*FAMILIES, *OTHER_CASES) if case.startswith(("bailing_moe_gqa", "bailing_moe_v2", "sarvam"))
+]
+BLOCK_DIFFUSION_CASES = [case for case in FAMILIES if case.startswith(("llada2", "sdar"))]
+WITHOUT_TRANSFORMERS = [*NUMPY_CASES, *BLOCK_DIFFUSION_CASES, "bailing_moe_linear_e8_top2"]
+MAIN_CASES = list({model_type(case): case for case in reversed([*FAMILIES, *OTHER_CASES])}.values())
+"""One case of each model type."""
 CASES = [
-    (runs, PLACEMENTS[name], combine, "whole")
-    for case, others in FAMILIES.items()
-    if case not in WITHOUT_REFERENCE
-    for (name, combine), runs in zip(ON, (*[case] * (len(ON) - len(others)), *others), strict=True)
+    (case, PLACEMENTS[name], combine, "whole")
+    for first, others in FAMILIES.items()
+    if first not in WITHOUT_TRANSFORMERS
+    for (name, combine), case in zip(
+        FAMILY_PLACEMENTS, (*[first] * (len(FAMILY_PLACEMENTS) - len(others)), *others), strict=True
+    )
 ]
 CASES += [
     (case, PLACEMENTS[name], combine, "whole")
-    for case in WITHOUT_REFERENCE
+    for case in WITHOUT_TRANSFORMERS
     if case in FAMILIES
-    for name, combine in ON[::2]
+    for name, combine in FAMILY_PLACEMENTS[::2]
 ]
-CASES += [(case, mesh, "auto", "auto") for case, mesh in ELSEWHERE.items()]
+CASES += [(case, mesh, "auto", "auto") for case, mesh in OTHER_CASES.items()]
 CASES += [
-    (FIRST, PLACEMENTS[name], combine, residual)
+    (QWEN3, PLACEMENTS[name], combine, residual)
     for name, combine, residual in (
         ("dp8_ep8", "scatter", "whole"),
         ("dp4_ep4_tp2", "scatter", "split"),
@@ -108,10 +119,10 @@ CASES += [
     ("mixtral_gqa8_e16_top4_sharded", PLACEMENTS["dp4_ep4_tp2"], "all-to-all", "split"),
 ]
 
-DECODED_APART = [
-    (case, PLACEMENTS[ON[0][0]])
+PREFILL_THEN_DECODE = [
+    (case, PLACEMENTS["dp4_ep4_tp2"])
     for case in (
-        FIRST,
+        QWEN3,
         "mimo_v2_flash_gqa4_e8_top2",
         "deepseek_v3_e8_top2_groups_yarn",
         "qwen3_next_e8_top2",
@@ -121,13 +132,15 @@ DECODED_APART = [
         "llama4_text_gqa2_e8_top1",
     )
 ]
-"""One for each way to remember: prompts are computed first, and then all decode, as engines mostly do, which is two
-programs to compile; and attention takes lines and pages one after the other. Elsewhere long prompts run beside, so that
-in every step decode rows lie among those of prompts, and there is one program."""
+"""Cases with one family for each kind of cache or recurrent state, which compute all prompts before they decode.
+
+These take two programs, and attention takes one segment and one page at a time. In the other cases long prompts keep
+running, so that every step mixes decode rows with prompt rows, in a single program.
+"""
 
 
-@pytest.mark.parametrize("case", PLAIN)
-def test_plain_numpy_says_the_same_still(case: str) -> None:
+@pytest.mark.parametrize("case", NUMPY_CASES)
+def test_numpy_reference_reproduces_its_goldens(case: str) -> None:
     config = json.loads((GOLDENS / case / "config.json").read_text())
     weights, reference = load_file(GOLDENS / case / "model.safetensors"), np.load(GOLDENS / case / "reference.npz")
     for prompt, tokens, expected in zip(
@@ -138,16 +151,18 @@ def test_plain_numpy_says_the_same_still(case: str) -> None:
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", BLOCKS)
-def test_plain_blocks_are_the_same_still(case: str) -> None:
+@pytest.mark.parametrize("case", BLOCK_DIFFUSION_CASES)
+def test_block_diffusion_reference_reproduces_its_goldens(case: str) -> None:
     config = json.loads((GOLDENS / case / "config.json").read_text())
     weights, reference = load_file(GOLDENS / case / "model.safetensors"), np.load(GOLDENS / case / "reference.npz")
     schedule = {"threshold": float(reference["threshold"]), "steps": int(reference["steps"])}
-    for prompt, told, tokens, expected in zip(
+    for prompt, prompt_logits, tokens, expected in zip(
         *(reference[name] for name in ("prompts", "prompt_logits", "tokens", "token_logits")), strict=True
     ):
         prompt = prompt[prompt >= 0].tolist()
-        np.testing.assert_allclose(plain.logits(config, weights, prompt), told[: len(prompt)], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            plain.logits(config, weights, prompt), prompt_logits[: len(prompt)], rtol=0, atol=1e-5
+        )
         decoded = plain_blocks.decode(
             partial(plain.logits, config, weights), prompt, len(tokens), block=config["block_size"],
             mask=config["mask_token_id"], **schedule,
@@ -158,22 +173,22 @@ def test_plain_blocks_are_the_same_still(case: str) -> None:
 
 def test_every_golden_is_tested() -> None:
     assert {case for case, *_ in CASES} == {path.parent.name for path in GOLDENS.glob("*/reference.npz")}
-    assert {(case, mesh) for case, mesh, *_ in CASES}.issuperset(DECODED_APART)
+    assert {(case, mesh) for case, mesh, *_ in CASES}.issuperset(PREFILL_THEN_DECODE)
 
 
-@pytest.mark.usefixtures("unkept")
+@pytest.mark.usefixtures("no_cache_writes")
 @pytest.mark.parametrize(("case", "mesh", "combine", "residual"), CASES)
 def test_parity_with_transformers(
     case: str, mesh: str, combine: str, residual: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    apart = (case, mesh) in DECODED_APART
-    if apart:
+    prefill_first = (case, mesh) in PREFILL_THEN_DECODE
+    if prefill_first:
         monkeypatch.setattr(sharded, "attention_tile_on", lambda _: AttentionTile(segments=1, pages=1))
-    assert_parity(case, mesh, combine, residual, others=0 if apart else 3)
+    assert_parity(case, mesh, combine, residual, others=0 if prefill_first else 3)
 
 
 def assert_parity(case: str, mesh: str, combine: str, residual: str, others: int) -> None:
-    """`others` are long prompts that run beside."""
+    """Compare the logits and greedy tokens of one case, with `others` long prompts in the same steps."""
     reference = np.load(GOLDENS / case / "reference.npz")
     prompts = [prompt[prompt >= 0].tolist() for prompt in reference["prompts"]]
     steps = reference["tokens"].shape[1]
@@ -183,15 +198,14 @@ def assert_parity(case: str, mesh: str, combine: str, residual: str, others: int
     )  # fmt: skip
     schedule = (
         {"confidence_threshold": float(reference["threshold"]), "denoising_steps": int(reference["steps"])}
-        if case in BLOCKS
+        if case in BLOCK_DIFFUSION_CASES
         else {}
     )
-    beside = [[0] * llm.max_length] * others
-    lengths = [steps] * len(prompts) + [1] * len(beside)
-    greedy = [SamplingParams(temperature=0, max_tokens=length, **schedule) for length in lengths]
-    everyone = llm.request_groups([*prompts, *beside], greedy, wants_logits=True)
-    list(llm._run(everyone))
-    request_groups = everyone[: len(prompts)]
+    max_tokens = [steps] * len(prompts) + [1] * others
+    greedy = [SamplingParams(temperature=0, max_tokens=limit, **schedule) for limit in max_tokens]
+    all_groups = llm.request_groups([*prompts, *[[0] * llm.max_length] * others], greedy, wants_logits=True)
+    list(llm._run(all_groups))
+    request_groups = all_groups[: len(prompts)]
 
     for group, padded in zip(request_groups, reference["prompt_logits"], strict=True):
         got = np.concatenate(group.generations[0].prompt_output.logits)

@@ -1,1 +1,1 @@
-"""What a program does and costs, found without running it, and what machines measure."""
+"""Analysis of compiled programs without running them, and calibration of hardware records by measurement."""

@@ -1,4 +1,4 @@
-"""What collectives take on this machine, measured, and the terms that the policy reckons with, fitted to it."""
+"""Measured times of collectives on this machine, and a hardware record for the policy fitted to them."""
 
 from __future__ import annotations
 
@@ -26,23 +26,28 @@ ROW_BYTES = WIDTH * jnp.dtype(jnp.bfloat16).itemsize
 
 @dataclass(frozen=True)
 class CollectiveTiming:
+    """Measured time of one collective."""
+
     move: Move
     seconds: float
-    """Median of the repeats."""
+    """Median time of the repeats."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What collectives over a placement's token shards take, and what its devices' memory gives."""
+class Measurements:
+    """Times of collectives over the token shards of a placement, and the memory bandwidth of its devices."""
 
     samples: Sequence[CollectiveTiming]
-    """Each kind of collective, with few rows and many."""
+    """Timings of each kind of collective, with few and with many rows."""
     copied_per_second: float
-    """Bytes that each device reads, and as many that it writes, while all do."""
+    """Bytes per second that each device copies, while all devices copy."""
 
     def fit(self) -> Hardware:
-        """The known record of this kind of device, its launch and local bandwidth those that err least, relatively."""
-        from scipy.optimize import nnls  # here, as it takes half a second to import
+        """Fit launch latency and local bandwidth to the samples, by least squares of the relative errors.
+
+        The other figures are those of the known record for this kind of device.
+        """
+        from scipy.optimize import nnls  # imported here because it takes half a second
 
         kind = jax.devices()[0].device_kind
         known = of_kind(kind)
@@ -60,38 +65,41 @@ class Measured:
         )
 
 
-def measure(placement: Placement, repeats: int) -> Measured:
-    """Time everything in turn, in an order that changes, so that what disturbs one disturbs the others.
+def measure(placement: Placement, repeats: int) -> Measurements:
+    """Time a copy and the collectives over the token shards of a placement.
+
+    Every repeat runs them in a new random order, so that disturbances spread over all of them.
 
     Raises:
-      PlacementError: there is but one token shard.
+      PlacementError: the placement has only one token shard.
     """
     axes = placement.scatter_axes
     if not axes:
-        raise PlacementError(f"nothing is scattered on {placement}: give a mesh such as 'expert=8'")
+        raise PlacementError(f"nothing is scattered on {placement}: use a mesh such as 'expert=8'")
     moves = [Move(kind, axes, placement.gather_shards, rows, ROW_BYTES) for kind in KINDS for rows in ROWS]
-    programs = [_copy(placement), *(_program(placement, move) for move in moves)]
+    programs = [_copy(placement), *(_collective(placement, move) for move in moves)]
     seconds = [[] for _ in programs]
     random = np.random.default_rng(0)
     for repeat in range(WARM_UP + repeats):
         for number in random.permutation(len(programs)):
-            began = time.perf_counter()
+            start = time.perf_counter()
             jax.block_until_ready(programs[number]())
             if repeat >= WARM_UP:
-                seconds[number].append(time.perf_counter() - began)
-    copy, *medians = (float(np.median(found)) for found in seconds)
-    return Measured([CollectiveTiming(move, found) for move, found in zip(moves, medians, strict=True)], COPIED / copy)
+                seconds[number].append(time.perf_counter() - start)
+    copy, *medians = (float(np.median(times)) for times in seconds)
+    samples = [CollectiveTiming(move, median) for move, median in zip(moves, medians, strict=True)]
+    return Measurements(samples, COPIED / copy)
 
 
 def _copy(placement: Placement) -> Callable[[], Array]:
-    """Every device writes what it reads."""
+    """Compile a program in which every device copies `COPIED` bytes."""
     devices = NamedSharding(placement.mesh, PartitionSpec(placement.mesh.axis_names))
     value = jnp.ones((placement.mesh.devices.size, COPIED), jnp.int8, device=devices)
     return partial(jax.jit(jnp.negative), value)
 
 
-def _program(placement: Placement, move: Move) -> Callable[[], Array]:
-    """The collective alone, compiled for its own argument."""
+def _collective(placement: Placement, move: Move) -> Callable[[], Array]:
+    """Compile a program of one collective, with its argument."""
     axes, spec = move.axes, PartitionSpec(move.axes)
 
     def run(value: Array) -> Array:
@@ -103,7 +111,7 @@ def _program(placement: Placement, move: Move) -> Callable[[], Array]:
             case Kind.ALL_REDUCE:
                 return reduce(partial_sum(value, axes), sum_over=axes)
             case _:
-                raise AssertionError(f"{move.kind} is not among {KINDS}")
+                raise AssertionError(f"{move.kind} is not in {KINDS}")
 
     out_spec = PartitionSpec() if move.kind is Kind.ALL_REDUCE else spec
     rows = move.rows if move.kind is Kind.ALL_GATHER else move.rows * move.devices

@@ -1,4 +1,4 @@
-"""What one decode step does on the mesh, found by compiling it; weights are not needed, nor are the devices."""
+"""Explanation of one decode step on a mesh: compiled, not run, so it needs neither weights nor the devices."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ from moe_jax.sharding import FINE, Decision, Hardware, Policy, bucket
 
 @dataclass(frozen=True)
 class Explanation:
+    """Route, collectives, memory and time of one decode step."""
+
     devices: str
     hardware: Hardware
-    """What the decision and the times are reckoned with."""
+    """Hardware record that the decision and the times are modelled with."""
     placement: str
     counts: tuple[int, ...]
     """Sequences on each token shard."""
     rows: int
-    """Of all of them: each has one, or those of a block."""
+    """Rows of all sequences: one each, or one block each for block diffusion."""
     decision: Decision
     layers: int
     collectives: list[Collective]
     temporary_bytes: int
-    """Memory of each device that the compiled program needs besides weights and cache."""
+    """Bytes on each device that the compiled program needs besides weights and cache."""
     roofline: Roofline
 
     @property
     def sent_bytes_per_step(self) -> float:
-        """Bytes that each device is expected to send in all layers of a step."""
+        """Predicted bytes that each device sends in all layers of a step."""
         return self.decision.chosen.sent_bytes
 
     @property
     def memory_bytes(self) -> int:
-        """Of each device, at most."""
+        """Bytes of weights, cache and temporary arrays on each device."""
         return self.roofline.weight_bytes + self.roofline.cache_bytes + self.temporary_bytes
 
     @property
     def fits(self) -> bool:
+        """True if a device has the memory."""
         return self.memory_bytes <= self.hardware.memory
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,48 +75,51 @@ class Explanation:
     def __str__(self) -> str:
         kinds = ", ".join(f"{times} {kind}" for kind, times in count(self.collectives).items()) or "none"
         return (
-            f"devices      {self.devices}, reckoned as {self.hardware.name}\n"
+            f"devices      {self.devices}, modelled as {self.hardware.name}\n"
             f"placement    {self.placement}\n"
             f"route        {self.decision}\n"
             + "".join(f"             {cost}\n" for cost in self.decision.candidates)
             + f"decode step  {self.rows} rows, {self.layers} layers, "
-            f"{self.sent_bytes_per_step / 1024:.1f} KiB sent by each device in them\n"
-            f"collectives  {kinds}; {sent_bytes(self.collectives) / 1024:.1f} KiB sent in all, at most\n"
-            f"memory       {self._written_memory()}\n"
-            f"time         {self._written_time()}"
+            f"{self.sent_bytes_per_step / 1024:.1f} KiB sent by each device in the layers\n"
+            f"collectives  {kinds}; at most {sent_bytes(self.collectives) / 1024:.1f} KiB sent by each device\n"
+            f"memory       {self._format_memory()}\n"
+            f"time         {self._format_time()}"
         )
 
-    def _written_memory(self) -> str:
+    def _format_memory(self) -> str:
         parts = (self.roofline.weight_bytes, self.roofline.cache_bytes, self.temporary_bytes, self.memory_bytes)
         unit, name = (2**30, "GiB") if self.memory_bytes >= 2**30 else (2**20, "MiB")
         weights, cache, temporary, total = (f"{part / unit:.2f}" for part in parts)
-        verdict = "fits" if self.fits else f"DOES NOT FIT ({self._what_would_fit()})"
-        return (
-            f"{weights} weights + {cache} cache + {temporary} temporary = {total} {name} on each device: "
-            f"{verdict} in {self.hardware.memory / 2**30:.1f} GiB"
-        )
+        limit = f"{self.hardware.memory / 2**30:.1f} GiB"
+        verdict = f"fits in {limit}" if self.fits else f"exceeds {limit} ({self._remedy()})"
+        return f"{weights} weights + {cache} cache + {temporary} temporary = {total} {name} on each device: {verdict}"
 
-    def _what_would_fit(self) -> str:
+    def _remedy(self) -> str:
         free = self.hardware.memory - self.roofline.weight_bytes - self.temporary_bytes
         if free <= 0:
             times = self.roofline.weight_bytes / self.hardware.memory
             return f"the weights alone need {math.ceil(times)} times the devices"
         share = self.roofline.cache_bytes / free
-        return f"caches of 1/{bucket(math.ceil(share))} of the positions or sequences would"
+        return f"1/{bucket(math.ceil(share))} of the positions or sequences would fit"
 
-    def _written_time(self) -> str:
+    def _format_time(self) -> str:
         step, share = self.roofline.step_seconds, self.roofline.collective_share
-        return f"at best {step * 1e3:.3f} ms a step, {share:.0%} of it between devices (predicted, not measured)"
+        return f"at least {step * 1e3:.3f} ms per step, {share:.0%} of it in collectives (predicted, not measured)"
 
 
 def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions: int) -> Explanation:
-    """Compile a decode step of so many sequences on each token shard, over caches of `positions`, and read it."""
+    """Compile a decode step and explain it.
+
+    Args:
+      counts: sequences on each token shard.
+      positions: positions cached for each sequence.
+    """
     decoder, capacity, block = programs.decoder, bucket(max(counts), FINE), programs.decoder.config.block
     decision = policy.decide([count * block for count in counts], capacity * block)
     compiled = programs.decode_step(capacity, positions, decision.route)
     memory = compiled.memory_analysis()
     return Explanation(
-        devices=_written(decoder.placement.mesh.devices),
+        devices=_format_devices(decoder.placement.mesh.devices),
         hardware=policy.hardware,
         placement=str(decoder.placement),
         counts=tuple(counts),
@@ -134,10 +140,10 @@ def explain(programs: Programs, policy: Policy, counts: Sequence[int], positions
 
 
 def evenly(sequences: int, shards: int) -> list[int]:
-    """Sequences spread over token shards."""
+    """Spread sequences evenly over token shards."""
     return [sequences // shards + (shard < sequences % shards) for shard in range(shards)]
 
 
-def _written(devices: np.ndarray) -> str:
+def _format_devices(devices: np.ndarray) -> str:
     kind = devices.flat[0].device_kind
     return f"{devices.size} x {kind}" + (" (virtual)" if kind == "cpu" else "")

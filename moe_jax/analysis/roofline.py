@@ -1,4 +1,4 @@
-"""How long a decode step should take at best, and what it holds in memory: from sizes alone, without running it."""
+"""Roofline model: a lower bound on the time of a decode step, and its memory, from sizes alone."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from moe_jax.sharding import Hardware
 
 @dataclass(frozen=True)
 class Roofline:
-    """Of one decode step with full caches, on each device."""
+    """Memory and time of one decode step with full caches, on each device."""
 
     weight_bytes: int
     cache_bytes: int
     memory_seconds: float
-    """To read the weights and the cache once."""
+    """Time to read the weights and the cache once."""
     compute_seconds: float
-    """For the multiplications of all rows with the weights that they visit."""
+    """Time to multiply all rows by the weights that they visit."""
     collective_seconds: float
-    """Of all layers, if nothing overlaps."""
+    """Time of the collectives of all layers, without overlap."""
 
     @property
     def step_seconds(self) -> float:
@@ -41,15 +41,18 @@ class Roofline:
 def roofline(
     decoder: ShardedDecoder, hardware: Hardware, *, rows: int, slots: int, positions: int, collective_seconds: float
 ) -> Roofline:
-    """For `rows` rows in all, with caches of `slots` sequences of `positions` on each token shard.
+    """Estimate the memory and time of one decode step.
 
     Args:
-      collective_seconds: predicted for those of all layers.
+      rows: rows of the step, over all token shards.
+      slots: sequences in the cache of each token shard.
+      positions: positions cached for each sequence.
+      collective_seconds: predicted time of the collectives of all layers.
     """
     weights = held_bytes(decoder.parameters)
     pages = slots * -(-positions // PAGE)
     caches = held_bytes(decoder.abstract_caches(dict.fromkeys(decoder.windows, pages), PAGE, slots))
-    flops = 2 * rows * sum(_visited(decoder)) / decoder.placement.mesh.devices.size
+    flops = 2 * rows * sum(_weights_per_token(decoder)) / decoder.placement.mesh.devices.size
     return Roofline(
         weight_bytes=weights,
         cache_bytes=caches,
@@ -60,24 +63,24 @@ def roofline(
 
 
 def held_bytes(arrays: Any) -> int:
-    """Of arrays or their shapes, on the device that holds most."""
+    """Sum the bytes per device of a tree of arrays or of `jax.ShapeDtypeStruct`s with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)
     )
 
 
-def _visited(decoder: ShardedDecoder) -> Iterator[float]:
-    """The weights of each parameter that one token is multiplied with."""
+def _weights_per_token(decoder: ShardedDecoder) -> Iterator[float]:
+    """Number of weights of each parameter that one token is multiplied by, experts averaged."""
     for path, parameter in nnx.to_flat_state(decoder.parameters):
         match path:
             case ("stacks", int(group), "unit", int(block), "ffn", "experts", *_):
-                yield math.prod(parameter.shape) * _share(decoder.groups[group].unit[block])
+                yield math.prod(parameter.shape) * _expert_share(decoder.groups[group].unit[block])
             case ("embedding", *_) if not decoder.config.tied_embeddings:
                 yield 0
             case _:
                 yield math.prod(parameter.shape)
 
 
-def _share(layer: LayerConfig) -> float:
+def _expert_share(layer: LayerConfig) -> float:
     assert isinstance(layer.ffn, MoEConfig)
     return layer.ffn.top_k / layer.ffn.experts

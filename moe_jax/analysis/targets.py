@@ -1,4 +1,4 @@
-"""GPUs that are not there, to compile for on a CPU: `jax.experimental.topologies` with XLA's GPU compiler."""
+"""GPU targets to compile for on a machine without GPUs: `jax.experimental.topologies` with XLA's GPU compiler."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moe_jax.sharding.mesh import Device, make_mesh, parse_sizes
 from moe_jax.sharding.placement import Placement
 
 COMPILER_OPTIONS = {"xla_gpu_enable_cub_radix_sort": False}
-"""Without a GPU XLA cannot ask CUDA's own sort how much memory it needs; its other one serves as well to compile."""
+"""Compiler options for targets: without a GPU, XLA cannot query the workspace of CUB's sort, so it takes its own."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What XLA's GPU compiler wants to know of a chip besides its memory; public figures of NVIDIA's white papers."""
+    """Figures of a GPU that XLA's compiler needs besides its memory, from NVIDIA's white papers."""
 
     capability: tuple[int, int]
     cores: int
@@ -43,10 +43,13 @@ CHIPS = {
 
 
 def target_devices(name: str, count: int) -> Sequence[Device]:
-    """`count` devices of a kind, filled host after host, that programs can be compiled for but not run on.
+    """Create `count` devices that programs can be compiled for but not run on, host after host.
+
+    Args:
+      name: a key of `CHIPS`.
 
     Raises:
-      PlacementError: no such target, no devices, a last host partly filled, or the GPU compiler is not installed.
+      PlacementError: no such target, `count` below 1 or not filling whole hosts, or no GPU compiler installed.
     """
     hardware = _hardware(name)
     if count < 1:
@@ -54,16 +57,20 @@ def target_devices(name: str, count: int) -> Sequence[Device]:
     per_host = min(count, hardware.devices_per_host)
     if count % per_host:
         raise PlacementError(
-            f"{count} devices do not fill hosts of {per_host} {hardware.name}: ask for a multiple of {per_host}"
+            f"{count} devices do not fill hosts of {per_host} {hardware.name}: use a multiple of {per_host}"
         )
     _require_compiler()
-    text = _config(hardware, CHIPS[hardware.name])
+    config = _target_config(hardware, CHIPS[hardware.name])
     topology = f"1x{count // per_host}x{per_host}"
-    return topologies.get_topology_desc(platform="cuda", target_config=text, topology=topology).devices
+    return topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology).devices
 
 
 def target_placement(name: str, placement: str | None) -> Placement:
-    """A placement, written as for `Placement.parse`, on devices of a target; by default a host's devices on `expert`.
+    """Create a placement on devices of a target.
+
+    Args:
+      name: a key of `CHIPS`.
+      placement: as for `Placement.parse`; `None` puts the devices of one host on `expert`.
 
     Raises:
       PlacementError: see `target_devices` and `Placement`.
@@ -83,13 +90,13 @@ def _hardware(name: str) -> Hardware:
 def _require_compiler() -> None:
     if find_spec("jax_cuda12_plugin") is None:
         raise PlacementError(
-            "compiling for a GPU needs XLA's GPU compiler (no GPU and no CUDA): pip install --no-deps "
+            "compiling for a GPU needs XLA's GPU compiler, but neither a GPU nor CUDA: pip install --no-deps "
             f"jax-cuda12-pjrt=={jax.__version__} jax-cuda12-plugin=={jax.__version__}"
         )
 
 
-def _config(hardware: Hardware, chip: Chip) -> str:
-    """A GpuTargetConfigProto in text form."""
+def _target_config(hardware: Hardware, chip: Chip) -> str:
+    """Write a GpuTargetConfigProto in text format."""
     major, minor = chip.capability
     extension = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""

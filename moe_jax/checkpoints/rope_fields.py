@@ -100,10 +100,10 @@ def _yarn(fields: Fields, rope: Fields) -> RopeScaling | None:
     return YarnScaling(
         factor=factor,
         original_positions=original,
-        amplitude=rope.take("attention_factor", float, amplitude),
+        attention_factor=rope.take("attention_factor", float, amplitude),
         fast=rope.take("beta_fast", float, 32.0),
         slow=rope.take("beta_slow", float, 1.0),
-        whole_ends=rope.take("truncate", bool, True),
+        truncate=rope.take("truncate", bool, True),
     )
 
 

@@ -55,5 +55,5 @@ def bench(
 
 
 def _line(row: dict[str, Any]) -> str:
-    micro = f"{row['seconds'] * 1e6:10.0f} us measured {row['reckoned_seconds'] * 1e6:10.0f} us reckoned"
+    micro = f"{row['seconds'] * 1e6:10.0f} us measured {row['reckoned_seconds'] * 1e6:10.0f} us modelled"
     return f"{row['collective']:15} {row['rows']:5} rows {row['sent_bytes'] / 1024:9.0f} KiB sent {micro}"

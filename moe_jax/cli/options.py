@@ -15,7 +15,7 @@ from moe_jax.engine import Options
 from moe_jax.llm.llm import LLM
 from moe_jax.programs import PAGE
 from moe_jax.sharding.encoding import ENCODINGS
-from moe_jax.sharding.policy import STRATEGIES
+from moe_jax.sharding.policy import AUTO, STRATEGIES
 from moe_jax.sharding.residual import RESIDUALS
 
 DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in signature(LLM).parameters.items()}
@@ -54,13 +54,13 @@ def _members(*names: str) -> dict[str, str]:
 class CombineName(StrEnum):
     """Names of the combine strategies, and `auto`."""
 
-    vars().update(_members("auto", *STRATEGIES))
+    vars().update(_members(AUTO, *STRATEGIES))
 
 
 class ResidualName(StrEnum):
     """Names of the residual layouts, and `auto`."""
 
-    vars().update(_members("auto", *RESIDUALS))
+    vars().update(_members(AUTO, *RESIDUALS))
 
 
 class GatherDtype(StrEnum):

@@ -13,8 +13,8 @@ from moe_jax.checkpoints import Checkpoint
 from moe_jax.cli.option_groups import option_groups
 from moe_jax.cli.options import MaxLength, ModelOptions, RouteOptions
 from moe_jax.cli.output import Json, print_json
+from moe_jax.engine.options import resolve_max_length
 from moe_jax.errors import RequestError
-from moe_jax.llm.llm import resolve_max_length
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs
 from moe_jax.sharding import Role, as_hardware, as_placement

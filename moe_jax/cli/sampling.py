@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_jax.config.sampling_params import CONFIDENCE, SamplingParams
+from moe_jax.config.sampling_params import DEFAULT_CONFIDENCE_THRESHOLD, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SamplingOptions:
         float | None,
         typer.Option(
             help="Probability above which a block-diffusion model accepts a token at once.",
-            show_default=str(CONFIDENCE),
+            show_default=str(DEFAULT_CONFIDENCE_THRESHOLD),
         ),
     ] = SamplingParams.confidence_threshold
 

@@ -1,7 +1,7 @@
-"""What a model is, as frozen data validated on birth. Nothing here imports jax.
+"""Model configurations: frozen dataclasses, validated when they are created. This package does not import jax.
 
-A checkpoint family (`moe_jax.checkpoints.families`) turns a Hugging Face `config.json` into a `ModelConfig`; every
-other module reads only the small choices below and knows no family by name.
+A checkpoint family (`moe_jax.checkpoints.families`) turns a Hugging Face `config.json` into a `ModelConfig`. All other
+modules read only these dataclasses and know no family by name.
 """
 
 from moe_jax.config.attention import (

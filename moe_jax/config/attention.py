@@ -1,4 +1,4 @@
-"""Attention, as choices."""
+"""Attention configurations."""
 
 from __future__ import annotations
 
@@ -11,42 +11,47 @@ from moe_jax.errors import ConfigError
 
 
 class QKNorm(Enum):
-    """What RMS-normalises queries and keys."""
+    """Kind of RMS norm on queries and keys (`use_qk_norm`)."""
 
     HEAD = auto()
-    """Each head, before the rotary embedding."""
+    """Norm over each head, before the rotary embedding."""
     ROTATED_HEAD = auto()
-    """Each head, after the rotary embedding."""
+    """Norm over each head, after the rotary embedding."""
     ROTATED_UNIT = auto()
-    """Each head, after the rotary embedding, to unit mean square: without a weight."""
+    """Norm over each head, after the rotary embedding, without a weight."""
     PROJECTION = auto()
-    """All heads together, before the rotary embedding."""
+    """Norm over all heads together, before the rotary embedding."""
 
 
 class OutputGate(Enum):
-    """What has a gate of its own, a sigmoid of a projection of the row, that multiplies attention's output."""
+    """Granularity of the output gate: a sigmoid of a projection of the row multiplies attention's output."""
 
     HEAD = auto()
+    """One gate for each head (`use_head_wise_attn_gate`)."""
     CHANNEL = auto()
-    """Each number of each head."""
+    """One gate for each channel of each head (`attn_output_gate`)."""
 
 
 class Window(Enum):
-    """Which positions up to its own a position sees, where it does not see all."""
+    """Kind of attention window."""
 
     SLIDING = auto()
-    """The last ones, its own included, as many as the window has."""
+    """Sliding window: a position attends to the last `window` positions, itself included."""
     CHUNKED = auto()
-    """Those of its chunk: chunks of the window's size follow each other from position 0 on."""
+    """Chunked attention: a position attends to its own chunk; chunks of `window` positions start at position 0."""
 
 
 @dataclass(frozen=True)
 class QueryScalingConfig:
-    """Queries that grow with their position p, times `1 + strength * ln(1 + floor((p + 1) / interval))` (Nakanishi,
-    arXiv:2501.19399): a softmax over more positions would be flatter."""
+    """Query scaling by position: `1 + strength * ln(1 + floor((p + 1) / interval))` multiplies the query at position p.
+
+    The factor keeps the softmax over many positions from flattening (Nakanishi, arXiv:2501.19399).
+    """
 
     interval: int
+    """`floor_scale`: number of positions that share one factor."""
     strength: float
+    """`attn_scale`: coefficient of the logarithm."""
 
     def __post_init__(self) -> None:
         check_positive(self, "interval", "strength")
@@ -54,47 +59,57 @@ class QueryScalingConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Grouped-query attention."""
+    """Grouped-query attention (Ainslie et al., arXiv:2305.13245).
+
+    Raises:
+      ConfigError: a size that is not positive, or sizes that do not fit each other.
+    """
 
     heads: int
+    """`num_attention_heads`: number of query heads."""
     kv_heads: int
+    """`num_key_value_heads`: number of key-value heads; it divides `heads`."""
     head_dim: int
+    """`head_dim`: width of each query and key head."""
     rope: RopeConfig | None
-    """`None` where positions are not embedded."""
+    """`rope_parameters`: rotary embedding; `None` for attention without position embedding."""
     value_dim: int | None = None
-    """Width of a head's value; `None` for `head_dim`."""
+    """`v_head_dim`: width of each value head; `None` means `head_dim`."""
     value_scale: float = 1.0
-    """By which values are multiplied."""
+    """`attention_value_scale`: factor on the values."""
     bias: bool = False
-    """Whether the query, key and value projections add a bias."""
+    """`attention_bias`: True if the query, key and value projections add a bias."""
     output_bias: bool = False
+    """`attention_bias` of the output projection: True if it adds a bias."""
     qk_norm: QKNorm | None = None
+    """`use_qk_norm`: RMS norm on queries and keys; `None` for no norm."""
     clip: float | None = None
-    """Projected queries, keys and values are limited to plus and minus this."""
+    """`clip_qkv`: bound on the absolute value of projected queries, keys and values; `None` for no bound."""
     scale: float | None = None
-    """By which scores are multiplied; `None` for `head_dim ** -0.5`."""
+    """`attention_multiplier`: factor on the attention scores; `None` means `head_dim ** -0.5`."""
     sinks: bool = False
-    """Whether each head has one more score, a parameter, in its softmax, that goes to no value (Xiao et al.,
-    arXiv:2309.17453)."""
+    """Attention sinks: True if each head has a learned extra logit in its softmax (Xiao et al., arXiv:2309.17453)."""
     query_scaling: QueryScalingConfig | None = None
+    """`attn_temperature_tuning`: query scaling by position; `None` for no scaling."""
     window: int | None = None
-    """A position sees no further back than the `window - 1` before it. `None` sees all before it."""
+    """`sliding_window` or `attention_chunk_size`: window size in positions; `None` for full attention."""
     window_kind: Window = Window.SLIDING
+    """Kind of the window; it has no effect without one."""
     block: int = 1
-    """A position sees to the end of its block: blocks of so many positions follow each other from position 0 on. 1 for
-    nothing after itself."""
+    """`block_size`: attention is bidirectional within blocks of this many positions; 1 for causal attention."""
     output_gate: OutputGate | None = None
+    """Granularity of the output gate; `None` for no gate."""
 
     @property
     def cached_widths(self) -> tuple[int, int]:
-        """Numbers that the cache holds of each KV head and position, as keys and as values."""
+        """Key width and value width that the cache holds for each KV head and position."""
         return self.head_dim, self.value_dim or self.head_dim
 
     def __post_init__(self) -> None:
         check_positive(self, "heads", "kv_heads", "head_dim", "value_dim", "value_scale", "clip", "scale", "window")
         check_positive(self, "block")
         if self.block > 1 and self.window is not None:
-            raise ConfigError(f"attention to the end of blocks of {self.block} has no window, got {self.window}")
+            raise ConfigError(f"attention within blocks of {self.block} has no window: got {self.window}, use None")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} attention heads cannot share {self.kv_heads} KV heads evenly")
         if self.rope is not None:
@@ -103,29 +118,37 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class LatentAttentionConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434).
+    """Multi-head latent attention, MLA (DeepSeek-V2, arXiv:2405.04434).
 
-    Keys and values of all heads are linear in one latent vector of each position; a part of each key, the same for all
-    heads, is rotated.
+    Keys and values of all heads are projections of one latent vector for each position. All heads share the rotated
+    part of the key.
+
+    Raises:
+      ConfigError: a size that is not positive, or a rotary embedding that does not fit `qk_rope_head_dim`.
     """
 
     heads: int
+    """`num_attention_heads`: number of query heads."""
     q_lora_rank: int | None
-    """Width of the latent vector of queries; `None` where they are projected at once."""
+    """`q_lora_rank`: width of the query latent; `None` for queries projected directly."""
     kv_lora_rank: int
-    """Width of the latent vector of keys and values."""
+    """`kv_lora_rank`: width of the key-value latent."""
     qk_nope_head_dim: int
-    """Of the part of each query and key that is not rotated."""
+    """`qk_nope_head_dim`: width of the part of each query and key head without rotary embedding."""
     qk_rope_head_dim: int
+    """`qk_rope_head_dim`: width of the part of each query and key head with rotary embedding."""
     v_head_dim: int
+    """`v_head_dim`: width of each value head."""
     rope: RopeConfig
+    """`rope_parameters`: rotary embedding."""
     scale: float
-    """By which scores are multiplied."""
+    """Factor on the attention scores."""
     bias: bool = False
-    """Whether the projections to latents and to the output add biases."""
+    """`attention_bias`: True if the projections to the latents and to the output add a bias."""
     eps: float = 1e-6
-    """Of the norms of latents."""
+    """Epsilon of the RMS norms of the latents."""
     output_gate: OutputGate | None = None
+    """Granularity of the output gate; `None` for no gate."""
 
     def __post_init__(self) -> None:
         check_positive(self, "heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
@@ -134,15 +157,15 @@ class LatentAttentionConfig:
 
     @property
     def kv_heads(self) -> int:
-        """All heads share what is cached."""
+        """Number of cached heads: all query heads share one latent."""
         return 1
 
     @property
     def window(self) -> None:
-        """Every position sees all before it."""
+        """Full attention: MLA has no window."""
         return None
 
     @property
     def cached_widths(self) -> tuple[int, int]:
-        """Numbers that the cache holds of each position: the rotated part of keys as a key, the latent as a value."""
+        """Widths that the cache holds for each position: the rotated key part as key, the latent as value."""
         return self.qk_rope_head_dim, self.kv_lora_rank

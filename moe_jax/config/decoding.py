@@ -1,4 +1,4 @@
-"""How a model chooses tokens, where it is not one after the other."""
+"""Decoding other than one token at a time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from moe_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class BlockDiffusion:
-    """Block after block (Arriola et al., arXiv:2503.09573): the tokens of a block begin masked and are chosen over
-    several steps, in each of which the whole block sees itself, the likeliest first (LLaDA, arXiv:2502.09992)."""
+    """Block diffusion: decode block after block, each by denoising (Arriola et al., arXiv:2503.09573).
+
+    The tokens of a block start masked. Each denoising step attends to the whole block and accepts the most likely
+    tokens (LLaDA, arXiv:2502.09992).
+
+    Raises:
+      ConfigError: `block` is not positive, or `mask_token` is negative.
+    """
 
     block: int
-    """Positions of a block; blocks follow each other from position 0 on."""
+    """`block_size`: positions in a block; blocks start at position 0."""
     mask_token: int
-    """What stands where no token is chosen yet; itself it is never chosen."""
+    """`mask_token_id`: id of the mask token; it is never generated."""
 
     def __post_init__(self) -> None:
         check_positive(self, "block")
         if self.mask_token < 0:
-            raise ConfigError(f"BlockDiffusion.mask_token is a token id, got {self.mask_token}")
+            raise ConfigError(f"BlockDiffusion.mask_token must be a token id, 0 or more, got {self.mask_token}")

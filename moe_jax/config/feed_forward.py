@@ -1,4 +1,4 @@
-"""Feed-forward blocks, dense and of experts, as choices."""
+"""Feed-forward configurations: dense and Mixture-of-Experts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from moe_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class SwiGLUConfig:
-    """`silu(gate) * up` (Shazeer, arXiv:2002.05202)."""
+    """SwiGLU: `silu(gate) * up` (Shazeer, arXiv:2002.05202)."""
 
 
 @dataclass(frozen=True)
 class ClampedSwiGLUConfig:
-    """`gate * sigmoid(slope * gate) * (up + 1)`, of gates limited from above and ups from both sides."""
+    """SwiGLU of gpt-oss: `gate * sigmoid(slope * gate) * (up + 1)`.
+
+    Gates are at most `limit`; ups lie between `-limit` and `limit`.
+    """
 
     limit: float
+    """`swiglu_limit`: bound on gates and ups."""
     slope: float
+    """`swiglu_alpha`: slope of the sigmoid."""
 
     def __post_init__(self) -> None:
         check_positive(self, "limit", "slope")
@@ -27,24 +32,27 @@ class ClampedSwiGLUConfig:
 
 @dataclass(frozen=True)
 class LimitedSwiGLUConfig:
-    """`silu(gate) * up`, of gates limited from above once activated, and ups from both sides."""
+    """SwiGLU with bounds: `min(silu(gate), limit) * clip(up, -limit, limit)`."""
 
     limit: float
+    """`swiglu_limits` of the layer: bound on activated gates and on ups."""
 
     def __post_init__(self) -> None:
         check_positive(self, "limit")
 
 
 Activation = SwiGLUConfig | ClampedSwiGLUConfig | LimitedSwiGLUConfig
-"""How a feed-forward joins its gates and ups."""
+"""Gated activation of a feed-forward block."""
 
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """A gated feed-forward of one intermediate width."""
+    """Dense gated feed-forward block."""
 
     width: int
+    """`intermediate_size`: width of the hidden layer."""
     activation: Activation = SwiGLUConfig()
+    """Gated activation."""
 
     def __post_init__(self) -> None:
         check_positive(self, "width")
@@ -52,21 +60,23 @@ class DenseConfig:
 
 @dataclass(frozen=True)
 class SharedExpertConfig:
-    """An expert that every token visits."""
+    """Shared expert: a feed-forward block that every token visits."""
 
     width: int
+    """`shared_expert_intermediate_size`: width of the hidden layer."""
     gated: bool
-    """Whether a sigmoid of a projection of the token scales its output."""
+    """True if a sigmoid of a projection of the token multiplies the output."""
     activation: Activation = SwiGLUConfig()
+    """Gated activation."""
 
     def __post_init__(self) -> None:
         check_positive(self, "width")
 
 
 class Score(Enum):
-    """What makes scores of a router's logits.
+    """`scoring_func`: function from router logits to scores.
 
-    There is no softmax over the kept logits alone: it is the softmax over all, renormalised.
+    A softmax over the selected logits alone is `SOFTMAX` with `norm=1`.
     """
 
     SOFTMAX = auto()
@@ -74,42 +84,48 @@ class Score(Enum):
 
 
 class GroupScore(Enum):
-    """What a group of experts is judged by."""
+    """Score of a group of experts."""
 
     BEST = auto()
+    """Best score in the group."""
     BEST_TWO = auto()
-    """The sum of its two best."""
+    """Sum of the two best scores in the group."""
 
 
 @dataclass(frozen=True)
 class GroupLimit:
-    """Experts are chosen from the best few of equal groups of neighbours (DeepSeek-V2, arXiv:2405.04434)."""
+    """Group-limited routing: select experts from the best groups only (DeepSeek-V2, arXiv:2405.04434)."""
 
     groups: int
+    """`n_group`: number of groups of neighbouring experts, all of one size."""
     kept: int
+    """`topk_group`: number of groups to select experts from."""
     score: GroupScore
+    """Score by which groups are ranked."""
 
     def __post_init__(self) -> None:
         check_positive(self, "groups", "kept")
         if self.kept > self.groups:
-            raise ConfigError(f"{self.kept} groups cannot be kept of {self.groups}")
+            raise ConfigError(f"GroupLimit.kept must be at most the number of groups, {self.groups}, got {self.kept}")
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Score all experts, keep the best, weigh them by their scores."""
+    """Top-k router: score all experts, select the best, weight their outputs by the scores."""
 
     score: Score = Score.SOFTMAX
+    """`scoring_func`: function from logits to scores."""
     bias: bool = False
-    """Whether the logits have a bias."""
+    """True if the logits have a bias."""
     selection_bias: bool = False
-    """Whether a bias is added to the scores for the choice, though not for the weights (DeepSeek-V3,
+    """`e_score_correction_bias`: True if a bias on the scores affects the selection but not the weights (DeepSeek-V3,
     arXiv:2412.19437)."""
     limit: GroupLimit | None = None
+    """`n_group`, `topk_group`: group-limited routing; `None` for selection from all experts."""
     norm: float | None = None
-    """The kept scores are divided by their p-norm, this p: 1 for their sum. `None` leaves them."""
+    """`norm_topk_prob`: p of the p-norm that divides the selected scores, 1 for their sum; `None` for no division."""
     scale: float = 1.0
-    """By which the weights are multiplied in the end."""
+    """`routed_scaling_factor`: factor on the weights, after `norm`."""
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "norm")
@@ -117,37 +133,54 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class SparseMixerConfig:
-    """SparseMixer (Liu et al., arXiv:2409.12136): experts chosen one after the other, each with the softmax of it and
-    its near rivals as weight."""
+    """SparseMixer routing (Liu et al., arXiv:2409.12136).
+
+    Select experts one after the other. The weight of each is its probability in a softmax over the logits near its own.
+    """
 
     tolerance: float
-    """Rivals are behind the best by no more than this, relative to the larger of the two logits' absolute values."""
+    """Twice `router_jitter_noise`: largest relative gap between the best logit and another in its softmax.
+
+    The gap is relative to the larger absolute value of the two logits.
+    """
 
     def __post_init__(self) -> None:
         check_positive(self, "tolerance")
 
 
 class Weighted(Enum):
-    """What of an expert the router's weight multiplies."""
+    """Side of an expert that the router weight multiplies."""
 
     OUTPUT = auto()
+    """Output of the expert."""
     INPUT = auto()
+    """Input of the expert (Llama 4)."""
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Routed experts and, in some models, a shared one."""
+    """Mixture-of-Experts block: routed experts and an optional shared expert.
+
+    Raises:
+      ConfigError: a size that is not positive, or a `top_k` or group limit that the experts cannot satisfy.
+    """
 
     experts: int
+    """`num_experts`: number of routed experts."""
     top_k: int
+    """`num_experts_per_tok`: number of experts that each token visits."""
     width: int
+    """`moe_intermediate_size`: width of the hidden layer of each routed expert."""
     router: RouterConfig | SparseMixerConfig
+    """Router that selects and weights the experts."""
     shared: SharedExpertConfig | None = None
+    """Shared expert; `None` for no shared expert."""
     activation: Activation = SwiGLUConfig()
-    """Of the routed experts."""
+    """Gated activation of the routed experts."""
     bias: bool = False
-    """Whether the routed experts' projections add biases."""
+    """True if the projections of the routed experts add a bias."""
     weighted: Weighted = Weighted.OUTPUT
+    """Side of an expert that the router weight multiplies."""
 
     def __post_init__(self) -> None:
         check_positive(self, "experts", "top_k", "width")
@@ -157,8 +190,10 @@ class MoEConfig:
             self._check_limit(self.router.limit)
 
     def _check_limit(self, limit: GroupLimit) -> None:
-        each, rest = divmod(self.experts, limit.groups)
-        if rest or (limit.score is GroupScore.BEST_TWO and each < 2):
-            raise ConfigError(f"{self.experts} experts do not make {limit.groups} groups to choose from")
-        if self.top_k > each * limit.kept:
-            raise ConfigError(f"top_k {self.top_k} exceeds the {each * limit.kept} experts of {limit.kept} groups")
+        size, rest = divmod(self.experts, limit.groups)
+        if rest:
+            raise ConfigError(f"{self.experts} experts do not make {limit.groups} groups of one size")
+        if limit.score is GroupScore.BEST_TWO and size < 2:
+            raise ConfigError(f"groups ranked by their two best experts need two experts each, got {size}")
+        if self.top_k > size * limit.kept:
+            raise ConfigError(f"top_k {self.top_k} exceeds the {size * limit.kept} experts of {limit.kept} groups")

@@ -1,4 +1,4 @@
-"""What all numbers of a config must be."""
+"""Range check shared by all configurations."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from moe_jax.errors import ConfigError
 
 
-def check_positive(owner: object, *names: str) -> None:
-    """Raise `ConfigError` for a field that is not positive and finite; one that is `None` has nothing to check."""
+def check_positive(config: object, *names: str) -> None:
+    """Raise `ConfigError` unless each named field is positive and finite, or `None`."""
     for name in names:
-        value = getattr(owner, name)
+        value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{type(owner).__name__}.{name} must be positive and finite, got {value}")
+            raise ConfigError(f"{type(config).__name__}.{name} must be positive and finite, got {value}")

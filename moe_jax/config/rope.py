@@ -1,4 +1,4 @@
-"""Rotary position embedding and the ways to stretch it."""
+"""Rotary position embedding and its context extensions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from moe_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Positions divided by a factor (Chen et al., arXiv:2306.15595)."""
+    """Position interpolation: divide positions by a factor (Chen et al., arXiv:2306.15595)."""
 
     factor: float
+    """`factor`: divisor of positions."""
 
     def __post_init__(self) -> None:
         check_positive(self, "factor")
@@ -21,9 +22,10 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class NTKScaling:
-    """A base that grows so that the lowest frequency is divided by `alpha`, and the highest stays."""
+    """NTK-aware scaling: a larger base divides the lowest frequency by `alpha` and keeps the highest."""
 
     alpha: float
+    """`alpha`: divisor of the lowest frequency."""
 
     def __post_init__(self) -> None:
         check_positive(self, "alpha")
@@ -31,56 +33,61 @@ class NTKScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (Peng et al., arXiv:2309.00071): low frequencies divided by a factor, high ones kept, a ramp between."""
+    """YaRN: divide low frequencies by a factor, keep high ones, blend those between (Peng et al., arXiv:2309.00071)."""
 
     factor: float
+    """`factor`: divisor of low frequencies."""
     original_positions: int
-    """The longest sequence before the model was stretched."""
-    amplitude: float
-    """By which rotated queries and keys are multiplied."""
+    """`original_max_position_embeddings`: longest sequence before the extension, in tokens."""
+    attention_factor: float
+    """`attention_factor`: factor on rotated queries and keys."""
     fast: float = 32.0
-    """Frequencies that turn more often than this within the original positions are kept."""
+    """`beta_fast`: frequencies with more turns than this within the original positions are kept."""
     slow: float = 1.0
-    """Those that turn less often are divided."""
-    whole_ends: bool = True
-    """Whether the ends of the ramp are rounded to whole frequencies, outwards."""
+    """`beta_slow`: frequencies with fewer turns than this within the original positions are divided."""
+    truncate: bool = True
+    """`truncate`: round the ends of the blended range outwards to whole frequencies."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "factor", "original_positions", "amplitude", "fast", "slow")
+        check_positive(self, "factor", "original_positions", "attention_factor", "fast", "slow")
 
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """LongRoPE (Ding et al., arXiv:2402.13753): each frequency divided by a factor of its own."""
+    """LongRoPE: divide each frequency by its own factor (Ding et al., arXiv:2402.13753)."""
 
     factors: tuple[float, ...]
-    amplitude: float
-    """By which rotated queries and keys are multiplied."""
+    """`long_factor` or `short_factor`: divisor of each frequency."""
+    attention_factor: float
+    """`attention_factor`: factor on rotated queries and keys."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "amplitude")
+        check_positive(self, "attention_factor")
         if not all(0 < factor < math.inf for factor in self.factors):
             raise ConfigError(f"LongRopeScaling.factors must be positive and finite, got {self.factors}")
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """That of Llama 3.1: long waves are stretched by a factor, short ones kept, a ramp between."""
+    """Llama 3.1 scaling: divide low frequencies by a factor, keep high ones, blend those between."""
 
     factor: float
+    """`factor`: divisor of low frequencies."""
     low: float
-    """Waves that fit less often than this into the original positions are stretched."""
+    """`low_freq_factor`: frequencies with fewer turns than this within the original positions are divided."""
     high: float
-    """Those that fit more often are kept."""
+    """`high_freq_factor`: frequencies with more turns than this within the original positions are kept."""
     original_positions: int
+    """`original_max_position_embeddings`: longest sequence before the extension, in tokens."""
 
     def __post_init__(self) -> None:
         check_positive(self, "factor", "low", "high", "original_positions")
         if self.low > self.high:
-            raise ConfigError(f"Llama3Scaling.low must not be more than high, got {self.low} and {self.high}")
+            raise ConfigError(f"Llama3Scaling.low must be at most high, got {self.low} and {self.high}")
 
 
 RopeScaling = LinearScaling | NTKScaling | YarnScaling | LongRopeScaling | Llama3Scaling
+"""`rope_scaling`: context extension of the rotary embedding."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +95,23 @@ class RopeConfig:
     """Rotary position embedding (Su et al., arXiv:2104.09864)."""
 
     theta: float
+    """`rope_theta`: base of the frequencies."""
     width: int | None = None
-    """How many numbers of each head are rotated, the first ones; `None` for all."""
+    """`rotary_dim`: number of leading channels of each head to rotate; `None` for all."""
     interleaved: bool = False
-    """Whether pairs are neighbours, (0, 1), rather than halves apart, (0, width/2)."""
+    """`rope_interleave`: rotate neighbouring channels (0, 1) as a pair, rather than channels (0, width/2)."""
     scaling: RopeScaling | None = None
+    """`rope_scaling`: context extension; `None` for no extension."""
 
     def __post_init__(self) -> None:
         check_positive(self, "theta", "width")
 
 
 def check_rotated(rope: RopeConfig, head_dim: int) -> None:
-    """Raise `ConfigError` if heads of this width cannot be rotated so."""
+    """Raise `ConfigError` unless the rotary embedding fits heads of width `head_dim`."""
     width = head_dim if rope.width is None else rope.width
     if width % 2 or width > head_dim:
-        name = "head_dim" if rope.width is None else f"the width rotated of head_dim {head_dim}"
-        raise ConfigError(f"rotary embedding rotates pairs: {name} must be even, got {width}")
+        name, bound = ("head_dim", "") if rope.width is None else ("RopeConfig.width", f" and at most {head_dim}")
+        raise ConfigError(f"rotary embedding rotates pairs of channels: {name} must be even{bound}, got {width}")
     if isinstance(rope.scaling, LongRopeScaling) and len(rope.scaling.factors) != width // 2:
-        raise ConfigError(f"{width // 2} frequencies need as many factors, got {len(rope.scaling.factors)}")
+        raise ConfigError(f"{width // 2} frequencies need {width // 2} factors, got {len(rope.scaling.factors)}")

@@ -1,4 +1,4 @@
-"""How weights are held while they are used: in the compute dtype, or in eight bits with scales."""
+"""Weight dtypes: the compute dtype, or eight bits with scales."""
 
 from __future__ import annotations
 
@@ -10,35 +10,46 @@ from moe_jax.errors import ConfigError
 
 
 class WeightDtype(StrEnum):
-    """What users ask for."""
+    """Values of the `weight_dtype` option."""
 
     EXACT = "exact"
-    """In the compute dtype."""
+    """The compute dtype."""
     FLOAT8 = "float8_e4m3fn"
     INT8 = "int8"
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """The matrices of attention and feed-forwards in eight bits, symmetric: a weight is its number times its scale."""
+    """Symmetric eight-bit quantization of attention and feed-forward matrices: a weight is its number times its scale.
+
+    Raises:
+      ConfigError: `dtype` is `EXACT`, or `block` is not positive.
+    """
 
     dtype: WeightDtype
+    """Dtype of the quantized numbers."""
     block: int | None = None
-    """Neighbouring inputs of an output that share a scale; `None` for all of them."""
+    """Number of neighbouring inputs that share a scale; `None` for one scale for each output."""
 
     def __post_init__(self) -> None:
         check_positive(self, "block")
         if self.dtype is WeightDtype.EXACT:
-            raise ConfigError("weights in the compute dtype are not quantised: say None")
+            raise ConfigError(
+                "Quantization.dtype must be float8_e4m3fn or int8, got exact: for exact weights, say None"
+            )
 
     @property
     def largest(self) -> int:
-        """The largest number."""
+        """Largest quantized number."""
         return {WeightDtype.FLOAT8: 448, WeightDtype.INT8: 127}[self.dtype]
 
 
-def as_weight_dtype(asked: str) -> WeightDtype:
-    """Raises ConfigError for a name that is none."""
-    if asked not in list(WeightDtype):
-        raise ConfigError(f"weight_dtype must be one of {', '.join(WeightDtype)}, got {asked!r}")
-    return WeightDtype(asked)
+def as_weight_dtype(name: str) -> WeightDtype:
+    """Parse the name of a weight dtype.
+
+    Raises:
+      ConfigError: an unknown name.
+    """
+    if name not in list(WeightDtype):
+        raise ConfigError(f"weight_dtype must be one of {', '.join(WeightDtype)}, got {name!r}")
+    return WeightDtype(name)

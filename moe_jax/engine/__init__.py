@@ -1,8 +1,21 @@
-"""Continuous batching: requests that come and go, decoded together."""
+"""Continuous batching: requests arrive and end at any step, and are decoded together.
+
+options.py           settings of an engine, and the engine that they make
+engine.py            the loop: schedule a step, dispatch it, read the step before
+sizes.py             the few shapes of steps that are compiled
+step_inputs.py       from a scheduler's plan to host arrays; diffusion_inputs.py for block diffusion
+executor.py          weights, caches and slots on the devices
+step_outputs.py      from the devices' results to the outputs of requests
+generation.py        one sample of a request; detokenizer.py makes its text
+outputs.py           results for users
+stats.py             throughput and latencies
+distributed/         several processes
+"""
 
 from moe_jax.engine.engine import Engine
-from moe_jax.engine.generation import Generation, OutputQueue
-from moe_jax.engine.options import Options
+from moe_jax.engine.generation import Generation
+from moe_jax.engine.options import OptionArguments, Options
+from moe_jax.engine.output_queue import OutputQueue
 from moe_jax.engine.stats import Latency, Stats
 
-__all__ = ["Engine", "Generation", "Latency", "Options", "OutputQueue", "Stats"]
+__all__ = ["Engine", "Generation", "Latency", "OptionArguments", "Options", "OutputQueue", "Stats"]

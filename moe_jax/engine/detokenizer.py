@@ -1,4 +1,4 @@
-"""From tokens to text as they come: what is certain, and where it ends. Nothing here imports jax."""
+"""Incremental detokenization and stop strings. Nothing here imports jax."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 CONTEXT = 4
-"""Tokens that decide, with those after them, how those are written: four bytes reach back to the start of any
-character, and one token with a text to the start of the sequence, where decoders leave a space out."""
+"""Tokens that are decoded again with each new token. Four bytes reach back to the start of any character. One token
+with a text reaches back to the start of the sequence, where decoders leave a space out."""
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """Decodes one sequence in pieces, which together are what the tokenizer makes of the whole, in time linear in the
-    tokens.
+    """Decode one sequence in pieces, in time linear in the number of tokens.
 
-    A piece is told once no later token can change it. Of a character whose bytes are spread over tokens, nothing is
-    told before the last of them. SentencePiece's byte tokens (`<0xE4>`) wait for the token after them: one that is out
-    of place turns all of those around it into replacement characters, which a stream that trusts the first complete
-    character (as `tokenizers.decoders.DecodeStream` does) finds out too late.
+    The pieces together are the tokenizer's text of the whole sequence. A piece is returned once no later token can
+    change it. A character whose bytes are spread over several tokens is returned with the last of them. A SentencePiece
+    byte token (`<0xE4>`) waits for the next token, since one misplaced byte turns all bytes around it into replacement
+    characters. `tokenizers.decoders.DecodeStream` returns the first complete character, which may turn out wrong.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
@@ -27,52 +26,53 @@ class Detokenizer:
         added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
         self._skipped = {number for number, token in added.items() if token.special}
         self._window: list[int] = []
-        self._inbox = 0  # characters of the window's text
+        self._emitted = 0  # characters of the window's text
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that is certain with these tokens, beyond what was told."""
+        """Add tokens. Return the new text that no later token can change."""
         named = [(token, self._tokenizer.id_to_token(token)) for token in token_ids if token not in self._skipped]
         known = [(token, name) for token, name in named if name is not None]
         self._window += [token for token, _ in known]
         if not known or _is_byte(known[-1][1]):
             return ""
-        text = _certain(self._decode(self._window))
-        new = text[self._inbox :]
-        self._forget()
+        text = _complete_part(self._decode(self._window))
+        new = text[self._emitted :]
+        self._shrink_window()
         return new
 
     def finish(self) -> str:
-        """What is left to tell: characters that were never completed, as U+FFFD."""
-        return self._decode(self._window)[self._inbox :]
+        """Return the rest of the text; incomplete characters become U+FFFD."""
+        return self._decode(self._window)[self._emitted :]
 
-    def _forget(self) -> None:
-        """Keep no more of the window than decides how what follows is written."""
+    def _shrink_window(self) -> None:
+        """Drop tokens from the window that cannot affect later text."""
         size = CONTEXT
-        while not (kept := _certain(self._decode(self._window[-size:]))) and size < len(self._window):
+        while not (kept := _complete_part(self._decode(self._window[-size:]))) and size < len(self._window):
             size *= 2
-        self._window, self._inbox = self._window[-size:], len(kept)
+        self._window, self._emitted = self._window[-size:], len(kept)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
 class StopStrings:
-    """Ends a text that comes in pieces before, or with `include` after, the first stop string in it.
+    """End a text at the first stop string in it.
 
-    The first is the one that ends first; of several that end together, the longest. It does not matter how the text is
-    cut into pieces: what may be the beginning of a stop string is held back.
+    The first stop string is the one that ends first; among those that end together, the longest. Text that may be the
+    beginning of a stop string is held back, so the result does not depend on how the text is cut into pieces.
     """
 
     def __init__(self, stop: Sequence[str], include: bool = False) -> None:
+        """`include` keeps the stop string in the text."""
         self._stop = tuple(stop)
         self._include = include
         self._longest = max(map(len, self._stop), default=0)
         self._held = ""
         self.hit = False
-        """Whether one has come; nothing is told after it."""
+        """True after a stop string; later text is dropped."""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that is certain with this piece, beyond what was told, and whether it ends there."""
+        """Add a piece of text. Return the new certain text, and True if a stop string ends the text."""
         if self.hit:
             return "", True
         text = self._held + text
@@ -81,22 +81,23 @@ class StopStrings:
             end, start = min(found)
             self.hit, self._held = True, ""
             return text[: end if self._include else start], True
-        certain = next(at for at in range(max(len(text) - self._longest, 0), len(text) + 1) if self._may_end(text[at:]))
+        first = max(len(text) - self._longest, 0)
+        certain = next(at for at in range(first, len(text) + 1) if self._may_begin_stop(text[at:]))
         self._held = text[certain:]
         return text[:certain], False
 
     def finish(self) -> str:
-        """What was held back, where the text ends without a stop string."""
+        """Return the text that was held back. No more text follows."""
         held, self._held = self._held, ""
         return held
 
-    def _may_end(self, tail: str) -> bool:
-        """Whether text to come can make a stop string of this; of the empty text it always can."""
+    def _may_begin_stop(self, tail: str) -> bool:
+        """Return True if more text can turn the tail into a stop string. An empty tail always can."""
         return not tail or any(stop.startswith(tail) for stop in self._stop)
 
 
-def _certain(text: str) -> str:
-    """The text without what a byte to come may change: of an incomplete character, decoders make one replacement."""
+def _complete_part(text: str) -> str:
+    """Remove an incomplete character from the end; decoders make one replacement character of its bytes."""
     return text.removesuffix(INCOMPLETE)
 
 

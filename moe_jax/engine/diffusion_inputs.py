@@ -23,7 +23,7 @@ NO_SCHEDULE = DenoisingSchedule.of(1, 1, 0)
 class DiffusionInputBuilder(StepInputBuilder):
     """Fill the arrays of a dispatch over blocks.
 
-    The devices know which block a request is at; a plan says up to which position the request has pages.
+    The devices know the current block of each request. A plan bounds the blocks by the pages of the request.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class DiffusionInputBuilder(StepInputBuilder):
     def _emitting_segments(self) -> int:
         return self._size.decoding
 
-    def _limit(self, shard: int, taken: slice, decodes: Decodes) -> None:
-        """Let each block move on as far as its request has pages."""
-        self._limits[shard, taken] = np.add(decodes.positions, decodes.steps)
+    def _limit(self, shard: int, decoding: slice, decodes: Decodes) -> None:
+        """Let each request decode up to the last position that has a page."""
+        self._limits[shard, decoding] = np.add(decodes.positions, decodes.steps)
 
     def _end_prompt(self, shard: int, segment: int, request: Request) -> None:
         """Begin the first block of a request; it is decoded from the next step on."""

@@ -1,4 +1,4 @@
-"""Requests that come and go, decoded together: the host plans the next step while the devices run this one."""
+"""Continuous batching loop: the host schedules the next step while the devices run the current one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from jaxtyping import Array, Int32
 from tqdm import tqdm
 
 from moe_jax.config.sampling_params import MAX_TOP_LOGPROBS
+from moe_jax.engine.distributed import ProcessGroup, SingleProcess
 from moe_jax.engine.executor import Executor
-from moe_jax.engine.generation import Generation, OutputNeed, StepOutput
+from moe_jax.engine.generation import Generation, OutputNeed
 from moe_jax.engine.outputs import FinishReason
+from moe_jax.engine.partial_outputs import StepOutput
 from moe_jax.engine.sizes import Sizes
 from moe_jax.engine.stats import Latency, Meter, Stats
 from moe_jax.engine.step_inputs import OutputMap, StepInputBuilder, build_input, idle_input
@@ -28,19 +30,20 @@ from moe_jax.sharding import Placement, Role
 
 
 class InFlightStep(NamedTuple):
-    """Dispatch whose results are not read yet."""
+    """Dispatch whose outputs are not read yet."""
 
     plan: Plan
     output_map: OutputMap
     emitted: Int32[Array, "shards*L W"]
     """Packed `SampledTokens`."""
     top_logprobs: int
-    """Most likely tokens returned with each token."""
+    """Number of most likely tokens returned with each token."""
     scored: RowLogprobs | None
+    """Log-probabilities of prompt tokens."""
 
 
 class Engine:
-    """Not for several threads at once."""
+    """Scheduler, executor and the requests that run. Not thread-safe."""
 
     def __init__(
         self,
@@ -49,18 +52,28 @@ class Engine:
         sizes: Sizes,
         placement: Placement,
         builder: Callable[..., StepInputBuilder] = StepInputBuilder,
+        process_group: ProcessGroup | None = None,
     ) -> None:
+        """
+        Args:
+          sizes: shapes of steps.
+          placement: placement of the model on the mesh.
+          builder: class that builds step inputs.
+          process_group: the processes that hold the mesh; None for one process.
+        """
         self._scheduler, self._executor, self._sizes, self._placement = scheduler, executor, sizes, placement
         self._builder = builder
+        self._process_group = process_group or SingleProcess()
         self._generations: dict[Request, Generation] = {}
         self._needs: Counter[OutputNeed] = Counter()
         self._in_flight: InFlightStep | None = None
         self._meter = Meter(placement.size(Role.TOKENS))
 
     def add(self, generation: Generation) -> None:
-        """
+        """Add a request.
+
         Raises:
-          RequestError: one of this id has not ended, or it could not run even alone.
+          RequestError: a running request has the same id, or the request needs more pages than there are.
         """
         self._scheduler.add(generation.request)
         generation.last_token_time = self._now()
@@ -69,7 +82,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
+        """Number of requests that do not run yet."""
         return self._scheduler.waiting
 
     @property
@@ -77,40 +90,41 @@ class Engine:
         return bool(self._generations) or self._in_flight is not None
 
     def cancel(self, generation: Generation) -> None:
-        """Free its slot and pages at once. Nothing happens to one that has ended."""
+        """End a request and free its slot and pages at once. Do nothing if the request has ended."""
         if generation.finish_reason is None:
             self._end(generation, "cancelled")
 
     def step(self) -> None:
-        """Have the next step run, then read the results of the one before: generations that got something report it.
+        """Dispatch the next step, then read the outputs of the step before; generations report new output.
 
-        If it fails or is interrupted, all that ran ends with an error, and the engine is as new.
+        If a step fails or is interrupted, all requests end with an error and the engine starts afresh.
         """
         began = self._now()
         try:
             plan = self._scheduler.plan()
-            before, self._in_flight = self._in_flight, self._dispatch(plan) if plan else None
-            if before:
-                self._update_from_output(before)
+            previous, self._in_flight = self._in_flight, self._dispatch(plan) if plan else None
+            if previous:
+                self._update_from_output(previous)
         except BaseException:
             self._reset()
             raise
         self._meter.busy_seconds += self._now() - began
 
     def _reset(self) -> None:
-        """What was planned and has not run cannot be told from what has: the cache may hold anything."""
+        """End all requests and discard the cache: nobody knows which planned steps have run."""
         self._in_flight = None
         for generation in list(self._generations.values()):
-            self._end(generation, "error", "the step that it was in failed, or was interrupted")
+            self._end(generation, "error", "a step of this request failed or was interrupted")
         self._scheduler = type(self._scheduler)(self._scheduler.limits)
         self._executor.reset()
 
     def execute(self, step_input: StepInput) -> None:
         """Worker: execute a step that process 0 scheduled."""
-        self._executor.execute(step_input)
+        self._executor.run(step_input)
 
     @property
     def stats(self) -> Stats:
+        """Throughput, latencies, balance and cache use since the engine was made."""
         scheduler, meter = self._scheduler, self._meter
         pages = [group.pages for group in scheduler.limits.groups] * scheduler.limits.shards
         return Stats(
@@ -131,19 +145,24 @@ class Engine:
         )
 
     def warm_up(self, variants: Sequence[StepFlags], *, progress: bool) -> None:
-        """Compile every step that can come to be needed, for requests that ask this much.
+        """Compile the steps of all sizes.
+
+        Args:
+          variants: outputs of the steps; each step is compiled once for each variant.
+          progress: show a progress bar.
 
         Raises:
           RequestError: requests are running.
         """
         if self._generations:
-            raise RequestError("requests are running: warm up before there are any, or when they have ended")
+            raise RequestError("requests are running: warm up before the first request, or after the last")
         if self._in_flight:
             step, self._in_flight = self._in_flight, None
             self._update_from_output(step)
         steps = list(product(self._sizes.steps(), variants))
         for size, flags in tqdm(steps, desc="compiling", unit=" steps", disable=not progress, leave=False):
             step_input = idle_input(size, self._sizes, self._placement, flags, self._builder)
+            self._process_group.broadcast(step_input)
             jax.block_until_ready(self._executor.run(step_input))
 
     def _dispatch(self, plan: Plan) -> InFlightStep:
@@ -156,11 +175,12 @@ class Engine:
         step_input, output_map = build_input(plan, self._sizes, self._placement, flags, generation, self._builder)
         self._meter.step(plan.rows, step_input.batch.capacity, plan.steps)
         self._meter.prompt_tokens += sum(chunk.end - chunk.start for chunks in plan.chunks for chunk in chunks)
+        self._process_group.broadcast(step_input)
         emitted, scored = self._executor.run(step_input)
         return InFlightStep(plan, output_map, emitted, flags.top_logprobs, scored)
 
     def _update_from_output(self, step: InFlightStep) -> None:
-        """Read a dispatch's results and give them to their requests; requests that have ended meanwhile get none."""
+        """Read the outputs of a dispatch and append them to the requests that still run."""
         emitted = SampledTokens.unpack(np.asarray(step.emitted), step.top_logprobs)
         scored = jax.device_get(step.scored)
         for prompt in step.output_map.prompts:
@@ -182,12 +202,12 @@ class Engine:
         self._meter.record_tokens(now - np.array(last_times), np.array(counts, int), np.array(first, bool))
 
     def _now(self) -> float:
-        """Seconds, those of compilation left out."""
+        """Return the time in seconds, without the time spent on compilation."""
         return time.perf_counter() - self._executor.programs.compile_seconds
 
     def _append(self, generation: Generation, output: StepOutput) -> None:
-        if not output.is_sound:
-            self._end(generation, "error", "the model's logits are not numbers: its weights, or their dtype, are unfit")
+        if not output.is_finite:
+            self._end(generation, "error", "the model's logits are not finite: check its weights, or use a wider dtype")
             return
         generation.append(output)
         if generation.finish_reason is None:

@@ -7,7 +7,6 @@ from functools import cache
 
 from jaxtyping import Array, Int32
 
-from moe_jax.engine.distributed import ProcessGroup
 from moe_jax.engine.sizes import Sizes
 from moe_jax.models import Caches, Parameters
 from moe_jax.programs import PAGE, Programs, RowLogprobs, StepInput
@@ -15,23 +14,16 @@ from moe_jax.sharding import Policy, Role, Route
 
 
 class Executor:
-    """Runs the same steps in every process: those that the driver, process 0, schedules."""
+    """This process's part of the model; every process runs the same steps."""
 
     def __init__(
-        self,
-        programs: Programs,
-        parameters: Parameters,
-        policy: Policy,
-        sizes: Sizes,
-        pages: Mapping[int | None, int],
-        process_group: ProcessGroup,
+        self, programs: Programs, parameters: Parameters, policy: Policy, sizes: Sizes, pages: Mapping[int | None, int]
     ) -> None:
         """
         Args:
-          pages: number of cache pages of each token shard, for each window of the decoder.
+          pages: number of cache pages on each token shard, for each attention window of the decoder.
         """
         self.programs = programs
-        self._process_group = process_group
         self._parameters, self._policy, self._sizes = parameters, policy, sizes
         self._pages = pages
         self._route = cache(self._decide)
@@ -44,13 +36,7 @@ class Executor:
         self._slots = self.programs.empty_slots(self._sizes.slots, self._sizes.positions)
 
     def run(self, step_input: StepInput) -> tuple[Int32[Array, "shards*L W"], RowLogprobs | None]:
-        """Driver: run a step in all processes. Return the packed `SampledTokens` and the scores of targets; reading
-        either blocks."""
-        self._process_group.broadcast(step_input)
-        return self.execute(step_input)
-
-    def execute(self, step_input: StepInput) -> tuple[Int32[Array, "shards*L W"], RowLogprobs | None]:
-        """Run this process's part of a step."""
+        """Run a step. Return the packed `SampledTokens` and the scores of targets; reading either blocks."""
         route = self._route(step_input.batch.capacity)
         emitted, scored, self._slots, self._caches = self.programs.run(
             self._parameters, self._caches, self._slots, step_input, route
@@ -58,6 +44,5 @@ class Executor:
         return emitted, scored
 
     def _decide(self, capacity: int) -> Route:
-        """Choose the route for full and even token shards: the scheduler keeps shards even, and its buffers hold any
-        counts."""
+        """Choose the route for full token shards, since the scheduler keeps their numbers of rows even."""
         return self._policy.decide([capacity] * self._policy.placement.size(Role.TOKENS), capacity).route

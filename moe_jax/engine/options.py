@@ -1,58 +1,77 @@
-"""What users say about an engine, and the sizes that follow from it."""
+"""Settings of an engine, the sizes that follow from them, and the engine itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict
 
 from moe_jax.analysis.roofline import held_bytes
+from moe_jax.config import ModelConfig
 from moe_jax.engine.diffusion_inputs import DiffusionInputBuilder
 from moe_jax.engine.distributed import ProcessGroup
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.sizes import Sizes
+from moe_jax.engine.step_inputs import StepInputBuilder
 from moe_jax.errors import RequestError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.programs import PAGE, Programs
 from moe_jax.scheduler import CacheGroup, DiffusionScheduler, Limits, Scheduler
 from moe_jax.sharding import Policy, Role
 
+MIN_PROMPTS, SHORT_PROMPT = 8, 64
+"""Bound on the prompts of a step: `prefill_tokens / SHORT_PROMPT` on each token shard, but at least `MIN_PROMPTS`."""
+
+
+class OptionArguments(TypedDict, total=False):
+    """Arguments of `Options` that have a default there, for signatures that pass them on."""
+
+    max_batch_size: int
+    prefill_tokens: int
+    decode_steps: int
+    cache_pages: int | None
+    cache_memory: float
+    prefix_cache: bool
+
 
 @dataclass(frozen=True)
 class Options:
-    """
+    """Settings of an engine.
+
     Raises:
       RequestError: a number out of range.
     """
 
     max_length: int
-    """Positions of a sequence, at most."""
+    """Maximum positions of a sequence."""
     max_batch_size: int = 256
-    """Sequences that are decoded together, at most; more wait."""
+    """Maximum sequences decoded together; more sequences wait."""
     prefill_tokens: int = 512
-    """Prompt tokens that a token shard takes into one step, at most."""
+    """Maximum prompt tokens of a step on each token shard."""
     decode_steps: int = 8
-    """Decode steps that the devices run before the host looks at them."""
+    """Decode steps that the devices run before the host reads the tokens."""
     cache_pages: int | None = None
-    """Pages, of 16 positions, on each token shard; by default as many as can be in use, or as `cache_memory` allows."""
+    """Pages of the KV cache, of 16 positions, on each token shard; None for all pages that can be in use, as far as
+    `cache_memory` allows."""
     cache_memory: float = 0.8
-    """The share of a device's memory beside its weights that the cache may take."""
+    """Share of each device's memory, after the weights, that the cache may take."""
     prefix_cache: bool = True
-    """Whether prompts that begin alike share what was computed of it."""
+    """Share the cached pages of common prompt prefixes."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "prefill_tokens", "decode_steps", "cache_pages"):
             if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value >= 1):
                 raise RequestError(f"{name} must be a whole number, at least 1, got {value!r}")
         if not (isinstance(self.cache_memory, int | float) and 0 < self.cache_memory <= 1):
-            raise RequestError(f"cache_memory is a share, above 0 and at most 1, got {self.cache_memory!r}")
+            raise RequestError(f"cache_memory must be a share above 0 and at most 1, got {self.cache_memory!r}")
 
     def sizes(self, decoder: ShardedDecoder) -> Sizes:
         slots = -(-self.max_batch_size // decoder.placement.size(Role.TOKENS))
-        prompts = min(max(self.prefill_tokens // SHORT_PROMPT, FEW_PROMPTS), slots)
+        prompts = min(max(self.prefill_tokens // SHORT_PROMPT, MIN_PROMPTS), slots)
         block = decoder.config.block
-        # A full prompt of which only its own tokens are told is given one more, which has a position where blocks have.
+        # A request that only scores a full prompt still generates one token, which has a position in block diffusion.
         longest = self.max_length + (decoder.config.diffusion is not None)
         prompt_rows = min(max(self.prefill_tokens, 2 * slots), prompts * self.max_length)
         return Sizes(
@@ -66,34 +85,34 @@ class Options:
         )
 
     def pages(self, decoder: ShardedDecoder, policy: Policy, sizes: Sizes) -> dict[int | None, int]:
-        """Of each token shard, for each of the decoder's windows.
+        """Return the number of cache pages on each token shard, for each attention window of the decoder.
 
         Raises:
-          RequestError: no room for a single sequence.
+          RequestError: the pages do not hold a single sequence.
         """
         needed = {window: sizes.needed_pages(window) for window in decoder.windows}
-        one = {window: _one_sequence(window, sizes) for window in decoder.windows}
         if self.cache_pages is not None:
             pages = {window: min(self.cache_pages, limit) for window, limit in needed.items()}
         else:
-            room = policy.hardware.memory / policy.hardware.sharers(decoder.placement)
-            room = max(room - held_bytes(decoder.parameters), 0) * self.cache_memory
-            states, everything = (
+            memory = policy.hardware.memory / policy.hardware.sharers(decoder.placement)
+            room = max(memory - held_bytes(decoder.parameters), 0) * self.cache_memory
+            without_pages, with_all_pages = (
                 held_bytes(decoder.abstract_caches(held, PAGE, sizes.slots))
                 for held in (dict.fromkeys(needed, 0), needed)
             )
-            share = min(max(room - states, 0) / max(everything - states, 1), 1)
+            share = min(max(room - without_pages, 0) / max(with_all_pages - without_pages, 1), 1)
             pages = {window: int(limit * share) for window, limit in needed.items()}
-        if any(pages[window] < one[window] for window in pages):
+        one_sequence = {window: _pages_of_one_sequence(window, sizes) for window in decoder.windows}
+        if any(pages[window] < one_sequence[window] for window in pages):
             raise RequestError(
-                f"there is room for {min(pages.values())} pages of {PAGE} positions on each token shard, a sequence of "
-                f"{self.max_length} positions needs {max(one.values())}: ask for a smaller max_length or "
-                "max_batch_size, or give the cache more (cache_pages, cache_memory), or more devices"
+                f"there is room for {min(pages.values())} pages of {PAGE} positions on each token shard, but a "
+                f"sequence of {self.max_length} positions needs {max(one_sequence.values())}: lower max_length or "
+                "max_batch_size, raise cache_pages or cache_memory, or use more devices"
             )
         return pages
 
     def limits(self, decoder: ShardedDecoder, sizes: Sizes, pages: Mapping[int | None, int]) -> Limits:
-        """What the scheduler keeps to."""
+        """Return the limits that the scheduler keeps."""
         return Limits(
             shards=decoder.placement.size(Role.TOKENS),
             slots=sizes.slots,
@@ -103,26 +122,34 @@ class Options:
             chunks=sizes.prompts,
             rows=sizes.prompt_rows,
             decode_steps=sizes.decode_steps,
-            prefix_cache=self.prefix_cache and not decoder.config.recurrent,  # pages carry no states
+            prefix_cache=self.prefix_cache and not decoder.config.recurrent,  # pages hold no recurrent states
             block=sizes.block,
         )
 
     def engine(self, programs: Programs, parameters: Parameters, policy: Policy, process_group: ProcessGroup) -> Engine:
+        """Make an engine with empty caches."""
         decoder = programs.decoder
         sizes = self.sizes(decoder)
         pages = self.pages(decoder, policy, sizes)
-        executor = Executor(programs, parameters, policy, sizes, pages, process_group)
+        executor = Executor(programs, parameters, policy, sizes, pages)
         limits = self.limits(decoder, sizes, pages)
-        if decoder.config.diffusion is None:
-            return Engine(Scheduler(limits), executor, sizes, decoder.placement)
-        builder = partial(DiffusionInputBuilder, diffusion=decoder.config.diffusion)
-        return Engine(DiffusionScheduler(limits), executor, sizes, decoder.placement, builder)
+        scheduler, builder = Scheduler, StepInputBuilder
+        if decoder.config.diffusion is not None:
+            scheduler, builder = DiffusionScheduler, partial(DiffusionInputBuilder, diffusion=decoder.config.diffusion)
+        return Engine(scheduler(limits), executor, sizes, decoder.placement, builder, process_group)
 
 
-FEW_PROMPTS, SHORT_PROMPT = 8, 64
-"""A token shard takes no more prompts into one step than these few, or than its prompt tokens are short prompts."""
+def resolve_max_length(config: ModelConfig, requested: int | None) -> int:
+    """Return the maximum positions of a sequence: the requested number, by default that of the model.
+
+    Raises:
+      RequestError: the number is below 1, or above that of the model.
+    """
+    limit = config.max_positions
+    if requested is not None and not (isinstance(requested, int) and 1 <= requested <= limit):
+        raise RequestError(f"max_length must be from 1 to the {limit} positions of this model, got {requested!r}")
+    return requested or limit
 
 
-def _one_sequence(window: int | None, sizes: Sizes) -> int:
-    group = CacheGroup(1, window)
-    return group.max_pages(sizes.positions, max(sizes.prompt_rows, sizes.decode_steps), PAGE)
+def _pages_of_one_sequence(window: int | None, sizes: Sizes) -> int:
+    return CacheGroup(1, window).max_pages(sizes.positions, max(sizes.prompt_rows, sizes.decode_steps), PAGE)

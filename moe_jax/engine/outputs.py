@@ -1,4 +1,4 @@
-"""Outputs of requests: completions, whole requests, and events of a stream."""
+"""Results for users: completions, whole requests, and events of a stream."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""`stop`: a stop token or stop string; `length`: `max_tokens` tokens, or a full cache; `cancelled`: by the user;
+`error`: a failure, described in `error`."""
 
 
 @dataclass(frozen=True)
@@ -13,75 +15,78 @@ class CompletionOutput:
     """One generated continuation."""
 
     token_ids: list[int] = field(default_factory=list)
-    """The generated tokens, with the one that ended it, if one did."""
+    """Generated tokens, including the stop token if there is one."""
     logprobs: list[float] = field(default_factory=list)
-    """The natural log-probability of each generated token under the model, before anything in `SamplingParams`."""
+    """Natural log-probability of each generated token under the model, before the effect of any sampling parameter."""
     top_logprobs: list[dict[int, float]] | None = None
-    """For each generated token, the likeliest tokens at its place with their log-probabilities, likeliest first; `None`
-    where `SamplingParams.logprobs` asked for none."""
+    """Most likely tokens at the place of each generated token, with their log-probabilities, most likely first; None
+    unless `SamplingParams.logprobs` is positive."""
     finish_reason: FinishReason = "length"
-    """`stop`: an end token or stop string came; `length`: `max_tokens` were generated or the cache was full;
-    `cancelled`: by the user; `error`: see `error`."""
+    """Reason for the end of the continuation."""
     text: str | None = None
-    """The generated text; `None` for a checkpoint without a tokenizer."""
+    """Generated text; None for a checkpoint without a tokenizer."""
     error: str | None = None
-    """What went wrong with this request alone."""
+    """Description of a failure of this request."""
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What became of one prompt: its samples, `SamplingParams.n` of them.
+    """Results of one prompt.
 
-    The fields of the first sample are read as if they were the output's own: `output.text`, `output.token_ids`.
+    The properties `token_ids`, `logprobs`, `top_logprobs`, `finish_reason`, `text` and `error` are those of the first
+    completion.
     """
 
     prompt_token_ids: list[int]
-    samples: list[CompletionOutput]
-    """At least one, in the order of their draws."""
+    outputs: list[CompletionOutput]
+    """The `SamplingParams.n` completions, at least one."""
     prompt_logprobs: list[float | None] | None = None
-    """The log-probability of each token of the prompt, `None` for the first, which follows nothing; `None` where
-    `SamplingParams.prompt_logprobs` is."""
+    """Log-probability of each prompt token, None for the first; None unless `SamplingParams.prompt_logprobs` is set."""
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
-    """The likeliest tokens at each place of the prompt, as `CompletionOutput.top_logprobs`; `None` where
-    `SamplingParams.prompt_logprobs` asked for none."""
+    """Most likely tokens at the place of each prompt token, as in `CompletionOutput.top_logprobs`; None unless
+    `SamplingParams.prompt_logprobs` is positive."""
 
     @property
     def token_ids(self) -> list[int]:
-        return self.samples[0].token_ids
+        return self.outputs[0].token_ids
 
     @property
     def logprobs(self) -> list[float]:
-        return self.samples[0].logprobs
+        return self.outputs[0].logprobs
 
     @property
     def top_logprobs(self) -> list[dict[int, float]] | None:
-        return self.samples[0].top_logprobs
+        return self.outputs[0].top_logprobs
 
     @property
     def finish_reason(self) -> FinishReason:
-        return self.samples[0].finish_reason
+        return self.outputs[0].finish_reason
 
     @property
     def text(self) -> str | None:
-        return self.samples[0].text
+        return self.outputs[0].text
 
     @property
     def error(self) -> str | None:
-        return self.samples[0].error
+        return self.outputs[0].error
 
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """What is new of one sample."""
+    """New output of one sample."""
 
     prompt: int
-    """Its place in the call."""
+    """Index of the prompt in the call."""
     sample: int
+    """Index of the sample among the samples of its prompt."""
     text: str | None
-    """Complete characters only, and nothing that may yet become part of a stop string; `None` for a checkpoint without
-    a tokenizer."""
+    """New text; None for a checkpoint without a tokenizer. Incomplete characters, and characters that may become part
+    of a stop string, come with a later event."""
     token_ids: list[int]
+    """New tokens."""
     logprobs: list[float]
+    """Log-probabilities of the new tokens."""
     finish_reason: FinishReason | None
-    """`None` while more is to come; see `CompletionOutput`."""
+    """Reason for the end of the sample, in its last event; None in the others."""
     error: str | None = None
+    """Description of a failure of this sample."""

@@ -1,7 +1,8 @@
-"""The few sizes of steps that are compiled.
+"""The few shapes of steps that are compiled.
 
-Each size comes from a ladder, so that there are few programs to compile, and a step has at most four times the lines or
-pages that it needs, and twice the prompt rows, of which there are most; beside those there are lines for all slots.
+Each dimension is rounded up to one of a few buckets, so that few programs are compiled. A step has at most twice the
+prompt rows that it needs, and at most four times the pages. A step without prompts has at most four times the segments
+that it needs; a step with prompts has segments for all slots.
 """
 
 from __future__ import annotations
@@ -15,36 +16,42 @@ from moe_jax.kernels.forward_batch import QueryLayout
 from moe_jax.models import BatchShape
 from moe_jax.programs import PAGE
 
-SMALLEST_PROMPT_ROWS, SMALLEST_TABLE = 32, 8
-SMALLEST_LINE, LARGEST_LINE = 8, 64
-"""Rows of a prompt that attention takes together: each of them is scored against all pages of the line."""
+MIN_PROMPT_ROWS, MIN_PAGES = 32, 8
+"""Smallest buckets of prompt rows and of pages."""
+MIN_SEGMENT_ROWS, MAX_SEGMENT_ROWS = 8, 64
+"""Bounds of the rows of a prompt segment. Attention scores all rows of a segment against all pages of the segment."""
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """Of one step, on each token shard."""
+    """Shape of one step on each token shard."""
 
     windows: tuple[int | None, ...]
-    """How far back layers look: each distance has its own table of pages."""
+    """Attention windows of the layers; each has its own page table."""
     decoding: int
-    """Lines of requests that decode."""
+    """Segments of requests that decode."""
     prompts: int
-    """Prompts that take part, at most."""
+    """Maximum prompts in the step."""
     prompt_rows: int
+    """Rows of prompts."""
     pages: int
-    """Of the longest sequence."""
+    """Pages of the longest sequence."""
     block: int = 1
-    """Rows of a line of a request that decodes."""
+    """Rows of the segment of a decoding request."""
 
     @property
     def chunk(self) -> int:
-        """Rows of a line of a prompt: as few as let broken lines be no more than whole ones, in whole blocks."""
-        rows = min(max(self.prompt_rows // self.prompts, SMALLEST_LINE), LARGEST_LINE, self.prompt_rows)
+        """Rows of a prompt segment, in whole blocks.
+
+        Each prompt has at most one partly filled segment. The rows are few enough that full segments are about as
+        numerous.
+        """
+        rows = min(max(self.prompt_rows // self.prompts, MIN_SEGMENT_ROWS), MAX_SEGMENT_ROWS, self.prompt_rows)
         return -(-rows // self.block) * self.block
 
     @property
     def prompt_segments(self) -> int:
-        """Enough for all rows, with a broken line for each prompt."""
+        """Segments for all prompt rows, with one partly filled segment for each prompt."""
         return self.prompt_rows // self.chunk + self.prompts if self.prompt_rows else 0
 
     @property
@@ -64,66 +71,72 @@ class StepSize:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What there is room for on each token shard."""
+    """Capacity of each token shard, and the step shapes that follow from it."""
 
     windows: tuple[int | None, ...]
+    """Attention windows of the layers."""
     slots: int
-    """Requests that run at once."""
+    """Maximum running requests."""
     positions: int
-    """Of a sequence."""
+    """Maximum positions of a sequence."""
     prompt_rows: int
-    """The most rows of prompts in one step."""
+    """Maximum prompt rows in one step."""
     prompts: int
-    """The most prompts in one step."""
+    """Maximum prompts in one step."""
     decode_steps: int
-    """The most decode steps of one dispatch."""
+    """Maximum decode steps in one dispatch."""
     block: int = 1
-    """Positions that are decoded together; `positions` and `prompt_rows` are whole blocks."""
+    """Positions that are decoded together; `positions` and `prompt_rows` are multiples of it."""
 
     def step(self, decoding: int, prompt_rows: int, positions: int) -> StepSize:
-        """The smallest for so many decoding requests, so many rows of prompts, and sequences of so many positions."""
-        rows = _fitting(self._prompt_rows, prompt_rows) if prompt_rows else 0
-        segments = self.slots if rows else _fitting(_ladder(self.slots), decoding)
-        return self._sized(segments, rows, _fitting(self._pages, -(-positions // PAGE)))
+        """Return the smallest step that fits.
+
+        Args:
+          decoding: requests that decode.
+          prompt_rows: rows of prompts.
+          positions: positions of the longest sequence.
+        """
+        rows = _smallest_fit(self._prompt_rows, prompt_rows) if prompt_rows else 0
+        segments = self.slots if rows else _smallest_fit(_buckets(self.slots), decoding)
+        return self._step_size(segments, rows, _smallest_fit(self._pages, -(-positions // PAGE)))
 
     def steps(self) -> Iterator[StepSize]:
-        """All that `step` gives."""
-        for segments, pages in product(_ladder(self.slots), self._pages):
-            yield self._sized(segments, 0, pages)
+        """Yield every size that `step` can return."""
+        for segments, pages in product(_buckets(self.slots), self._pages):
+            yield self._step_size(segments, 0, pages)
         for rows, pages in product(self._prompt_rows, self._pages):
-            yield self._sized(self.slots, rows, pages)
+            yield self._step_size(self.slots, rows, pages)
 
     def needed_pages(self, window: int | None) -> int:
-        """The most pages that can be in use at once, in one group of layers."""
-        everything = -(-self.positions // PAGE)
-        passing = self.prompts * -(-self.prompt_rows // PAGE)
-        return min(self.slots * everything, self.slots * max_pages(window) + passing)
+        """Return the largest number of pages in use at once, for the layers of one window."""
+        all_pages = -(-self.positions // PAGE)
+        prefilling = self.prompts * -(-self.prompt_rows // PAGE)
+        return min(self.slots * all_pages, self.slots * max_pages(window) + prefilling)
 
     @property
     def _prompt_rows(self) -> list[int]:
-        return _ladder(self.prompt_rows, SMALLEST_PROMPT_ROWS, factor=2)
+        return _buckets(self.prompt_rows, MIN_PROMPT_ROWS, factor=2)
 
     @property
     def _pages(self) -> list[int]:
-        return _ladder(-(-self.positions // PAGE), SMALLEST_TABLE)
+        return _buckets(-(-self.positions // PAGE), MIN_PAGES)
 
-    def _sized(self, segments: int, rows: int, pages: int) -> StepSize:
+    def _step_size(self, segments: int, rows: int, pages: int) -> StepSize:
         return StepSize(self.windows, segments, self.prompts, rows, pages, self.block)
 
 
 def max_pages(window: int | None) -> int:
-    """Those that the rows of one line can see."""
-    return 2**30 if window is None else -(-(window + LARGEST_LINE) // PAGE) + 1
+    """Return the largest number of pages that the rows of one segment attend to."""
+    return 2**30 if window is None else -(-(window + MAX_SEGMENT_ROWS) // PAGE) + 1
 
 
-def _ladder(largest: int, least: int = 1, factor: int = 4) -> list[int]:
-    """From `largest` down to the first that is at most `least`."""
+def _buckets(largest: int, smallest: int = 1, factor: int = 4) -> list[int]:
+    """Divide `largest` by `factor` again and again, down to the first value of at most `smallest`."""
     sizes = [largest]
-    while sizes[-1] > least:
+    while sizes[-1] > smallest:
         sizes.append(-(-sizes[-1] // factor))
     return sizes
 
 
-def _fitting(ladder: Sequence[int], needed: int) -> int:
-    """The smallest size that holds what is needed."""
-    return min(size for size in ladder if size >= needed)
+def _smallest_fit(buckets: Sequence[int], needed: int) -> int:
+    return min(size for size in buckets if size >= needed)

@@ -1,4 +1,4 @@
-"""Figures of a running engine, in constant memory however long it runs."""
+"""Throughput and latencies of a running engine, in constant memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Histogram:
-    """Seconds from a microsecond to an hour, told to a twentieth."""
+    """Times from a microsecond to an hour, in bins that grow by a twentieth."""
 
     LOWEST, STEP, BINS = 1e-6, math.log(1.05), 460
 
@@ -17,12 +17,12 @@ class Histogram:
         self._counts = np.zeros(self.BINS, np.int64)
 
     def add(self, seconds: np.ndarray, times: np.ndarray | int) -> None:
-        """Each of them, so many times."""
+        """Count each value `times` times."""
         places = np.log(np.maximum(seconds, self.LOWEST) / self.LOWEST) / self.STEP
         np.add.at(self._counts, np.minimum(places.astype(int), self.BINS - 1), times)
 
     def percentile(self, percent: float) -> float:
-        """Seconds that so many percent are not above; 0 where nothing was added."""
+        """Return a percentile in seconds; 0 if the histogram is empty."""
         total = self._counts.sum()
         if not total:
             return 0.0
@@ -32,7 +32,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Latency:
-    """Percentiles, in seconds."""
+    """Percentiles of a latency, in seconds."""
 
     p50: float
     p90: float
@@ -45,31 +45,36 @@ class Latency:
 
 @dataclass(frozen=True)
 class Stats:
-    """What an engine has done since it was made; compilation is not counted in any time."""
+    """Statistics of an engine since it was made. No time includes compilation."""
 
     running: int
+    """Samples that run now."""
     waiting: int
+    """Samples that wait now."""
     finished: int
-    """Samples that ended, in whatever way."""
+    """Samples that ended, for any reason."""
     prompt_tokens: int
-    """Computed, those computed again after a preemption too."""
+    """Prompt tokens computed; tokens recomputed after a preemption count again."""
     generated_tokens: int
+    """Tokens generated."""
     busy_seconds: float
-    """In which there was something to do."""
+    """Seconds in which the engine had work."""
     first_token: Latency
-    """From the arrival of a request to its first token."""
+    """Time from the arrival of a request to its first token (TTFT)."""
     between_tokens: Latency
+    """Time between tokens of a request (ITL)."""
     rows_per_shard: tuple[int, ...]
-    """Of the last step."""
+    """Rows of each token shard in the last step."""
     balance: float
-    """Mean over largest rows of a token shard, over all steps, each step as much as its rows."""
+    """Mean number of rows of a token shard over the largest, over all steps, weighted by the rows of each step."""
     pad_share: float
-    """Of the rows that steps took time for."""
+    """Share of padding among the rows that steps computed."""
     cache_use: float
-    """Share of the pages that running requests hold."""
+    """Share of the cache pages that running requests hold."""
     preemptions: int
+    """Preemptions of requests for want of pages."""
     prefix_hits: int
-    """Positions of prompts that were taken from the prefix cache."""
+    """Prompt positions that came from the prefix cache."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,7 +89,7 @@ class Stats:
 
 
 class Meter:
-    """Adds up what `Stats` tells."""
+    """Sums from which `Stats` are computed."""
 
     def __init__(self, shards: int) -> None:
         self.finished = self.prompt_tokens = self.generated_tokens = 0
@@ -94,13 +99,20 @@ class Meter:
         self._rows = self._even_rows = self._buffered_rows = 0
 
     def step(self, rows: list[int], capacity: int, steps: int) -> None:
+        """Record a dispatch of `steps` steps with `rows` rows on each token shard, in buffers of `capacity` rows."""
         self.rows_per_shard = tuple(rows)
         self._rows += sum(rows) * steps
         self._even_rows += max(rows) * len(rows) * steps
         self._buffered_rows += capacity * len(rows) * steps
 
     def record_tokens(self, waits: np.ndarray, counts: np.ndarray, first: np.ndarray) -> None:
-        """Of each request that got tokens: the seconds that it waited, for how many, and whether they are its first."""
+        """Record the tokens of a dispatch.
+
+        Args:
+          waits: seconds that each request waited for its tokens.
+          counts: number of tokens of each request.
+          first: True for a request that got its first tokens.
+        """
         self.generated_tokens += int(counts.sum())
         self.first_token.add(waits[first], 1)
         self.between_tokens.add((waits / counts)[~first], counts[~first])

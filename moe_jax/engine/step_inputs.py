@@ -15,7 +15,7 @@ from moe_jax.engine.sizes import Sizes, StepSize
 from moe_jax.models import PageRange, Segment, Segments, pack
 from moe_jax.programs import FROM_BUFFER, PAGE, StepFlags, StepInput
 from moe_jax.programs.sampling import SamplingMetadata
-from moe_jax.scheduler import Chunk, Decodes, PageTable, Plan, Request
+from moe_jax.scheduler import Chunk, Decodes, Plan, Request, RequestPages
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
 
@@ -47,7 +47,9 @@ class OutputMap:
     """Requests to which the outputs of a dispatch belong."""
 
     samples: list[SampledSegment] = field(default_factory=list)
+    """Segments that emit tokens."""
     prompts: list[PromptRows] = field(default_factory=list)
+    """Rows whose logits or log-probabilities are wanted."""
 
 
 def build_input(
@@ -68,7 +70,7 @@ def build_input(
 def idle_input(
     size: StepSize, sizes: Sizes, placement: Placement, flags: StepFlags, builder: Callable[..., StepInputBuilder]
 ) -> StepInput:
-    """Build the input of a step without requests: for compiling its program."""
+    """Build the input of a step without requests, to compile the program of the step."""
     shards = placement.size(Role.TOKENS)
     built = builder(size, sizes, shards, lambda request: {}[request])
     for _ in range(shards):
@@ -87,6 +89,12 @@ class StepInputBuilder:
     """Fill the arrays of a dispatch, token shard after token shard."""
 
     def __init__(self, size: StepSize, sizes: Sizes, shards: int, generation: Callable[[Request], Generation]) -> None:
+        """
+        Args:
+          size: shape of the step.
+          shards: number of token shards.
+          generation: returns the generation of a request.
+        """
         self.output_map = OutputMap()
         self._size, self._sizes, self._generation = size, sizes, generation
         self._slots = np.full((shards, size.segments), sizes.slots, np.int32)
@@ -125,13 +133,13 @@ class StepInputBuilder:
 
     @property
     def _emitting_segments(self) -> int:
-        """Segments of a token shard that the outputs have a row for."""
+        """Segments of a token shard that have a row in the outputs."""
         return self._size.segments
 
     def _add_decodes(self, shard: int, decodes: Decodes) -> Segments:
-        taken = slice(len(decodes))
-        self._slots[shard, taken] = [request.slot for request in decodes.requests]
-        self._limit(shard, taken, decodes)
+        decoding = slice(len(decodes))
+        self._slots[shard, decoding] = [request.slot for request in decodes.requests]
+        self._limit(shard, decoding, decodes)
         first = shard * self._emitting_segments
         self.output_map.samples.extend(map(SampledSegment, decodes.requests, count(first)))
         segments = Segments(len(self._size.windows))
@@ -139,14 +147,15 @@ class StepInputBuilder:
         segments.lengths.extend(repeat(decodes.width, len(decodes)))
         segments.tokens.extend(repeat(FROM_BUFFER, len(decodes) * decodes.width))
         for number, ranges in enumerate(segments.tables):
-            ranges += [_seen(request.pages[number], start, start + steps) for request, start, steps in decodes]
+            ranges += [_visible_pages(request.pages[number], start, start + steps) for request, start, steps in decodes]
         return segments
 
-    def _limit(self, shard: int, taken: slice, decodes: Decodes) -> None:
+    def _limit(self, shard: int, decoding: slice, decodes: Decodes) -> None:
         """Let each decoding segment emit a token per step."""
-        self._samples[shard, taken], self._limits[shard, taken] = True, decodes.steps
+        self._samples[shard, decoding], self._limits[shard, decoding] = True, decodes.steps
 
     def _prompt(self, shard: int, number: int, row: int, chunk: Chunk, start: int, end: int) -> Segment:
+        """Make the prompt segment of this number, for positions `start` to `end` of a request; it begins at `row`."""
         request, segment = chunk.request, self._size.decoding + number
         generation = self._generation(request)
         self._slots[shard, segment] = request.slot
@@ -158,7 +167,9 @@ class StepInputBuilder:
             self.output_map.prompts.append(PromptRows(request, start, slice(first, first + end - start)))
             following = request.sequence(start + 1, end + 1)
             self._targets[shard, row : row + len(following)] = following
-        return Segment(start, request.sequence(start, end), [_seen(table, start, end) for table in request.pages])
+        return Segment(
+            start, request.sequence(start, end), [_visible_pages(table, start, end) for table in request.pages]
+        )
 
     def _end_prompt(self, shard: int, segment: int, request: Request) -> None:
         """Sample a token after the last row of a prompt."""
@@ -172,7 +183,7 @@ def joined(shards: Sequence[Sequence[Columns]]) -> Columns | None:
     return jax.tree.map(lambda *rows: on_host(np.concatenate(rows)), *parts) if parts else None
 
 
-def _seen(table: PageTable, start: int, end: int) -> PageRange:
-    """Select the pages that the positions from `start` up to `end` see."""
+def _visible_pages(table: RequestPages, start: int, end: int) -> PageRange:
+    """Select the pages that the positions from `start` up to `end` attend to."""
     first = table.pool.group.first_page(start, PAGE)
     return PageRange(first * PAGE, table.ids[first - table.first : -(-end // PAGE) - table.first])

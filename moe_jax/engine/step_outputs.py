@@ -1,4 +1,4 @@
-"""Turn the outputs of a dispatch into what each request gets."""
+"""Turn the outputs of a dispatch into the outputs of its requests."""
 
 from __future__ import annotations
 
@@ -7,35 +7,38 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.engine.generation import Generation, StepOutput, TopLogprobs
+from moe_jax.engine.generation import Generation
+from moe_jax.engine.partial_outputs import StepOutput, TopLogprobs
 from moe_jax.engine.step_inputs import PromptRows, SampledSegment
 from moe_jax.programs import SampledTokens
-from moe_jax.programs.sampling import NOWHERE
+from moe_jax.programs.sampling import NO_TOKEN
 from moe_jax.scheduler import Request
 
 
 def step_outputs(emitted: Any, samples: Sequence[SampledSegment]) -> dict[Request, StepOutput]:
     """Cut the tokens of each request out of a dispatch's `SampledTokens` (NumPy arrays)."""
     tokens, logprobs, counts = (part.tolist() for part in (emitted.tokens, emitted.logprobs, emitted.counts))
-    sound = np.isfinite(emitted.logprobs).all(axis=1).tolist()
+    is_finite = np.isfinite(emitted.logprobs).all(axis=1).tolist()
     return {
         request: StepOutput(
-            tokens[segment][: counts[segment]], logprobs[segment][: counts[segment]], segment, sound[segment]
+            tokens[segment][: counts[segment]], logprobs[segment][: counts[segment]], segment, is_finite[segment]
         )
         for request, segment in samples
     }
 
 
 def top_logprobs(emitted: SampledTokens, output: StepOutput, count: int | None) -> list[TopLogprobs]:
-    """Return the `count` most likely tokens beside each token of a request."""
+    """Return the `count` most likely tokens at the place of each token of a request."""
     rows = slice(None, len(output.tokens)), slice(None, count)
     tokens, logprobs = (part[output.segment][rows].tolist() for part in (emitted.top_tokens, emitted.top_logprobs))
     return [_by_token(*row) for row in zip(tokens, logprobs, strict=True)]
 
 
 def add_prompt_output(generation: Generation, prompt: PromptRows, scored: Any) -> None:
-    """Add the logits and log-probabilities of some rows of a prompt, but for rows that were added before the request
-    was preempted."""
+    """Add the logits and log-probabilities of some rows of a prompt.
+
+    Rows that were added already, before the request was preempted, are left out.
+    """
     output, length = generation.prompt_output, len(generation.request.prompt)
     if generation.wants_logits:
         known = sum(map(len, output.logits))
@@ -51,4 +54,4 @@ def add_prompt_output(generation: Generation, prompt: PromptRows, scored: Any) -
 
 
 def _by_token(tokens: list[int], logprobs: list[float]) -> TopLogprobs:
-    return {token: logprob for token, logprob in zip(tokens, logprobs, strict=True) if token != NOWHERE}
+    return {token: logprob for token, logprob in zip(tokens, logprobs, strict=True) if token != NO_TOKEN}

@@ -1,4 +1,4 @@
-"""How feed-forwards join their gates and ups.
+"""Gated activations of feed-forward layers.
 
 M  rows     F  width
 """
@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from moe_jax.config import Activation, ClampedSwiGLUConfig, LimitedSwiGLUConfig, SwiGLUConfig
 
 
-def gated(activation: Activation, gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
+def gated_activation(activation: Activation, gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
+    """Activate the gate projection and multiply the up projection by it."""
     match activation:
         case SwiGLUConfig():
             return jax.nn.silu(gate) * up

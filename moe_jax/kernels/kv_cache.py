@@ -1,7 +1,8 @@
-"""Where attention finds keys and values; what recurrent layers remember is in `states.py`.
+"""Cached keys and values of attention layers; `recurrent_states` has the memory of recurrent layers.
 
 G  stacked layers     K  KV heads of a device     P  pages of a token shard     p  positions of a page
-T  rows     S  lines of a grid     N  pages of a line     n  positions of a block     d, v  widths of keys and values
+T  rows     S  segments of a query layout     C  rows of a segment     N  pages of a segment
+n  positions of a block     d, v  widths of keys and values
 """
 
 from __future__ import annotations
@@ -19,92 +20,95 @@ from moe_jax.kernels.forward_batch import ForwardBatch, QueryLayout
 from moe_jax.sharding.collectives import vary_alike
 from moe_jax.sharding.mesh import Device
 
-Heads = Float[Array, "T K d"]
-
-
-class KVBlock(NamedTuple):
-    """Some of what the rows of a grid may look at."""
-
-    keys: Float[Array, "K S n d"]
-    values: Float[Array, "K S n v"]
-    """Zero, whatever the cache held, where nothing of the line was written."""
-    positions: Int32[Array, "S n"]
-    """Beyond every row's where nothing was written."""
-
-
+KVHeads = Float[Array, "T K d"]
 Carry = TypeVar("Carry")
 
 
+class KVBlock(NamedTuple):
+    """Keys and values of some positions, for each segment."""
+
+    keys: Float[Array, "K S n d"]
+    values: Float[Array, "K S n v"]
+    """Values; zero, whatever the cache holds, where the segment's sequence has written nothing."""
+    positions: Int32[Array, "S n"]
+    """Positions; `UNWRITTEN` where the segment's sequence has written nothing."""
+
+
 class CachedKV(Protocol):
-    """What the rows of a grid, or of some of its lines, may look at."""
+    """Keys and values that segments of a query layout attend to."""
 
     @property
     def value_shape(self) -> tuple[int, int]:
-        """K and v."""
+        """KV heads and width of the values (K and v)."""
         ...
 
     def map_segments(self, attend: Attend, *rows: Shaped[Array, "S ..."]) -> Float[Array, "S C H v"]:
-        """`attend(cached, *rows)`, for all lines together or for some after the other."""
+        """Compute `attend(cached, *rows)` for all segments at once, or for some segments after the others."""
         ...
 
-    def fold(self, take: Callable[[KVBlock, Carry], Carry], start: Carry) -> Carry:
-        """What comes of it when block after block is taken, in any number of blocks."""
+    def fold(self, update: Callable[[KVBlock, Carry], Carry], start: Carry) -> Carry:
+        """Update `start` by each block of positions, in any number of blocks."""
         ...
 
 
 Attend: TypeAlias = Callable[..., Float[Array, "S C H v"]]
+"""From cached keys and values, and arrays by segment, to the outputs of attention."""
 KVView: TypeAlias = Callable[[QueryLayout], CachedKV]
+"""From a query layout to the keys and values that its segments attend to."""
 UNWRITTEN = 2**30
+"""Position of unwritten keys and values: beyond every row's."""
 
 
 class AttentionTile(NamedTuple):
-    """What attention takes of a grid at a time."""
+    """Segments and pages that attention computes at a time."""
 
     segments: int
     pages: int
 
 
 def attention_tile_on(device: Device) -> AttentionTile | None:
-    """What suits the devices that a program is compiled for; `None` for everything at once.
+    """Choose the tile for programs compiled for a device; `None` for everything at once.
 
-    A CPU takes little, and only as far as there are lines, and as the longest of them has come. Others would wait for
-    the host in a loop of which they do not know the end.
+    A CPU loops over small tiles, up to the last segment with rows and its longest sequence. Other devices would wait
+    for the host in a loop whose end is known at run time only.
     """
     return AttentionTile(segments=32, pages=4) if device.platform == "cpu" else None
 
 
 class KVCache(Protocol):
-    """Takes the keys and values of a step's rows, and lets those of all earlier positions be seen too."""
+    """Store the keys and values of each step's rows, and give attention all earlier ones too."""
 
     def write(
-        self, layer: Int32[Array, ""], keys: Heads, values: Heads, batch: ForwardBatch, window: int | None
-    ) -> tuple[KVView, Self]: ...
+        self, layer: Int32[Array, ""], keys: KVHeads, values: KVHeads, batch: ForwardBatch, window: int | None
+    ) -> tuple[KVView, Self]:
+        """Write the rows' keys and values, then return what the rows attend to, and the new cache."""
+        ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedKVCache:
-    """Keys and values in pages that requests share and give back (Kwon et al., arXiv:2309.06180), for G layers.
+    """Keys and values of G layers in pages that requests share and give back (Kwon et al., arXiv:2309.06180).
 
-    A line's pages are gathered to lie as attention's batched matmuls read them, so that no matmul transposes its
-    operand; the cache itself is updated in place.
+    The pages of a segment are gathered in the layout of attention's batched matmuls, so that no matmul transposes its
+    operand. The cache is updated in place.
     """
 
     keys: Float[Array, "G K P p d"]
     values: Float[Array, "G K P p v"]
-    portion: AttentionTile | None = field(default=None, metadata={"static": True})
+    tile: AttentionTile | None = field(default=None, metadata={"static": True})
 
     def write(
-        self, layer: Int32[Array, ""], keys: Heads, values: Heads, batch: ForwardBatch, window: int | None
+        self, layer: Int32[Array, ""], keys: KVHeads, values: KVHeads, batch: ForwardBatch, window: int | None
     ) -> tuple[KVView, PagedKVCache]:
         table, (pages, size) = batch.table(window), self.keys.shape[2:4]
         within = batch.positions - table.firsts.at[batch.segments].get(mode="clip")
         page = table.pages.at[batch.segments, within // size].get(mode="fill", fill_value=pages)
         at = (layer, slice(None), page, within % size)
-        written_keys, written_values = (
-            part.at[at].set(new, mode="drop") for part, new in ((self.keys, keys), (self.values, values))
+        new_keys, new_values = (
+            cached.at[at].set(new, mode="drop") for cached, new in ((self.keys, keys), (self.values, values))
         )
-        cache = PagedKVCache(written_keys, written_values, self.portion)
+        cache = PagedKVCache(new_keys, new_values, self.tile)
 
         def view(layout: QueryLayout) -> CachedKV:
             segments = batch.segments_of(layout)
@@ -116,55 +120,55 @@ class PagedKVCache:
 
 
 class PagedKV(NamedTuple):
-    """Pages of a cache, for each line of a grid."""
+    """Pages of a cache, for each segment of a query layout."""
 
     cache: PagedKVCache
     layer: Int32[Array, ""]
     pages: Int32[Array, "S N"]
     firsts: Int32[Array, "S"]
-    """The position at which the first of them begins."""
+    """Position at which each segment's first page begins."""
     ends: Int32[Array, "S"]
-    """The position after the line's last; 0 for a line without rows."""
+    """Position after each segment's last row; 0 for a segment without rows."""
 
     @property
     def value_shape(self) -> tuple[int, int]:
         return self.cache.values.shape[1], self.cache.values.shape[-1]
 
     def map_segments(self, attend: Attend, *rows: Shaped[Array, "S ..."]) -> Float[Array, "S C H v"]:
-        portion, segments = self.cache.portion, self.ends.shape[0]
-        if portion is None or segments <= portion.segments:
+        tile, segments = self.cache.tile, self.ends.shape[0]
+        if tile is None or segments <= tile.segments:
             return attend(self, *rows)
-        of_segments = (self.pages, self.firsts, self.ends, *rows)
+        by_segment = (self.pages, self.firsts, self.ends, *rows)
 
         def body(number: Int32[Array, ""], out: Array) -> Array:
-            first = number * portion.segments
-            pages, firsts, ends, *own = (
-                lax.dynamic_slice_in_dim(part, first, portion.segments) for part in of_segments
+            first = number * tile.segments
+            pages, firsts, ends, *tile_rows = (
+                lax.dynamic_slice_in_dim(part, first, tile.segments) for part in by_segment
             )
-            attended = attend(self._replace(pages=pages, firsts=firsts, ends=ends), *own)
+            attended = attend(self._replace(pages=pages, firsts=firsts, ends=ends), *tile_rows)
             return lax.dynamic_update_slice_in_dim(out, attended, first, 0)
 
         shape = jax.eval_shape(attend, self, *rows)
-        out, *_ = vary_alike(jnp.zeros(shape.shape, shape.dtype), *of_segments, self.cache.keys, self.cache.values)
+        out, *_ = vary_alike(jnp.zeros(shape.shape, shape.dtype), *by_segment, self.cache.keys, self.cache.values)
         used = jnp.max(jnp.where(self.ends > 0, jnp.arange(1, segments + 1), 0))
-        return lax.fori_loop(0, (used + portion.segments - 1) // portion.segments, body, out)
+        return lax.fori_loop(0, (used + tile.segments - 1) // tile.segments, body, out)
 
-    def fold(self, take: Callable[[KVBlock, Carry], Carry], start: Carry) -> Carry:
-        if self.cache.portion is None:
-            return take(self._block(self.pages, self.firsts), start)
-        size = self.cache.portion.pages
+    def fold(self, update: Callable[[KVBlock, Carry], Carry], start: Carry) -> Carry:
+        if self.cache.tile is None:
+            return update(self._block(self.pages, self.firsts), start)
+        size = self.cache.tile.pages
         positions = size * self.cache.keys.shape[3]
-        most = -(-self.pages.shape[1] // size)
-        pages = jnp.pad(self.pages, ((0, 0), (0, most * size - self.pages.shape[1])))
+        max_blocks = -(-self.pages.shape[1] // size)
+        pages = jnp.pad(self.pages, ((0, 0), (0, max_blocks * size - self.pages.shape[1])))
         needed = jnp.max((self.ends - self.firsts + positions - 1) // positions)
 
-        def body(number: Int32[Array, ""], sums: Carry) -> Carry:
-            own = lax.dynamic_slice_in_dim(pages, number * size, size, axis=1)
-            return take(self._block(own, self.firsts + number * positions), sums)
+        def body(number: Int32[Array, ""], carry: Carry) -> Carry:
+            block_pages = lax.dynamic_slice_in_dim(pages, number * size, size, axis=1)
+            return update(self._block(block_pages, self.firsts + number * positions), carry)
 
         leaves, tree = jax.tree.flatten(start)
         alike = vary_alike(*leaves, self.cache.keys, self.cache.values, self.ends)[: len(leaves)]
-        return lax.fori_loop(0, jnp.minimum(needed, most), body, jax.tree.unflatten(tree, alike))
+        return lax.fori_loop(0, jnp.minimum(needed, max_blocks), body, jax.tree.unflatten(tree, alike))
 
     def _block(self, pages: Int32[Array, "S _"], firsts: Int32[Array, "S"]) -> KVBlock:
         keys, values = (_gather(part, self.layer, pages) for part in (self.cache.keys, self.cache.values))
@@ -174,32 +178,32 @@ class PagedKV(NamedTuple):
 
 
 def _gather(part: Float[Array, "G K P p d"], layer: Int32[Array, ""], pages: Int32[Array, "S n"]) -> Array:
-    """`[K, S, n*p, d]`."""
-    found = jax.vmap(lambda of_head: of_head[layer, pages], in_axes=1)(part)
-    return found.reshape(*found.shape[:2], -1, found.shape[-1])
+    """Read pages of one layer: `[K, S, n*p, d]`."""
+    gathered = jax.vmap(lambda head: head[layer, pages], in_axes=1)(part)
+    return gathered.reshape(*gathered.shape[:2], -1, gathered.shape[-1])
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Uncached:
-    """Only this step's own keys and values: for training, where each sequence is whole in one step."""
+    """No cache: each step attends to its own keys and values, for training, where a step holds whole sequences."""
 
     def write(
-        self, layer: Int32[Array, ""], keys: Heads, values: Heads, batch: ForwardBatch, window: int | None
+        self, layer: Int32[Array, ""], keys: KVHeads, values: KVHeads, batch: ForwardBatch, window: int | None
     ) -> tuple[KVView, Uncached]:
         del layer, window
 
         def view(layout: QueryLayout) -> CachedKV:
             written = jnp.arange(layout.chunk) < batch.lengths[batch.segments_of(layout), None]
-            laid_out = [jnp.moveaxis(batch.to_padded(part, layout), 2, 0) for part in (keys, values)]
+            padded_keys, padded_values = (jnp.moveaxis(batch.to_padded(part, layout), 2, 0) for part in (keys, values))
             positions = jnp.where(written, batch.to_padded(batch.positions, layout), UNWRITTEN)
-            return StepKV(KVBlock(laid_out[0], jnp.where(written[..., None], laid_out[1], 0), positions))
+            return StepKV(KVBlock(padded_keys, jnp.where(written[..., None], padded_values, 0), positions))
 
         return view, self
 
 
 class StepKV(NamedTuple):
-    """A single block."""
+    """Keys and values of a step, as a single block."""
 
     block: KVBlock
 
@@ -210,5 +214,5 @@ class StepKV(NamedTuple):
     def map_segments(self, attend: Attend, *rows: Shaped[Array, "S ..."]) -> Float[Array, "S C H v"]:
         return attend(self, *rows)
 
-    def fold(self, take: Callable[[KVBlock, Carry], Carry], start: Carry) -> Carry:
-        return take(self.block, start)
+    def fold(self, update: Callable[[KVBlock, Carry], Carry], start: Carry) -> Carry:
+        return update(self.block, start)

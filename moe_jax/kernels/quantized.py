@@ -1,7 +1,7 @@
 """Weights in eight bits, and products with them.
 
-A weight is its number times its scale. Scales have the shape of the numbers but for the inputs, the dimensions that
-products sum over: there is one for all of them, or one for each block of the last.
+A weight is a number times a scale. The scales have the shape of the numbers except for the inputs, the dimensions that
+products sum over: one scale serves all inputs, or one each block of the last input dimension.
 """
 
 from __future__ import annotations
@@ -28,24 +28,29 @@ NO_GRADIENT = "weights in eight bits have no gradient: train with exact weights"
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A parameter's value. Where an array is wanted, it reads as the numbers that it means, which are then a copy; so
-    take a part of it, or a product. It has no gradient."""
+    """Value of a parameter that is held in eight bits. It has no gradient.
+
+    Indexing it makes a copy in `dtype`: index some of the outputs, or use `einsum`.
+    """
 
     numbers: Any
-    """An array of int8, or what stands for one; the bits of float8, as XLA's CPU backend widens all of an array of it
-    that a loop takes slices of."""
+    """Numbers, an array of int8 or a stand-in for one.
+
+    float8 is held as its bits: XLA's CPU backend would widen a whole array of float8 that a loop takes slices of.
+    """
     scales: Any
-    """In float32."""
+    """Scales, in float32."""
     kind: WeightDtype = field(metadata={"static": True})
+    """Format of the numbers."""
     dtype: DTypeLike = field(metadata={"static": True})
-    """That it reads as."""
+    """Dtype that indexing returns."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.numbers.shape
 
     def __getitem__(self, index: Any) -> Float[Array, "..."]:
-        """Indices of outputs only: the inputs are taken whole."""
+        """Decode some of the outputs. The index must leave the inputs whole."""
         numbers, scales = _without_gradient(self.numbers[index], self.scales[index])
         for dim, (blocks, size) in enumerate(zip(scales.shape, numbers.shape, strict=True)):
             if 1 < blocks < size:
@@ -53,17 +58,20 @@ class QuantizedWeight:
         return (self._decoded(numbers, jnp.float32) * scales).astype(self.dtype)
 
     def map(self, function: Callable[[Any], Any]) -> QuantizedWeight:
-        """What is done to numbers and scales alike."""
+        """Apply a function to the numbers and to the scales."""
         return replace(self, numbers=function(self.numbers), scales=function(self.scales))
 
     def reshape(self, *shape: int) -> QuantizedWeight:
-        """The last dimensions, which are outputs, as one."""
+        """Merge the last dimensions, which must be outputs."""
         scales = self.scales.reshape(*self.scales.shape[: len(shape) - 1], -1)
         return replace(self, numbers=self.numbers.reshape(shape), scales=scales)
 
-    def product(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """`einsum(equation, x, weights)`. The numbers are converted as they are multiplied; scales are applied to the
-        products, or to `x` where the equation sums over what has a scale each. Blocks of inputs are read first."""
+    def einsum(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Compute `einsum(equation, x, weights)`, converting the numbers as they are multiplied.
+
+        The scales multiply the products, or `x` if the equation sums over a dimension with a scale for each index.
+        Weights with blocks of inputs are decoded first.
+        """
         inputs, letters, out = equation.replace("->", ",").split(",")
         numbers, scales = _without_gradient(self.numbers, self.scales)
         sizes = {letter: size for letter, size in zip(letters, scales.shape, strict=True) if size > 1}
@@ -71,27 +79,28 @@ class QuantizedWeight:
         if in_blocks or not (sizes.keys() <= set(out) or sizes.keys() <= set(inputs)):
             return jnp.einsum(equation, x, self[...])
 
-        def over(dims: str) -> Float[Array, "..."]:
+        def broadcast_to(dims: str) -> Float[Array, "..."]:
             order = [letter for letter in dims if letter in sizes]
             assert order == list(sizes), "outputs keep their order"
             return scales.reshape([sizes.get(letter, 1) for letter in dims])
 
         numbers = self._decoded(numbers, x.dtype)
         if sizes.keys() <= set(out):
-            wide = jnp.einsum(equation, x, numbers, preferred_element_type=jnp.float32)
-            return (wide * over(out)).astype(x.dtype)
-        return jnp.einsum(equation, (x * over(inputs)).astype(x.dtype), numbers)
+            products = jnp.einsum(equation, x, numbers, preferred_element_type=jnp.float32)
+            return (products * broadcast_to(out)).astype(x.dtype)
+        return jnp.einsum(equation, (x * broadcast_to(inputs)).astype(x.dtype), numbers)
 
     def _decoded(self, numbers: Int8[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-        """Every dtype of computation has all numbers of either kind."""
+        """Convert numbers without their scales. Every dtype of computation represents all of them exactly."""
         return lax.bitcast_convert_type(numbers, self.kind.value).astype(dtype)
 
 
 def quantize(weights: A, inputs: tuple[int, ...], quantization: Quantization) -> tuple[A, A]:
-    """Numbers as int8, and the scale of each output: the largest of its weights becomes the largest number.
+    """Return int8 numbers and float32 scales. Each output's largest weight becomes the largest number.
 
     Args:
-      inputs: the dimensions of `weights`, in float32, that products sum over.
+      weights: exact weights, in float32.
+      inputs: dimensions of `weights` that products sum over.
     """
     scales: Any = abs(weights).max(axis=inputs, keepdims=True) / np.float32(quantization.largest)
     scales = scales + (scales == 0)

@@ -1,6 +1,6 @@
-"""Rotary position embedding (Su et al., arXiv:2104.09864), and the ways to stretch it.
+"""Rotary position embedding (Su et al., arXiv:2104.09864) and its scalings for long contexts.
 
-T  rows     H  heads     d  head width     f  frequencies, one for each pair that is rotated
+T  rows     H  heads     d  head width     f  frequencies, one for each rotated pair
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_jax.config import (
 
 
 class CosSin(NamedTuple):
-    """Of the angles at rows' positions: the same for all heads, and all layers that rotate alike."""
+    """Cosines and sines of the angles at each row's position, the same for all heads."""
 
     cos: Float[Array, "T 1 f"]
     sin: Float[Array, "T 1 f"]
@@ -34,12 +34,13 @@ class CosSin(NamedTuple):
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotates pairs of each head's first numbers by position times frequency, in float32."""
+    """Rotate pairs of each head's first numbers by position times frequency, in float32."""
 
     config: RopeConfig
     head_dim: int
 
     def at(self, positions: Int32[Array, "T"]) -> CosSin:
+        """Compute the cosines and sines at positions."""
         angles = positions.astype(jnp.float32)[:, None, None] * self.frequencies
         return CosSin(jnp.cos(angles) * self.amplitude, jnp.sin(angles) * self.amplitude)
 
@@ -52,14 +53,15 @@ class Rotary:
 
     @cached_property
     def frequencies(self) -> Float[np.ndarray, "f"]:
-        """In radians per position."""
+        """Frequency of each pair, in radians per position."""
         width = self.head_dim if self.config.width is None else self.config.width
-        return stretched(plain(self.config.theta, width), self.config).astype(np.float32)
+        return _scaled(_frequencies(self.config.theta, width), self.config).astype(np.float32)
 
     @property
     def amplitude(self) -> float:
+        """Factor of the cosines and sines."""
         scaling = self.config.scaling
-        return scaling.amplitude if isinstance(scaling, YarnScaling | LongRopeScaling) else 1.0
+        return scaling.attention_factor if isinstance(scaling, YarnScaling | LongRopeScaling) else 1.0
 
     def _pairs(self, x: Float[Array, "T H _"]) -> tuple[Float[Array, "T H f"], Float[Array, "T H f"]]:
         if self.config.interleaved:
@@ -73,13 +75,13 @@ class Rotary:
         return jnp.concatenate([first, second], axis=-1)
 
 
-def plain(theta: float, width: int) -> Float[np.ndarray, "f"]:
-    """`theta ** (-2i / width)` for each pair i."""
+def _frequencies(theta: float, width: int) -> Float[np.ndarray, "f"]:
+    """Compute `theta ** (-2i / width)` for each pair i."""
     return theta ** (-np.arange(0, width, 2) / width)
 
 
-def stretched(frequencies: Float[np.ndarray, "f"], config: RopeConfig) -> Float[np.ndarray, "f"]:
-    """The frequencies as the config's scaling changes them."""
+def _scaled(frequencies: Float[np.ndarray, "f"], config: RopeConfig) -> Float[np.ndarray, "f"]:
+    """Apply the config's scaling to frequencies."""
     scaling: RopeScaling | None = config.scaling
     width = 2 * len(frequencies)
     match scaling:
@@ -88,34 +90,36 @@ def stretched(frequencies: Float[np.ndarray, "f"], config: RopeConfig) -> Float[
         case LinearScaling(factor):
             return frequencies / factor
         case NTKScaling(alpha):
-            return plain(config.theta * alpha ** (width / (width - 2)), width)
+            return _frequencies(config.theta * alpha ** (width / (width - 2)), width)
         case LongRopeScaling(factors):
             return frequencies / np.array(factors)
         case Llama3Scaling(factor, low, high, original_positions):
-            waves = original_positions * frequencies / (2 * math.pi)
-            return _mix(frequencies, factor, kept=(waves - low) / max(high - low, 1e-9))
+            turns = original_positions * frequencies / (2 * math.pi)
+            return _interpolated(frequencies, factor, kept=(turns - low) / max(high - low, 1e-9))
         case YarnScaling(factor):
-            return _mix(frequencies, factor, kept=1 - _yarn_ramp(scaling, config.theta, width))
+            return _interpolated(frequencies, factor, kept=1 - _yarn_ramp(scaling, config.theta, width))
 
 
-def _mix(frequencies: Float[np.ndarray, "f"], factor: float, kept: Float[np.ndarray, "f"]) -> Float[np.ndarray, "f"]:
-    """Of each frequency the part `kept`, from 0 to 1, as it is, and the rest divided by the factor."""
+def _interpolated(
+    frequencies: Float[np.ndarray, "f"], factor: float, kept: Float[np.ndarray, "f"]
+) -> Float[np.ndarray, "f"]:
+    """Mix each frequency with its quotient by `factor`; `kept`, from 0 to 1, is the share of the frequency itself."""
     kept = np.clip(kept, 0, 1)
     return kept * frequencies + (1 - kept) * frequencies / factor
 
 
 def _yarn_ramp(scaling: YarnScaling, theta: float, width: int) -> Float[np.ndarray, "f"]:
-    """From 0 at the frequency that turns `fast` times within the original positions to 1 at that of `slow` times.
+    """Ramp from 0, at the pair that turns `fast` times within the original positions, to 1, at `slow` times.
 
-    At most 0 where no frequency turns `slow` times, as in transformers.
+    The ramp stays at 0 or below where no pair turns `slow` times, as in transformers.
     """
 
     def pair(turns: float) -> float:
-        """The number, not whole, of the frequency that turns so often."""
+        """Fractional index of the pair that turns so often."""
         return width * math.log(scaling.original_positions / (2 * math.pi * turns)) / (2 * math.log(theta))
 
     first, last = pair(scaling.fast), pair(scaling.slow)
-    if scaling.whole_ends:
+    if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
     return (np.arange(width // 2) - first) / (last - first or 1e-3)

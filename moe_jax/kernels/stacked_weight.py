@@ -1,4 +1,10 @@
-"""Weights of one layer where they lie, in the stack of all layers."""
+"""Weights of one layer, read where they lie in the stack of all layers.
+
+XLA copies a slice of a stack that a matmul in a loop over layers reads; reading one group's weights from the stack
+needs no copy of the layer.
+
+L  layers     E  experts, or groups
+"""
 
 from __future__ import annotations
 
@@ -15,29 +21,31 @@ from moe_jax.kernels.quantized import QuantizedWeight
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StackedWeight:
-    """A layer's parameter in the stack of those of many layers, of which parts can be read without the whole."""
+    """One layer's parameter, as a stack of many layers' and the layer's number."""
 
     stack: Shaped[Array, "L E ..."] | QuantizedWeight
     layer: Int32[Array, ""]
 
     @classmethod
     def of_one(cls, parameter: Shaped[Array, "E ..."] | QuantizedWeight) -> StackedWeight:
-        """A stack of one."""
+        """Make a stack of one layer."""
         return cls(jax.tree.map(lambda whole: whole[None], parameter), jnp.zeros((), jnp.int32))
 
-    def part(self, index: Int32[Array, ""]) -> Shaped[Array, "..."]:
+    def group(self, index: Int32[Array, ""]) -> Shaped[Array, "..."]:
+        """Weights of one expert, or group."""
         return self.stack[self.layer, index]
 
     def whole(self) -> Shaped[Array, "E ..."]:
+        """Weights of the whole layer: a copy."""
         return self.stack[self.layer]
 
     def reshape(self, *shape: int) -> StackedWeight:
-        """The parameter in another shape."""
+        """Reshape the layer's parameter."""
         return StackedWeight(self.stack.reshape(self.stack.shape[0], *shape), self.layer)
 
 
 class LayerSlice:
-    """A parameter as a layer of a scanned stack sees it: `parameter[...]` is the layer's own, as of any parameter."""
+    """A parameter as one layer of a scanned stack sees it: `parameter[...]` is that layer's part."""
 
     def __init__(self, own: Array, stack: Array, layer: Int32[Array, ""]) -> None:
         self._own, self.shape, self.dtype = own, own.shape, own.dtype

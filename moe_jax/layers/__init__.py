@@ -29,10 +29,6 @@ from moe_jax.layers.norm import LayerNorm  # zero mean, unit variance
 from moe_jax.layers.norm import RMSNorm  # unit mean square
 from moe_jax.layers.norm import row_norm  # the norm that a model config asks for
 
-# Rows and sequences of one forward pass
-
-# Memory of sequences
-
 __all__ = [
     "Attention",
     "DeltaAttention",

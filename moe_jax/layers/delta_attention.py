@@ -1,6 +1,6 @@
 """Attention by the gated delta rule (Yang et al., arXiv:2412.06464), on the heads that this device holds.
 
-T  rows     D  hidden     H  heads, h  heads of queries and keys, of this device     K  width of keys     V  of values
+T  rows     D  hidden     H  heads of this device     K  width of keys     V  width of values
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import DecayConfig, DeltaConfig, HeadGate
-from moe_jax.kernels.recurrences import Delta, delta_rule
+from moe_jax.kernels.recurrences import DeltaInputs, delta_rule
 from moe_jax.kernels.recurrent_states import States
 from moe_jax.kernels.step import Step
 from moe_jax.layers import parameter
-from moe_jax.layers.attention import HeadProjection
 from moe_jax.layers.norm import HeadNorm
-from moe_jax.layers.parameter import only_head, product
+from moe_jax.layers.parameter import shared_head
+from moe_jax.layers.projection import HeadProjection, project_output
 from moe_jax.layers.short_convolution import ShortConvolution
 from moe_jax.sharding import PartialSum, Role
 
 S = TypeVar("S", bound=States)
 GATES = {HeadGate.SILU: jax.nn.silu, HeadGate.SIGMOID: jax.nn.sigmoid}
 TINY = 1e-6
-"""Added to squared lengths, by which queries and keys are divided."""
+"""Added to the squared norm of a query or key before dividing."""
 
 
 class Decay(nnx.Module):
-    """The logarithm of what is kept of each head's state, or of each row of it."""
+    """Logarithm of the decay of each head's state, or of each row of it."""
 
     def __init__(
         self, config: DecayConfig, hidden: int, heads: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs
@@ -53,8 +53,10 @@ class Decay(nnx.Module):
 
 
 class DeltaAttention(nnx.Module):
+    """Gated delta rule over short convolutions of queries, keys and values, then a gated norm of each head."""
+
     rotary: None = None
-    """Positions are told apart by the state."""
+    """No rotary embedding: the state orders positions."""
 
     def __init__(self, config: DeltaConfig, hidden: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -75,15 +77,14 @@ class DeltaAttention(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "T D"], step: Step, states: S, layer: Int32[Array, ""]) -> tuple[PartialSum, S]:
-        """This device's heads' part of the output, and the states with the rows taken in."""
-        placement = step.residual.placement
-        only = only_head(self.config.key_heads, placement)
-        query, states = self.query_convolution(self.query(x, only), states, layer, 0, step, only)
-        key, states = self.key_convolution(self.key(x, only), states, layer, 1, step, only)
+        """Return this device's heads' part of the output, and the states after the rows."""
+        head = shared_head(self.config.key_heads, step.residual.placement)
+        query, states = self.query_convolution(self.query(x, head), states, layer, 0, step, head)
+        key, states = self.key_convolution(self.key(x, head), states, layer, 1, step, head)
         value, states = self.value_convolution(self.value(x), states, layer, 2, step)
-        each = value.shape[1] // key.shape[1]
-        query, key = (jnp.repeat(_unit(part), each, axis=1) for part in (query, key))
-        rows = Delta(
+        heads_per_key = value.shape[1] // key.shape[1]
+        query, key = (jnp.repeat(_unit(part), heads_per_key, axis=1) for part in (query, key))
+        rows = DeltaInputs(
             query * self.config.key_head_dim**-0.5,
             key,
             value,
@@ -94,11 +95,10 @@ class DeltaAttention(nnx.Module):
             shape = (*value.shape[1:2], self.config.key_head_dim, self.config.value_head_dim)
             out, states = states.advance(layer, rows, shape, step, delta_rule)
         out = self.norm(out) * GATES[self.config.gate](self.gate(x).astype(jnp.float32))
-        part = product("thv,hvd->td", out.astype(x.dtype), self.output)
-        return step.residual.heads_partial_sum(part), states
+        return project_output(out.astype(x.dtype), self.output, None, step.residual), states
 
 
 def _unit(x: Float[Array, "T H K"]) -> Float[Array, "T H K"]:
-    """Of length 1, in float32."""
+    """Scale to an L2 norm of 1, in float32."""
     wide = x.astype(jnp.float32)
     return wide * lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + TINY)

@@ -9,31 +9,31 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from moe_jax.config import LightningConfig
-from moe_jax.kernels.recurrences import Linear, linear_attention
+from moe_jax.kernels.recurrences import LinearInputs, alibi_slopes, linear_attention
 from moe_jax.kernels.recurrent_states import States
 from moe_jax.kernels.rope import Rotary
 from moe_jax.kernels.step import Step
 from moe_jax.layers import parameter
-from moe_jax.layers.attention import HeadProjection
 from moe_jax.layers.norm import GroupNorm, HeadNorm
-from moe_jax.layers.parameter import product
+from moe_jax.layers.projection import HeadProjection, project_output
 from moe_jax.sharding import PartialSum, Placement, Role
 
 S = TypeVar("S", bound=States)
 
 
 class LightningAttention(nnx.Module):
+    """Linear attention whose heads decay at fixed rates, more slowly from layer to layer."""
+
     def __init__(
         self, config: LightningConfig, hidden: int, numbers: range, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        """`numbers` are those of the layers whose parameters are stacked in this one."""
+        """Create the parameters. `numbers` are the numbers of the layers that are stacked in this one."""
         self.config, self.numbers = config, numbers
         heads, width = config.heads, config.head_dim
         like = {"bias": False, "dtype": dtype, "rngs": rngs}
@@ -49,7 +49,7 @@ class LightningAttention(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "T D"], step: Step, states: S, layer: Int32[Array, ""]) -> tuple[PartialSum, S]:
-        """This device's heads' part of the output, and the states with the rows taken in."""
+        """Return this device's heads' part of the output, and the states after the rows."""
         placement, width = step.residual.placement, self.config.head_dim
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -58,24 +58,15 @@ class LightningAttention(nnx.Module):
             query, key = step.rotate(query, self.rotary), step.rotate(key, self.rotary)
         decay = jnp.broadcast_to(self._decay(placement, layer), query.shape[:2])
         with jax.named_scope("advance"):
-            rows = Linear(query * width**-0.5, key, value, decay)
+            rows = LinearInputs(query * width**-0.5, key, value, decay)
             out, states = states.advance(layer, rows, (query.shape[1], width, width), step, linear_attention)
         out = self.norm(out, placement) * jax.nn.sigmoid(self.gate(x).astype(jnp.float32))
-        part = product("thk,hkd->td", out.astype(x.dtype), self.output)
-        return step.residual.heads_partial_sum(part), states
+        return project_output(out.astype(x.dtype), self.output, None, step.residual), states
 
     def _decay(self, placement: Placement, layer: Int32[Array, ""]) -> Float[Array, "H"]:
-        """The logarithm of what each head keeps from one position to the next, in the layer of a stack."""
-        here = self.config.heads // placement.size(Role.HEADS)
-        rates = jnp.asarray(slopes(self.config.heads), jnp.float32)
-        own = lax.dynamic_slice_in_dim(rates, placement.index(Role.HEADS) * here, here)
+        """Compute the logarithm of each head's decay from one position to the next, in a layer of the stack."""
+        heads = self.config.heads // placement.size(Role.HEADS)
+        slopes = jnp.asarray(alibi_slopes(self.config.heads), jnp.float32)
+        rates = lax.dynamic_slice_in_dim(slopes, placement.index(Role.HEADS) * heads, heads)
         number = self.numbers.start + self.numbers.step * layer
-        return -own * (self.config.scale - self.config.fall * number)
-
-
-def slopes(heads: int) -> Float[np.ndarray, "H"]:
-    """Rates from `2 ** (-8 / heads)` to `2 ** -8`, in equal ratios, as ALiBi has them (Press et al., arXiv:2108.12409);
-    those of a number of heads that is no power of two are filled up from every other one of twice the power below."""
-    power = 2 ** (heads.bit_length() - 1)
-    first = 2.0 ** (-8 / power * np.arange(1, power + 1))
-    return first if power == heads else np.concatenate([first, slopes(2 * power)[::2][: heads - power]])
+        return -rates * (self.config.scale - self.config.scale_decrement * number)

@@ -15,9 +15,9 @@ from moe_jax.sharding import Combine, Gathered, Rows
 
 
 class MoE(nnx.Module):
-    """Routed experts and, in some models, a shared one; their partial sums are added and combined once.
+    """Routed experts and, in some models, a shared expert. Their partial sums are added, then combined once.
 
-    Rows are routed by the shard that owns them, so that every device sees the same choice of experts.
+    The shard that owns a row routes it, so that every device sees the same choice of experts.
     """
 
     def __init__(self, config: MoEConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -26,21 +26,22 @@ class MoE(nnx.Module):
         self.shared = SharedExpert(config.shared, hidden, dtype=dtype, rngs=rngs) if config.shared else None
 
     def __call__(self, x: Float[Array, "T D"], rows: Rows, combine: Combine) -> tuple[Float[Array, "T D"], Load]:
+        """Return the outputs of this device's rows, and its token shard's load."""
         with jax.named_scope("route"):
             routing = self.router(x, rows.valid(combine.placement))
         with jax.named_scope("gather"):
             gathered = self._gather(x, routing, rows, combine)
-        everyone, experts, weights = gathered.values
+        all_rows, experts, weights = gathered.values
         with jax.named_scope("experts"):
-            partial = gathered.partial_sum(self.experts(everyone, experts, weights, combine.placement))
+            partial = gathered.partial_sum(self.experts(all_rows, experts, weights, combine.placement))
         if self.shared is not None:
             with jax.named_scope("shared_expert"):
-                partial += gathered.partial_sum(self.shared(everyone))
+                partial += gathered.partial_sum(self.shared(all_rows))
         with jax.named_scope("combine"):
             return combine.combine(gathered, partial), routing.load
 
     def _gather(self, x: Float[Array, "T D"], routing: Routing, rows: Rows, combine: Combine) -> Gathered:
-        """The rows that experts held here are for; with a shared expert, all rows."""
+        """Get the rows that visit experts held here; with a shared expert, all rows."""
         if self.shared is None:
-            return combine.dispatch(rows, x, routing.experts, routing.weights, self.experts.held)
+            return combine.dispatch(rows, x, routing.experts, routing.weights, self.experts.num_local_experts)
         return combine.gather(rows, x, routing.experts, routing.weights)

@@ -1,4 +1,4 @@
-"""Which experts each row visits, and with what weight.
+"""Router: the experts that each row visits, and their weights.
 
 T  own rows     D  hidden     E  experts     k  experts per row
 """
@@ -18,23 +18,26 @@ from moe_jax.sharding.rows import masked
 
 
 class Load(NamedTuple):
-    """How a shard's real rows spread over the experts: sums over rows, for the balancing loss."""
+    """Load of each expert: sums over a shard's real rows, for the balancing loss."""
 
     assignments: Float[Array, "E"]
-    """How often each expert was chosen."""
+    """Number of rows that chose each expert."""
     probabilities: Float[Array, "E"]
-    """The sum of each expert's scores."""
+    """Sum of each expert's scores."""
 
 
 class Routing(NamedTuple):
+    """Experts of each row, and the load."""
+
     experts: Int32[Array, "T k"]
-    """The chosen experts; E, which is none, for pad rows."""
+    """Chosen experts; E, beyond all experts, for pad rows."""
     weights: Float[Array, "T k"]
+    """Weight of each chosen expert's output."""
     load: Load
 
 
 class Router(nnx.Module):
-    """A logit for each expert, from which the config's way to choose takes the best; float32 throughout."""
+    """Compute a logit for each expert and select the best, in the way of the config; in float32."""
 
     def __init__(self, config: MoEConfig, hidden: int, *, rngs: nnx.Rngs) -> None:
         experts, router = config.experts, config.router
@@ -45,16 +48,17 @@ class Router(nnx.Module):
         self.selection_bias = (
             parameter.zeros((experts,), (None,), dtype=jnp.float32) if scored and router.selection_bias else None
         )
-        self.choice = TopKRouting(router, config.top_k) if scored else SparseMixer(router, config.top_k)
+        self.select = TopKRouting(router, config.top_k) if scored else SparseMixer(router, config.top_k)
 
     def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None) -> Routing:
+        """Route rows. `valid` marks the real ones; `None` for all."""
         logits = x.astype(jnp.float32) @ self.weight[...]
         if self.bias is not None:
             logits += self.bias[...]
-        chosen = self.choice(logits, None if self.selection_bias is None else self.selection_bias[...])
-        experts = chosen.experts
+        selected = self.select(logits, None if self.selection_bias is None else self.selection_bias[...])
+        experts = selected.experts
         if valid is not None:
             experts = jnp.where(valid[:, None], experts, self.experts)
         assignments = jnp.bincount(experts.reshape(-1), length=self.experts + 1)[:-1]
-        load = Load(assignments.astype(jnp.float32), jnp.sum(masked(chosen.scores, valid), axis=0))
-        return Routing(experts, chosen.weights, load)
+        load = Load(assignments.astype(jnp.float32), jnp.sum(masked(selected.scores, valid), axis=0))
+        return Routing(experts, selected.weights, load)

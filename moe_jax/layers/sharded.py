@@ -1,4 +1,4 @@
-"""Layers in a model of your own: how their parameters are split, and feed-forward layers run on the mesh.
+"""Layers in your own model: partition specs of parameters, and feed-forward layers as functions of whole arrays.
 
 N  rows of all token shards together     T  rows of one token shard     D  hidden
 """
@@ -26,7 +26,7 @@ class FeedForward(Protocol):
 
 
 def specs(module: nnx.Module | nnx.State, placement: Placement) -> nnx.State:
-    """Partition specs of all variables, in a state like the module's: `in_specs` for `jax.shard_map`.
+    """Return the partition specs of all variables, in a state like the module's: `in_specs` for `jax.shard_map`.
 
     The specs are those of `nnx.get_partition_spec` under `nnx.logical_axis_rules(placement.rules)`, except that KV
     heads are replicated where there are fewer of them than heads devices. Other modules' variables keep their specs.
@@ -35,8 +35,10 @@ def specs(module: nnx.Module | nnx.State, placement: Placement) -> nnx.State:
       PlacementError: a dimension does not divide over the devices that split it.
     """
     state = module if isinstance(module, nnx.State) else nnx.state(module)
-    split = [(path, variable.replace(_spec(path, variable, placement))) for path, variable in nnx.to_flat_state(state)]
-    return nnx.from_flat_state(split)
+    specs_by_path = [
+        (path, variable.replace(_spec(path, variable, placement))) for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.from_flat_state(specs_by_path)
 
 
 def on_mesh(
@@ -62,24 +64,24 @@ def on_mesh(
     def run(x: Float[Array, "... D"], rows: Rows | None = None) -> tuple[Float[Array, "... D"], Any]:
         flat = x.reshape(-1, x.shape[-1])
         rows = rows or Rows.full(_capacity(flat.shape[0], placement))
-        y, load = _everywhere(combine, *nnx.split(layer), flat, rows)
+        y, load = _run_on_mesh(combine, *nnx.split(layer), flat, rows)
         return y.reshape(x.shape), load
 
     return run
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _everywhere(
+def _run_on_mesh(
     combine: Combine, graph: nnx.GraphDef, state: nnx.State, x: Float[Array, "N D"], rows: Rows
 ) -> tuple[Float[Array, "N D"], Any]:
     placement = combine.placement
-    everywhere, tokens = PartitionSpec(), placement.spec((Role.TOKENS,), (0,))
+    replicated, tokens = PartitionSpec(), placement.spec((Role.TOKENS,), (0,))
 
     def on_device(state: nnx.State, x: Float[Array, "T D"], rows: Rows) -> tuple[Float[Array, "T D"], Any]:
         y, load = nnx.merge(graph, state)(x, rows, combine)
         return y, sum_devices(load, placement.axes(Role.TOKENS))
 
-    in_specs, out_specs = (specs(state, placement), tokens, everywhere), (tokens, everywhere)
+    in_specs, out_specs = (specs(state, placement), tokens, replicated), (tokens, replicated)
     sharded = jax.shard_map(on_device, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)
     return sharded(state, x, rows)
 
@@ -93,7 +95,7 @@ def _spec(path: tuple[Any, ...], variable: nnx.Variable, placement: Placement) -
         if axes and size % placement.size(Role(name)):
             raise PlacementError(
                 f"dimension {dim} of {'.'.join(map(str, path))} is {size}, which does not divide over "
-                f"{placement.written(Role(name))}: choose a mesh whose axes divide it"
+                f"{placement.describe(Role(name))}: choose a mesh whose axes divide it"
             )
     return spec
 
@@ -101,7 +103,7 @@ def _spec(path: tuple[Any, ...], variable: nnx.Variable, placement: Placement) -
 def _capacity(rows: int, placement: Placement) -> int:
     if rows % placement.size(Role.TOKENS):
         raise PlacementError(
-            f"{rows} rows do not divide over {placement.written(Role.TOKENS)}: pad them, and say with "
+            f"{rows} rows do not divide over {placement.describe(Role.TOKENS)}: pad them, and say with "
             "`Rows.of(counts, placement, capacity)` as a second argument how many of each shard are real"
         )
     return rows // placement.size(Role.TOKENS)

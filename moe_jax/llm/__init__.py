@@ -1,1 +1,9 @@
-"""The public face: `LLM`, `AsyncLLM` and files of prompts."""
+"""Engines for users.
+
+llm.py             `LLM`: a checkpoint on a mesh; prompts in, texts out
+async_llm.py       `AsyncLLM`: streams for programs with asyncio
+batch_files.py     a file of prompts in, a file of results out, resumable
+prompts.py         checks of prompts and sampling parameters
+request_group.py   one prompt with its samples
+settings.py        settings that all processes must share
+"""

@@ -1,4 +1,4 @@
-"""The engine on a thread of its own, for programs that serve many users with asyncio."""
+"""Engine on its own thread, for programs that serve many users with asyncio."""
 
 from __future__ import annotations
 
@@ -17,42 +17,41 @@ from moe_jax.errors import RequestError
 from moe_jax.llm.llm import LLM, Prompt
 from moe_jax.llm.request_group import RequestGroup
 
-Message = StreamEvent | Exception
-"""An exception if the engine failed."""
-
 
 class _Listener:
-    """Takes what a job comes to from the engine's thread to the event loop of whoever asked."""
+    """Carries the events of a request group from the engine's thread to the caller's event loop."""
 
     def __init__(self, group: RequestGroup) -> None:
         self.group = group
-        self.messages: asyncio.Queue[Message] = asyncio.Queue()
+        self.events: asyncio.Queue[StreamEvent | Exception] = asyncio.Queue()
+        """Events of the group; an exception if the engine failed."""
         self._loop = asyncio.get_running_loop()
 
-    def broadcast(self, message: Message) -> None:
-        with suppress(RuntimeError):  # the loop was closed, so nobody waits
-            self._loop.call_soon_threadsafe(self.messages.put_nowait, message)
+    def send(self, event: StreamEvent | Exception) -> None:
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 class AsyncLLM:
-    """Requests from any number of coroutines, decoded together.
+    """Decode the requests of many coroutines together.
 
-    `async with AsyncLLM(LLM(...)) as llm:`; the `LLM` must not be used otherwise meanwhile.
+    Use it as `async with AsyncLLM(LLM(...)) as llm:`, and do not use the `LLM` directly meanwhile.
     """
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._listeners: dict[Hashable, _Listener] = {}
-        """Of the requests that somebody waits for; the event loop's thread alone uses it."""
+        """Listeners by request id; only the event loop's thread uses them."""
         self._running: dict[Generation, _Listener] = {}
+        """Listeners of running samples; only the engine's thread uses them."""
         self._queue = OutputQueue()
-        """These two, the engine's thread alone uses."""
+        """Samples with new output; only the engine's thread uses the queue."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        """What that thread is to do before its next step; `None` ends it."""
+        """Functions that the engine's thread calls before its next step; None ends the thread."""
         self._numbers = count()
         self._is_open = True
-        self._door = threading.Lock()
-        """Held while a request comes in, or the last has come."""
+        self._lock = threading.Lock()
+        """Held while a request is accepted, and while the engine closes."""
         self._thread = threading.Thread(target=self._work, name="moe_jax engine", daemon=True)
         self._thread.start()
 
@@ -65,10 +64,15 @@ class AsyncLLM:
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: Hashable = None
     ) -> RequestOutput:
-        """Continue one prompt, text or token ids. If the coroutine is cancelled, so is the request.
+        """Continue one prompt. Cancelling the coroutine cancels the request.
+
+        Args:
+          prompt: text or token ids.
+          params: sampling parameters.
+          request_id: name of the request for `cancel`.
 
         Raises:
-          RequestError: a prompt or parameters that cannot be served, or an id that is in use.
+          RequestError: the prompt or the parameters cannot be served, or the id is in use.
         """
         (group,) = self._llm.request_groups([prompt], params)
         async for _ in self._events(group, request_id):
@@ -78,33 +82,35 @@ class AsyncLLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: Hashable = None
     ) -> AsyncIterator[StreamEvent]:
-        """The tokens of one prompt as they come, from when somebody listens. Who stops listening cancels the request.
+        """Yield the tokens of one prompt as they are generated.
+
+        The request begins when the iterator is first advanced. Closing the iterator cancels the request.
 
         Raises:
-          RequestError: as `generate`; that the id is in use, when the first token is asked for.
+          RequestError: as for `generate`. An id in use is reported when the iterator is first advanced.
         """
         (group,) = self._llm.request_groups([prompt], params)
         return self._events(group, request_id)
 
     def cancel(self, request_id: Hashable) -> None:
-        """End a request: its pages are free before the next step is planned, and whoever waits for it gets what there
-        is, with `cancelled` as the reason.
+        """Cancel a request: free its pages before the next step, and return its output so far to its caller, with the
+        finish reason `cancelled`.
 
         Raises:
-          RequestError: nobody waits for a request of this id.
+          RequestError: there is no running request of this id.
         """
         if request_id not in self._listeners:
-            raise RequestError(f"there is no request {request_id!r} to cancel: it has ended, or never was")
+            raise RequestError(f"there is no request {request_id!r} to cancel: it has ended, or never began")
         group = self._listeners[request_id].group
         self._commands.put(lambda: self._cancel(group))
 
     def stats(self) -> Stats:
-        """As `LLM.stats`."""
+        """Return the statistics of the engine, as `LLM.stats`."""
         return self._llm.stats()
 
     async def close(self) -> None:
-        """Cancel what has not ended, and end the thread."""
-        with self._door:
+        """Cancel the unfinished requests, and end the engine's thread."""
+        with self._lock:
             self._is_open = False
             self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -113,25 +119,25 @@ class AsyncLLM:
         if key in self._listeners:
             raise RequestError(f"there is a request {key!r} already: give each its own id")
         listener = _Listener(group)
-        with self._door:
+        with self._lock:
             if not self._is_open:
-                raise RequestError("this AsyncLLM was closed, or its engine failed: make a new one")
+                raise RequestError("this AsyncLLM was closed, or its engine failed: make a new AsyncLLM")
             self._commands.put(lambda: self._begin(listener))
         self._listeners[key] = listener
         return listener
 
-    async def _events(self, group: RequestGroup, id: Hashable) -> AsyncIterator[StreamEvent]:
-        key = ("unnamed", next(self._numbers)) if id is None else id
+    async def _events(self, group: RequestGroup, request_id: Hashable) -> AsyncIterator[StreamEvent]:
+        key = ("unnamed", next(self._numbers)) if request_id is None else request_id
         listener, ended = self._listen(key, group), 0
         try:
-            for event in group.unasked:
+            for event in group.empty_events:
                 yield event
             while ended < group.samples:
-                message = await listener.messages.get()
-                if isinstance(message, Exception):
-                    raise message
-                ended += message.finish_reason is not None
-                yield message
+                event = await listener.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                ended += event.finish_reason is not None
+                yield event
         finally:
             del self._listeners[key]
             self._commands.put(lambda: self._cancel(group))
@@ -142,19 +148,19 @@ class AsyncLLM:
             while self._run_commands(wait=not engine.has_work):
                 engine.step()
                 self._report()
-        except Exception as error:  # whatever it is, those who wait must be told
-            with self._door:  # after which nobody else comes
+        except Exception as error:  # the callers must learn of any failure
+            with self._lock:  # no request is accepted afterwards
                 self._is_open = False
                 self._run_commands(wait=False)
             for listener in set(self._running.values()):
-                listener.broadcast(error)
+                listener.send(error)
             return
         for generation in list(self._running):
             engine.cancel(generation)
         self._report()
 
     def _run_commands(self, *, wait: bool) -> bool:
-        """Do what was asked since the last step. Whether to go on."""
+        """Run the commands since the last step. Return False if the thread is to end."""
         while wait or not self._commands.empty():
             command = self._commands.get()
             if command is None:
@@ -164,7 +170,7 @@ class AsyncLLM:
         return True
 
     def _begin(self, listener: _Listener) -> None:
-        for generation in listener.group.begin(self._llm.ends, self._queue):
+        for generation in listener.group.begin(self._queue):
             self._running[generation] = listener
             self._llm.engine.add(generation)
 
@@ -177,4 +183,4 @@ class AsyncLLM:
         for generation in self._queue.read():
             has_ended = generation.finish_reason is not None
             listener = self._running.pop(generation) if has_ended else self._running[generation]
-            listener.broadcast(listener.group.event(generation))
+            listener.send(listener.group.event(generation))

@@ -1,8 +1,8 @@
-"""A file of prompts in, a file of results out, begun again where it was left.
+"""Batch files: a file of prompts in, a file of results out, resumable.
 
-Input: a JSON object on each line, with `prompt` (a text or token ids), `id` if wanted, and any field of
-`SamplingParams`. Output: a line for each, in the order of the input. Until all are there, results are kept as they come
-in a journal beside the output, which is where a run that was killed goes on: what it holds is not decoded again.
+Input: one JSON object a line, with `prompt` (a text or token ids), optionally `id`, and any fields of `SamplingParams`.
+Output: one line for each input line, in the same order. Until all results are there, they are kept in a journal next to
+the output. A run that was killed resumes from the journal and decodes no finished prompt again.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from moe_jax.errors import RequestError
 from moe_jax.llm.llm import LLM
 from moe_jax.llm.request_group import RequestGroup
 
-Line = dict[str, Any]
+Entry = dict[str, Any]
+"""JSON object of one line."""
 PARAMETERS = {field.name for field in fields(SamplingParams)}
 
 
 def check_paths(source: Path, output: Path) -> None:
-    """
+    """Check the paths of a batch file and its results.
+
     Raises:
-      RequestError: no such input, no place for the output, or one that is there already.
+      RequestError: the input does not exist, the directory of the output does not exist, or the output exists.
     """
     if not source.is_file():
         raise RequestError(f"there is no file {source}: give one with a JSON object on each line")
     if output.exists():
-        raise RequestError(f"{output} is there already, and complete: move it away, or give another name")
+        raise RequestError(f"{output} exists already, and is complete: move it away, or give another name")
     if not output.absolute().parent.is_dir():
         raise RequestError(f"cannot write {output}: there is no directory {output.parent}")
 
@@ -42,45 +44,48 @@ def generate_file(
     source: Path,
     output: Path,
     defaults: SamplingParams,
-    broadcast: Callable[[int, int], None] = lambda *_: None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> int:
-    """Continue every prompt of a file; of how many lines that cannot be served there is an error only.
+    """Continue every prompt of a file. Return the number of lines that could not be served.
 
-    A line that cannot be served gets an `error`; the others run.
+    The result of a line that could not be served has an `error` in place of samples.
 
     Args:
-      defaults: what a line does not say itself.
-      tell: called with how many lines there are results for, and how many in all, whenever there are more.
+      llm: the engine.
+      source: file of prompts.
+      output: file for the results.
+      defaults: sampling parameters for the fields that a line leaves out.
+      on_progress: called after each result with the number of results and the number of lines.
 
     Raises:
-      RequestError: see `check_paths`; or the journal beside the output is of another input, or other parameters.
+      RequestError: see `check_paths`; or the journal belongs to another input, or to other parameters.
     """
     check_paths(source, output)
     lines = [line for line in source.read_bytes().split(b"\n") if line.strip()]
-    journal = output.with_name(output.name + ".partial")
-    with _Journal(journal, _fingerprint(llm, lines, defaults)) as kept:
-        broadcast(len(kept.results), len(lines))
-        for number, result in _results(llm, lines, defaults, kept.results):
-            kept.add(number, result)
-            broadcast(len(kept.results), len(lines))
-        whole = output.with_name(output.name + ".unfinished")
-        whole.write_text("".join(json.dumps(kept.results[number]) + "\n" for number in range(len(lines))))
-        whole.replace(output)
-    journal.unlink()
-    return sum("error" in result for result in kept.results.values())
+    journal_path = output.with_name(output.name + ".partial")
+    with Journal(journal_path, _fingerprint(llm, lines, defaults)) as journal:
+        on_progress(len(journal.results), len(lines))
+        for number, result in _results(llm, lines, defaults, journal.results):
+            journal.add(number, result)
+            on_progress(len(journal.results), len(lines))
+        unfinished = output.with_name(output.name + ".unfinished")
+        unfinished.write_text("".join(json.dumps(journal.results[number]) + "\n" for number in range(len(lines))))
+        unfinished.replace(output)
+    journal_path.unlink()
+    return sum("error" in result for result in journal.results.values())
 
 
 def _results(
-    llm: LLM, lines: list[bytes], defaults: SamplingParams, had: Mapping[int, Line]
-) -> Iterator[tuple[int, Line]]:
-    """Of the lines without one, as they end."""
+    llm: LLM, lines: list[bytes], defaults: SamplingParams, finished: Mapping[int, Entry]
+) -> Iterator[tuple[int, Entry]]:
+    """Yield the number and result of each line that is not finished, in the order of completion."""
     request_groups: list[RequestGroup] = []
     ids: dict[int, Any] = {}
-    for number in sorted(set(range(len(lines))) - had.keys()):
+    for number in sorted(set(range(len(lines))) - finished.keys()):
         try:
-            asked = _parsed(lines[number])
-            ids[number] = asked.pop("id", number)
-            (group,) = llm.request_groups([asked.pop("prompt")], _params(asked, defaults))
+            request = _parse(lines[number])
+            ids[number] = request.pop("id", number)
+            (group,) = llm.request_groups([request.pop("prompt")], _params(request, defaults))
             request_groups.append(replace(group, number=number))
         except RequestError as error:
             reason = str(error).replace("prompt 0", "the prompt", 1)
@@ -89,35 +94,35 @@ def _results(
         yield group.number, _result(group, ids[group.number])
 
 
-def _parsed(line: bytes) -> Line:
+def _parse(line: bytes) -> Entry:
     try:
-        asked = json.loads(line.decode())
+        request = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"this is no JSON: {error}") from error
-    if not isinstance(asked, dict) or "prompt" not in asked:
+        raise RequestError(f"the line is not valid JSON: {error}") from error
+    if not isinstance(request, dict) or "prompt" not in request:
         raise RequestError("each line must be a JSON object with a prompt")
-    return asked
+    return request
 
 
-def _params(asked: Line, defaults: SamplingParams) -> SamplingParams:
-    if unknown := sorted(asked.keys() - PARAMETERS):
+def _params(request: Entry, defaults: SamplingParams) -> SamplingParams:
+    if unknown := sorted(request.keys() - PARAMETERS):
         raise RequestError(f"unknown fields {unknown}: besides prompt and id there are {', '.join(sorted(PARAMETERS))}")
-    if asked.get("logit_bias") is not None:
-        asked["logit_bias"] = _with_ids(asked["logit_bias"])
-    return replace(defaults, **asked)
+    if request.get("logit_bias") is not None:
+        request["logit_bias"] = _with_token_ids(request["logit_bias"])
+    return replace(defaults, **request)
 
 
-def _with_ids(bias: Any) -> Any:
-    """JSON's keys are texts."""
+def _with_token_ids(bias: Any) -> Any:
+    """Turn the keys of a `logit_bias` into token ids: JSON's keys are strings."""
     try:
         return {int(token): value for token, value in bias.items()}
     except (ValueError, AttributeError) as error:
         raise RequestError(f"logit_bias must be an object of token ids and numbers, got {bias!r}") from error
 
 
-def _result(group: RequestGroup, id: Any) -> Line:
+def _result(group: RequestGroup, id: Any) -> Entry:
     output = group.output()
-    result = {"id": id, "samples": [asdict(sample) for sample in output.samples]}
+    result = {"id": id, "samples": [asdict(completion) for completion in output.outputs]}
     if output.prompt_logprobs is not None:
         result |= {"prompt_logprobs": output.prompt_logprobs, "prompt_top_logprobs": output.prompt_top_logprobs}
     return result
@@ -127,58 +132,61 @@ def _fingerprint(llm: LLM, lines: list[bytes], defaults: SamplingParams) -> str:
     return hashlib.sha256(b"\n".join([llm.identity.encode(), repr(defaults).encode(), *lines])).hexdigest()
 
 
-class _Journal:
-    """Results in the order of their coming, each on disk before the next."""
+class Journal:
+    """File of results in the order of completion; each result is flushed before the next is added."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
+        """`fingerprint` identifies the input, the model and the parameters that the results belong to."""
         self._path, self._fingerprint = path, fingerprint
-        self.results: dict[int, Line] = {}
-        """By the number of the line."""
+        self.results: dict[int, Entry] = {}
+        """Results by line number."""
 
     def __enter__(self) -> Self:
-        """
+        """Open the journal, lock it, and read its results.
+
         Raises:
-          RequestError: it was begun for something else, or another run writes to it.
+          RequestError: the journal has another fingerprint or is damaged, or another run has locked it.
         """
         self._file = self._path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process
         except BlockingIOError as error:
             self._file.close()
             raise RequestError(f"another run writes to {self._path}: wait for it, or give another output") from error
         self._file.seek(0)
-        whole, _, _ = self._file.read().rpartition(b"\n")  # what a kill left of a last line has no end
-        entries = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        complete, _, _ = self._file.read().rpartition(b"\n")  # a kill may leave an incomplete last line
+        entries = [self._read(number, line) for number, line in enumerate(complete.splitlines(), 1)]
         if entries and entries[0] != self._header:
             self._file.close()
             raise RequestError(
-                f"{self._path} was begun with another input, model, dtype or length, or other parameters: go on with "
-                "those, or delete it to begin anew"
+                f"{self._path} belongs to another input, model, dtype or length, or to other parameters: resume with "
+                "those, or delete it to start again"
             )
-        self._file.truncate(len(whole) + 1 if entries else 0)
+        self._file.truncate(len(complete) + 1 if entries else 0)
         if not entries:
             self._write(self._header)
         self.results = {entry["number"]: entry["result"] for entry in entries[1:]}
         return self
 
-    def _read(self, number: int, line: bytes) -> Line:
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            self._file.close()
-            raise RequestError(f"{self._path} is damaged at line {number}: delete it to begin anew") from error
-
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, number: int, result: Line) -> None:
+    def add(self, number: int, result: Entry) -> None:
+        """Add the result of a line."""
         self.results[number] = result
         self._write({"number": number, "result": result})
 
     @property
-    def _header(self) -> Line:
+    def _header(self) -> Entry:
         return {"fingerprint": self._fingerprint}
 
-    def _write(self, entry: Line) -> None:
+    def _read(self, number: int, line: bytes) -> Entry:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            self._file.close()
+            raise RequestError(f"{self._path} is damaged at line {number}: delete it to start again") from error
+
+    def _write(self, entry: Entry) -> None:
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()

@@ -34,7 +34,7 @@ class Segment(NamedTuple):
     """Position of the first token in its sequence."""
     tokens: Sequence[int]
     tables: Sequence[PageRange] = ()
-    """For each window of the decoder, the pages of all positions that these tokens see, their own included."""
+    """Pages of all positions that these tokens attend to, their own included, for each window of the decoder."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,15 @@ class BatchShape:
 
 
 class Segments:
-    """Segments of one layout of a token shard, column by column: that costs the host least. May be fewer than the
-    layout has places."""
+    """Segments of one layout of a token shard, stored as columns, which costs the host least.
+
+    There may be fewer segments than the layout holds.
+    """
 
     __slots__ = ("lengths", "starts", "tables", "tokens")
 
     def __init__(self, tables: int = 0) -> None:
-        """Make an empty list of segments with this number of page tables."""
+        """Make an empty batch of segments with this number of page tables."""
         self.starts, self.lengths = array("i"), array("i")
         self.tokens = array("i")
         """Tokens of all segments, one segment after the other."""
@@ -63,10 +65,10 @@ class Segments:
 
     @classmethod
     def of(cls, segments: Iterable[Segment], tables: int = 0) -> Segments:
-        made = cls(tables)
+        columns = cls(tables)
         for segment in segments:
-            made.add(segment)
-        return made
+            columns.add(segment)
+        return columns
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -75,8 +77,8 @@ class Segments:
         self.starts.append(segment.start)
         self.lengths.append(len(segment.tokens))
         self.tokens.extend(segment.tokens)
-        for ranges, own in zip(self.tables, segment.tables, strict=True):
-            ranges.append(own)
+        for ranges, page_range in zip(self.tables, segment.tables, strict=True):
+            ranges.append(page_range)
 
 
 def pack(
@@ -90,7 +92,7 @@ def pack(
     assert len(shards) == placement.size(Role.TOKENS)
     parts = list(chain.from_iterable(shards))
     owners, places, per_shard = _places(shards, shape.layouts)
-    lengths = _joined(part.lengths for part in parts)
+    lengths = _concatenate(part.lengths for part in parts)
     counts = np.bincount(owners, lengths, len(shards)).astype(np.int32)
     shard_starts = np.arange(len(shards)) * shape.capacity
     first_rows = np.cumsum(lengths) - lengths + (shard_starts - np.cumsum(counts) + counts)[owners]
@@ -98,8 +100,8 @@ def pack(
     rows = _runs(first_rows, lengths)
     tokens, positions = np.zeros((2, len(shards) * shape.capacity), np.int32)
     segment_of_row = np.full(len(shards) * shape.capacity, per_shard, np.int32)
-    tokens[rows] = _joined(part.tokens for part in parts)
-    positions[rows] = _runs(_joined(part.starts for part in parts), lengths)
+    tokens[rows] = _concatenate(part.tokens for part in parts)
+    positions[rows] = _runs(_concatenate(part.starts for part in parts), lengths)
     segment_of_row[rows] = np.repeat(places % per_shard, lengths)
     starts, rows_of_segment = np.zeros((2, len(shards) * per_shard), np.int32)
     starts[places], rows_of_segment[places] = first_rows - shard_starts[owners], lengths
@@ -118,27 +120,27 @@ def pack(
 
 
 def _places(shards: Sequence[Sequence[Segments]], layouts: Sequence[QueryLayout]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Find each segment's token shard and its place over all shards; and the number of places of a shard."""
-    taken = np.array([[len(segments) for segments in of_shard] for of_shard in shards], np.int32)
+    """Return each segment's token shard, its place among all shards' places, and the number of places of a shard."""
+    counts = np.array([[len(segments) for segments in shard] for shard in shards], np.int32)
     sizes = np.array([layout.segments for layout in layouts], np.int32)
-    assert taken.shape == (len(shards), len(layouts))
-    assert (taken <= sizes).all()
+    assert counts.shape == (len(shards), len(layouts))
+    assert (counts <= sizes).all()
     firsts = np.arange(len(shards))[:, None] * sizes.sum() + np.cumsum(sizes) - sizes
-    owners = np.repeat(np.arange(len(shards)), taken.sum(axis=1))
-    return owners, _runs(firsts.reshape(-1), taken.reshape(-1)), int(sizes.sum())
+    owners = np.repeat(np.arange(len(shards)), counts.sum(axis=1))
+    return owners, _runs(firsts.reshape(-1), counts.reshape(-1)), int(sizes.sum())
 
 
 def _page_table(ranges: Sequence[PageRange], places: np.ndarray, pages: np.ndarray, window: int | None) -> PageTable:
     """Write each segment's page range into its row of `pages`."""
-    held = np.fromiter((len(each.pages) for each in ranges), np.int32, len(ranges))
-    assert held.max(initial=0) <= pages.shape[1]
-    pages.reshape(-1)[_runs(places * pages.shape[1], held)] = _joined(each.pages for each in ranges)
+    lengths = np.fromiter((len(each.pages) for each in ranges), np.int32, len(ranges))
+    assert lengths.max(initial=0) <= pages.shape[1]
+    pages.reshape(-1)[_runs(places * pages.shape[1], lengths)] = _concatenate(each.pages for each in ranges)
     firsts = np.zeros(len(pages), np.int32)
     firsts[places] = [each.first for each in ranges]
     return PageTable(on_host(pages), on_host(firsts), window)
 
 
-def _joined(columns: Iterable[array[int]]) -> np.ndarray:
+def _concatenate(columns: Iterable[array[int]]) -> np.ndarray:
     return np.frombuffer(b"".join(columns), np.int32)
 
 

@@ -53,13 +53,13 @@ class DecoderLayer(nnx.Module):
     """Pre-norm layer: a mixer, then a feed-forward block, each with a residual connection."""
 
     def __init__(
-        self, layer: LayerConfig, model: ModelConfig, numbers: range, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self, layer: LayerConfig, model: ModelConfig, layer_indices: range, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        """`numbers` are the indices of the layers that share this module, one for each repeat."""
+        """`layer_indices` are the indices of the layers that share this module, one for each repeat."""
         hidden, eps = model.hidden, model.norm_eps
         self.residual_scale = model.residual_scale
         self.attention_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
-        mixer = _mixer(layer, model, numbers, dtype=dtype, rngs=rngs)
+        mixer = _mixer(layer, model, layer_indices, dtype=dtype, rngs=rngs)
         recurrent = isinstance(layer.attention, RecurrentConfig)
         self.attention, self.recurrence = (None, mixer) if recurrent else (mixer, None)
         self.ffn_norm = row_norm(model.norm, hidden, eps, dtype=dtype)
@@ -87,7 +87,7 @@ class DecoderLayer(nnx.Module):
         return x + y * self.residual_scale, cache, load
 
 
-def _mixer(layer: LayerConfig, model: ModelConfig, numbers: range, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Mixer:
+def _mixer(layer: LayerConfig, model: ModelConfig, layer_indices: range, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Mixer:
     hidden, eps = model.hidden, model.norm_eps
     match layer.attention:
         case LatentAttentionConfig() as config:
@@ -97,7 +97,7 @@ def _mixer(layer: LayerConfig, model: ModelConfig, numbers: range, *, dtype: DTy
         case MambaConfig() as config:
             return Mamba(config, hidden, eps, dtype=dtype, rngs=rngs)
         case LightningConfig() as config:
-            return LightningAttention(config, hidden, numbers, eps, dtype=dtype, rngs=rngs)
+            return LightningAttention(config, hidden, layer_indices, eps, dtype=dtype, rngs=rngs)
         case config:
             return Attention(config, hidden, model.norm, eps, dtype=dtype, rngs=rngs)
 
@@ -109,8 +109,8 @@ class Stack(nnx.Module):
         @nnx.split_rngs(splits=group.repeats)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
         def stacked(rngs: nnx.Rngs) -> nnx.List:
-            blocks = zip(group.unit, group.numbers, strict=True)
-            return nnx.List([DecoderLayer(layer, model, numbers, dtype=dtype, rngs=rngs) for layer, numbers in blocks])
+            unit = zip(group.unit, group.layer_indices, strict=True)
+            return nnx.List([DecoderLayer(layer, model, indices, dtype=dtype, rngs=rngs) for layer, indices in unit])
 
         self.repeats = group.repeats
         self.unit = stacked(rngs)
@@ -119,17 +119,17 @@ class Stack(nnx.Module):
         self, x: Float[Array, "B D"], step: Step, caches: list[KVCache | States]
     ) -> tuple[Float[Array, "B D"], list[KVCache | States], list[Load]]:
         """Run all repeats. Return the hidden states, the caches, and the router loads, stacked over the repeats."""
-        blocks, parameters = nnx.split(self.unit)
+        graph, parameters = nnx.split(self.unit)
 
         def body(carry: tuple[Array, list[KVCache | States]], repeat: tuple[Array, Any]) -> tuple[Any, list[Load]]:
-            (x, caches), (index, own) = carry, repeat
-            slices = jax.tree.map(lambda own, stack: LayerSlice(own, stack, index), own, parameters)
-            written, loads = [], []
-            for block, cache in zip(nnx.merge(blocks, slices), caches, strict=True):
-                x, cache, load = block(x, step, cache, index)
-                written.append(cache)
+            (x, caches), (index, sliced) = carry, repeat
+            slices = jax.tree.map(lambda part, stack: LayerSlice(part, stack, index), sliced, parameters)
+            new_caches, loads = [], []
+            for layer, cache in zip(nnx.merge(graph, slices), caches, strict=True):
+                x, cache, load = layer(x, step, cache, index)
+                new_caches.append(cache)
                 loads += [] if load is None else [load]
-            return (x, written), loads
+            return (x, new_caches), loads
 
         (x, caches), loads = lax.scan(body, (x, caches), (jnp.arange(self.repeats), parameters))
         return x, caches, loads
@@ -139,10 +139,10 @@ class Decoder(nnx.Module):
     """Embedding, stacks of layers, final norm and head."""
 
     def __init__(self, config: ModelConfig, groups: Sequence[Group], *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.embedding_scale, self.unit_head = config.embedding_scale, config.unit_head
+        self.embedding_scale, self.norm_head = config.embedding_scale, config.norm_head
         self.embedding = Vocabulary(config, dtype=dtype, rngs=rngs)
         self.stacks = nnx.List([Stack(group, config, dtype=dtype, rngs=rngs) for group in groups])
-        rotaries = dict.fromkeys(block.mixer.rotary for stack in self.stacks for block in stack.unit)
+        rotaries = dict.fromkeys(layer.mixer.rotary for stack in self.stacks for layer in stack.unit)
         self.rotaries = tuple(rotary for rotary in rotaries if rotary is not None)
         self.norm = row_norm(config.norm, config.hidden, config.norm_eps, dtype=dtype)
         self.head = (
@@ -159,15 +159,15 @@ class Decoder(nnx.Module):
         """
         step = step.with_rotations(self.rotaries)
         x = self.embedding.embed(tokens, step.residual) * self.embedding_scale
-        written, loads = [], []
+        new_caches, loads = [], []
         for stack, unit_caches in zip(self.stacks, caches, strict=True):
             x, unit_caches, unit_loads = stack(x, step, unit_caches)
-            written.append(unit_caches)
+            new_caches.append(unit_caches)
             loads += unit_loads
         x = self.norm(step.residual.all_rows(x, step.capacity))
-        if self.unit_head:
-            x = (x / self.vocabulary.column_lengths(step.residual.placement)).astype(x.dtype)
-        return x, written, loads
+        if self.norm_head:
+            x = (x / self.vocabulary.column_norms(step.residual.placement)).astype(x.dtype)
+        return x, new_caches, loads
 
     @property
     def vocabulary(self) -> Vocabulary:

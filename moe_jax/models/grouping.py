@@ -17,18 +17,18 @@ class Group:
     repeats: int
 
     @property
-    def numbers(self) -> list[range]:
-        """Layer indices that each layer of the unit stands for, one for each repeat."""
-        each, last = len(self.unit), self.first + self.repeats * len(self.unit)
-        return [range(self.first + index, last, each) for index in range(each)]
+    def layer_indices(self) -> list[range]:
+        """Layer indices of each layer of the unit, one for each repeat."""
+        length, end = len(self.unit), self.first + self.repeats * len(self.unit)
+        return [range(self.first + index, end, length) for index in range(length)]
 
-    def layer(self, repeat: int, index: int) -> int:
-        """Return the layer index of layer `index` of the unit in a repeat."""
+    def layer_index(self, repeat: int, index: int) -> int:
+        """Return the layer index of layer `index` of the unit in one of the repeats."""
         return self.first + repeat * len(self.unit) + index
 
 
 def ungrouped(layers: Sequence[LayerConfig]) -> tuple[Group, ...]:
-    """Put all layers into one unit that is not repeated: no loop over layers."""
+    """Put all layers into one unit without repeats, which compiles to no loop."""
     return (Group(0, tuple(layers), 1),)
 
 

@@ -25,6 +25,8 @@ from moe_jax.layers import parameter
 from moe_jax.models.decoder import Caches, Decoder
 from moe_jax.models.grouping import Group, group_layers, ungrouped
 from moe_jax.sharding import (
+    AUTO,
+    DEFAULT_GATHER_DTYPE,
     EXACT,
     Encoding,
     Hardware,
@@ -63,6 +65,7 @@ class ShardedDecoder:
     """Compile repeating layers as one loop. Compile time then does not grow with depth, but each step copies every
     layer's weights, except those of experts, out of the stack."""
     quantization: Quantization | None = None
+    """Format of the weights held in eight bits; None holds all weights in `dtype`."""
 
     def __post_init__(self) -> None:
         if str(self.dtype) not in DTYPES:
@@ -78,13 +81,17 @@ class ShardedDecoder:
         return _abstract(self.config, self.scan_layers, self.dtype)
 
     def rows_of(self, layer: LayerConfig, encoding: Encoding = EXACT) -> RowBytes:
-        """Bytes of each row that a layer's feed-forward block moves."""
+        """Bytes of one row on its way through a layer's feed-forward block."""
         ffn = layer.ffn
         top_k, shared = (ffn.top_k, ffn.shared is not None) if isinstance(ffn, MoEConfig) else (0, False)
         return RowBytes.of(self.config.hidden, self.dtype, top_k=top_k, shared=shared, encoding=encoding)
 
     def policy(
-        self, hardware: Hardware, combine: str | Strategy, residual: str | type[ResidualLayout], gather_dtype: str
+        self,
+        hardware: Hardware,
+        combine: str | Strategy = AUTO,
+        residual: str | type[ResidualLayout] = AUTO,
+        gather_dtype: str = DEFAULT_GATHER_DTYPE,
     ) -> Policy:
         """Make the policy for a user's choices; `"auto"` leaves a choice to the policy.
 
@@ -92,9 +99,9 @@ class ShardedDecoder:
           PlacementError, ConfigError: unknown strategy, residual layout or dtype.
         """
         encoding = as_encoding(gather_dtype)
-        strategy, kept = as_strategy(combine), as_residual_layout(residual)
+        strategy, layout = as_strategy(combine), as_residual_layout(residual)
         layers = tuple(self.rows_of(layer, encoding) for layer in self.config.layers)
-        return Policy(self.placement, layers, hardware, strategy, kept, encoding)
+        return Policy(self.placement, layers, hardware, strategy, layout, encoding)
 
     @property
     def graph(self) -> nnx.GraphDef:
@@ -110,47 +117,47 @@ class ShardedDecoder:
         return jax.tree.map(lambda leaf: leaf.sharding.spec, self.parameters)
 
     def init(self, seed: int) -> Parameters:
-        """Draw random parameters on the devices that hold them. All placements give the same values."""
+        """Make random parameters on the devices that hold them; the values do not depend on the placement."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.parameters)
 
-        def draw(key: Array) -> Parameters:
-            drawn = nnx.state(Decoder(self.config, self.groups, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
+        def make(key: Array) -> Parameters:
+            exact = nnx.state(Decoder(self.config, self.groups, dtype=self.dtype, rngs=nnx.Rngs(params=key)))
             if self.quantization is None:
-                return drawn
-            return parameter.quantized(drawn, self.parameters, self.quantization)
+                return exact
+            return parameter.quantized(exact, self.parameters, self.quantization)
 
-        return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+        return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
 
     def unstacked(self, stacked: Parameters) -> Parameters:
-        """Unstack the parameters of a decoder that scans its layers; its stacked arrays are deleted."""
+        """Unstack the parameters of a decoder that scans its layers. The stacked arrays are deleted."""
         if self.scan_layers:
             return stacked
         groups = group_layers(self.config.layers)
 
-        def each() -> Iterator[tuple[Any, nnx.Variable]]:
+        def layers() -> Iterator[tuple[Any, nnx.Variable]]:
             for path, param in nnx.to_flat_state(stacked):
                 match path:
-                    case ("stacks", int(group), "unit", int(block), *rest):
+                    case ("stacks", int(group), "unit", int(index), *rest):
                         stack = param.get_value()
                         for repeat in range(groups[group].repeats):
-                            layer = groups[group].layer(repeat, block)
-                            own = lax.slice_in_dim(stack, repeat, repeat + 1)
-                            yield ("stacks", 0, "unit", layer, *rest), param.replace(own)
+                            layer = groups[group].layer_index(repeat, index)
+                            part = lax.slice_in_dim(stack, repeat, repeat + 1)
+                            yield ("stacks", 0, "unit", layer, *rest), param.replace(part)
                         stack.delete()
                     case _:
                         yield path, param
 
-        return nnx.from_flat_state(each())
+        return nnx.from_flat_state(layers())
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
         """Distinct attention windows of the layers; layers with equal windows share page tables.
 
-        Recurrent layers have no window. A model of recurrent layers alone has the one window None.
+        Recurrent layers have no window; a model of recurrent layers only has the single window None.
         """
-        attended = (layer.attention for layer in self.config.layers)
-        looks = (each.window for each in attended if not isinstance(each, RecurrentConfig))
-        return tuple(dict.fromkeys(looks)) or (None,)
+        mixers = (layer.attention for layer in self.config.layers)
+        windows = (mixer.window for mixer in mixers if not isinstance(mixer, RecurrentConfig))
+        return tuple(dict.fromkeys(windows)) or (None,)
 
     def abstract_caches(self, pages: Mapping[int | None, int], page: int, slots: int) -> Caches:
         """Shapes, dtypes and shardings of the caches.
@@ -169,7 +176,7 @@ class ShardedDecoder:
         def cache(repeats: int, layer: LayerConfig) -> PagedKVCache | SlotStates:
             attention = layer.attention
             if isinstance(attention, RecurrentConfig):
-                recent = (abstract(repeats, heads, slots, *rest) for heads, *rest in attention.recent_shapes)
+                recent = (abstract(repeats, heads, slots, *rest) for heads, *rest in attention.conv_state_shapes)
                 heads, *rest = attention.state_shape
                 return SlotStates(tuple(recent), abstract(repeats, heads, slots, *rest, dtype=STATE_DTYPE))
             pool = (repeats, attention.kv_heads, pages[attention.window], page)
@@ -183,7 +190,7 @@ class ShardedDecoder:
         return zeros(self.abstract_caches(pages, page, slots))
 
     def per_device(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """Wrap `function(decoder, *args)` in `shard_map`; the result takes `(parameters, *args)`."""
+        """Wrap `function(decoder, *args)` in `shard_map`. The wrapped function takes `(parameters, *args)`."""
 
         def run(parameters: Parameters, *args: Any) -> Any:
             return function(nnx.merge(self.graph, parameters), *args)
@@ -233,11 +240,11 @@ def _abstract(config: ModelConfig, scan_layers: bool, dtype: str) -> tuple[nnx.G
 def zeros(abstract: Tree) -> Tree:
     """Allocate zeros of the given shapes, dtypes and shardings, in one program."""
     leaves, structure = jax.tree.flatten(abstract)
-    return jax.tree.unflatten(structure, _maker_of_zeros(tuple(leaves))())
+    return jax.tree.unflatten(structure, _zeros_program(tuple(leaves))())
 
 
 @cache
-def _maker_of_zeros(arrays: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], tuple[Array, ...]]:
+def _zeros_program(arrays: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], tuple[Array, ...]]:
     def make() -> tuple[Array, ...]:
         return tuple(jnp.zeros(array.shape, array.dtype) for array in arrays)
 

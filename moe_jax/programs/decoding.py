@@ -44,8 +44,11 @@ def decode(
 ) -> tuple[Int32[Array, "L W"], None, Slots, Caches]:
     """Run up to K decode steps in a loop; each step feeds every segment the token that the step before sampled.
 
-    A segment ends with a stop token, or when it has emitted its limit; the loop ends when all segments of all token
-    shards have. The result is as that of `advance`.
+    A segment ends when it emits a stop token or reaches its limit. The loop ends when the segments of all token shards
+    have ended.
+
+    Returns:
+      The same values as `advance`; the scores are None.
     """
     assert step_input.limits is not None
     limits, axes = step_input.limits, route.residual.placement.axes(Role.TOKENS)
@@ -56,8 +59,8 @@ def decode(
 
     def body(carry: tuple) -> tuple:
         step, _, alive, emitted, slots, caches = carry
-        sampled, _, slots, caches = _step(decoder, caches, slots, _later(step_input, step, alive), route)
-        columns = [all.at[:, step].set(new) for all, new in zip(emitted[:-1], sampled, strict=True)]
+        sampled, _, slots, caches = _step(decoder, caches, slots, _at_step(step_input, step, alive), route)
+        columns = [column.at[:, step].set(new) for column, new in zip(emitted[:-1], sampled, strict=True)]
         emitted = SampledTokens(*columns, counts=emitted.counts + alive)
         alive &= (emitted.counts < limits) & ~jnp.any(sampled.tokens[:, None] == stop_ids, axis=-1)
         return step + 1, running(alive), alive, emitted, slots, caches
@@ -79,26 +82,26 @@ def _step(
         last = batch.starts + batch.lengths - 1
         logits = decoder.vocabulary.logits(x.at[last].get(mode="clip"))
     with jax.named_scope("sample"):
-        buffer, after = slots.token_buffer, batch.positions.at[last].get(mode="clip") + 1
+        buffer, next_position = slots.token_buffer, batch.positions.at[last].get(mode="clip") + 1
         inputs = None
         if flags.sampling:
             sampling = rows_of(slots.sampling, step_input.slots)
             history = buffer.at[step_input.slots].get(mode="clip")
-            inputs = SamplerInputs(sampling, after - sampling.prompt_length, history)
+            inputs = SamplerInputs(sampling, next_position - sampling.prompt_length, history)
         placement = route.residual.placement
         sampled = sample(logits, decoder.vocabulary.size, placement, inputs, top=flags.top_logprobs)
     into = jnp.where(step_input.samples, step_input.slots, buffer.shape[0])
-    slots = replace(slots, token_buffer=buffer.at[into, after].set(sampled.tokens, mode="drop"))
+    slots = replace(slots, token_buffer=buffer.at[into, next_position].set(sampled.tokens, mode="drop"))
     return sampled, row_logprobs(decoder, x, step_input, route), slots, caches
 
 
-def _later(step_input: StepInput, steps: Int32[Array, ""], alive: Bool[Array, "L"]) -> StepInput:
-    """Advance the input by a number of steps; segments that have ended write nothing."""
+def _at_step(step_input: StepInput, step: Int32[Array, ""], alive: Bool[Array, "L"]) -> StepInput:
+    """Move the input to a later step of the loop. Segments that have ended write nothing."""
     batch = step_input.batch
     ended = ~alive.at[batch.segments].get(mode="fill", fill_value=False)
     batch = replace(
         batch,
         segments=jnp.where(ended, step_input.slots.shape[0], batch.segments),
-        positions=batch.positions + steps,
+        positions=batch.positions + step,
     )
     return replace(step_input, batch=batch, samples=alive)

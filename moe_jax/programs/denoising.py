@@ -4,10 +4,10 @@ S  slots of a token shard     P  positions of a sequence     B  positions of a b
 L  segments of a token shard: D blocks of decoding requests, then pieces of prompts     T  its rows
 K  steps of one dispatch      E  tokens that a request can emit in K steps
 
-Each step of a block writes the keys and values of all its positions again, and chooses some of its masked tokens
-(LLaDA, arXiv:2502.09992). When all tokens are chosen, one more step writes their final keys and values. The devices
-remember where each request's block begins and which step it is at, so no block waits for a slower one, and the host
-plans without knowing how many steps a block takes.
+Each step of a block rewrites the keys and values of all its positions and unmasks some of its tokens (LLaDA,
+arXiv:2502.09992). When all tokens are unmasked, one more step writes their final keys and values. The devices remember
+where each request's block begins and which step it is at, so no block waits for a slower one, and the host plans
+without knowing how many steps a block takes.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from moe_jax.sharding.collectives import sum_devices
 
 
 def max_emitted(block: int, steps: int) -> int:
-    """Bound the tokens that a request emits in some steps (E).
+    """Bound the number of tokens that a request emits in `steps` steps (E).
 
-    A block takes at least one step that chooses tokens and one that writes them; the last block may be written by the
-    next dispatch.
+    A block takes at least one step that unmasks tokens and one that writes the final keys and values. The next dispatch
+    may do the writing of the last block.
     """
     return block * (steps // 2 + 1)
 
@@ -50,7 +50,7 @@ def max_emitted(block: int, steps: int) -> int:
 def denoise(
     decoder: Decoder, caches: Caches, slots: DiffusionSlots, step_input: DiffusionStepInput, route: Route
 ) -> tuple[Int32[Array, "D W"], RowLogprobs | None, DiffusionSlots, Caches]:
-    """Run up to K steps, fewer where no request has a block with pages. Prompts take part in a single step only.
+    """Run up to K steps, and stop early if no request has a block with pages. Only a single step (K = 1) has prompts.
 
     Returns:
       The packed `SampledTokens`, the scores of targets, and the updated slots and caches.
@@ -102,14 +102,14 @@ def _step(
 
 
 def _at_blocks(batch: ForwardBatch, blocks: CurrentBlocks) -> ForwardBatch:
-    """Move the rows of blocks to their current positions; rows of segments without a block write nothing."""
+    """Move the rows of blocks to their current positions. Rows of segments without a block write nothing."""
     planned = batch.positions.at[batch.starts[: blocks.slots.shape[0]]].get(mode="clip")
-    moved = jnp.where(blocks.alive, blocks.positions[:, 0] - planned, 0)
+    shifts = jnp.where(blocks.alive, blocks.positions[:, 0] - planned, 0)
     idle = (~blocks.alive).at[batch.segments].get(mode="fill", fill_value=False)
     return replace(
         batch,
         segments=jnp.where(idle, batch.starts.shape[0], batch.segments),
-        positions=batch.positions + moved.at[batch.segments].get(mode="fill", fill_value=0),
+        positions=batch.positions + shifts.at[batch.segments].get(mode="fill", fill_value=0),
     )
 
 
@@ -127,22 +127,26 @@ def _propose(
     """
     diffusion, inputs = step_input.diffusion, None
     if step_input.flags.sampling:
-        own = rows_of(slots.sampling, blocks.slots)
-        sampling = SamplingMetadata(*(jnp.repeat(part, diffusion.block, axis=0) for part in own))
+        requests = rows_of(slots.sampling, blocks.slots)
+        sampling = SamplingMetadata(*(jnp.repeat(column, diffusion.block, axis=0) for column in requests))
         inputs = SamplerInputs(sampling, blocks.positions.reshape(-1) - sampling.prompt_length, None)
     placement = route.residual.placement
-    return sample(logits, decoder.vocabulary.size, placement, inputs, never=diffusion.mask_token)
+    return sample(logits, decoder.vocabulary.size, placement, inputs, excluded_token=diffusion.mask_token)
 
 
 def _choose(
     slots: DiffusionSlots, blocks: CurrentBlocks, proposed: SamplerOutput, emitted: SampledTokens
 ) -> tuple[DiffusionSlots, SampledTokens]:
-    """Unmask the most confident proposed tokens. Emit blocks that became full; move on from blocks that were full."""
-    (own, positions, alive), (_, block) = blocks, blocks.positions.shape
-    nowhere, begins = slots.begins.shape[0], positions[:, 0]
-    schedule, sampling = rows_of(slots.schedule, own), rows_of(slots.sampling, own)
-    step = slots.steps.at[own].get(mode="clip")
-    tokens = slots.token_buffer.at[own[:, None], positions].get(mode="clip")
+    """Unmask the most confident proposed tokens.
+
+    A block that this step completes is emitted. A block that was complete before this step, and whose final keys and
+    values are therefore written now, makes room for the next block.
+    """
+    (slot_ids, positions, alive), (_, block) = blocks, blocks.positions.shape
+    pad_slot, begins = slots.begins.shape[0], positions[:, 0]
+    schedule, sampling = rows_of(slots.schedule, slot_ids), rows_of(slots.sampling, slot_ids)
+    step = slots.steps.at[slot_ids].get(mode="clip")
+    tokens = slots.token_buffer.at[slot_ids[:, None], positions].get(mode="clip")
     masked = (tokens == MASKED) & alive[:, None]
     was_full = alive & ~masked.any(axis=1)
 
@@ -151,14 +155,14 @@ def _choose(
     quota = block // steps + (step < block % steps)
     chosen = confident(proposed_logprobs, masked, schedule.threshold, quota)
     tokens = jnp.where(chosen, proposed_tokens, tokens)
-    logprobs = jnp.where(chosen, proposed_logprobs, slots.logprobs.at[own].get(mode="clip"))
+    logprobs = jnp.where(chosen, proposed_logprobs, slots.logprobs.at[slot_ids].get(mode="clip"))
     is_full = alive & ~was_full & ~(masked & ~chosen).any(axis=1)
     wanted = (positions >= sampling.prompt_length[:, None]) & (positions < schedule.ends[:, None])
     stops = (wanted & (tokens[..., None] == sampling.stop_ids[:, None]).any(axis=-1)).any(axis=1)
     is_last = is_full & (stops | (begins + block >= schedule.ends))
 
     begins += block * was_full
-    into = jnp.where(alive, own, nowhere)
+    into = jnp.where(alive, slot_ids, pad_slot)
     tokens = jnp.where(was_full[:, None], MASKED, tokens)
     buffer = slots.token_buffer.at[into[:, None], begins[:, None] + jnp.arange(block)].set(tokens, mode="drop")
     return replace(
@@ -176,15 +180,18 @@ def confident(
     threshold: Float[Array, "D"],
     quota: Int32[Array, "D"],
 ) -> Bool[Array, "D B"]:
-    """Choose the masked positions whose token is more probable than the threshold; if they are fewer than the quota,
-    the `quota` most probable ones instead, earlier positions first among equals."""
-    sure = masked & (jnp.exp(logprobs) > threshold[:, None])
+    """Choose the masked positions whose token is more probable than the threshold.
+
+    If there are fewer than the quota, choose the `quota` most probable ones instead, earlier positions first among
+    equals.
+    """
+    above = masked & (jnp.exp(logprobs) > threshold[:, None])
     confidence = jnp.where(masked, logprobs, -jnp.inf)
-    ours, others = confidence[:, :, None], confidence[:, None]
+    one, other = confidence[:, :, None], confidence[:, None]
     earlier = jnp.tri(masked.shape[1], k=-1, dtype=bool)
-    ahead = masked[:, None] & ((others > ours) | ((others == ours) & earlier))
+    ahead = masked[:, None] & ((other > one) | ((other == one) & earlier))
     best = masked & (ahead.sum(axis=-1) < quota[:, None])
-    return jnp.where((sure.sum(axis=1) >= quota)[:, None], sure, best)
+    return jnp.where((above.sum(axis=1) >= quota)[:, None], above, best)
 
 
 def _emit(
@@ -202,20 +209,20 @@ def _emit(
 
 
 def _begin(slots: DiffusionSlots, step_input: DiffusionStepInput) -> DiffusionSlots:
-    """Start the first block of requests whose prompts end in this step: mask what the prompt leaves open in it."""
+    """Start the first block of requests whose prompts end in this step: mask its positions after the prompt."""
     assert step_input.limits is not None
     batch, block = step_input.batch, step_input.diffusion.block
     prompts = slice(step_input.limits.shape[0], None)
     last = batch.starts[prompts] + batch.lengths[prompts] - 1
-    known = batch.positions.at[last].get(mode="clip") + 1
-    begins = known // block * block
-    nowhere, positions = slots.token_buffer.shape
-    into = jnp.where(step_input.samples[prompts], step_input.slots[prompts], nowhere)
-    open_places = known[:, None] + jnp.arange(block)
-    open_places = jnp.where(open_places < begins[:, None] + block, open_places, positions)
+    length = batch.positions.at[last].get(mode="clip") + 1
+    begins = length // block * block
+    pad_slot, positions = slots.token_buffer.shape
+    into = jnp.where(step_input.samples[prompts], step_input.slots[prompts], pad_slot)
+    masked = length[:, None] + jnp.arange(block)
+    masked = jnp.where(masked < begins[:, None] + block, masked, positions)
     return replace(
         slots,
-        token_buffer=slots.token_buffer.at[into[:, None], open_places].set(MASKED, mode="drop"),
+        token_buffer=slots.token_buffer.at[into[:, None], masked].set(MASKED, mode="drop"),
         begins=slots.begins.at[into].set(begins, mode="drop"),
         steps=slots.steps.at[into].set(0, mode="drop"),
     )

@@ -18,20 +18,20 @@ from moe_jax.programs.step_input import Slots, StepInput
 from moe_jax.sharding.rows import on_host
 
 MASKED = -1
-"""Token in the token buffer where no token is chosen yet."""
+"""Entry of the token buffer at a masked position."""
 FINISHED = 2**30
-"""First position of the current block of a request that has all its tokens."""
+"""Begin of the current block of a request that has all its tokens, after any position."""
 
 
 class DenoisingSchedule(NamedTuple):
-    """Pace at which each request's blocks are unmasked."""
+    """Schedule by which the blocks of each request are unmasked."""
 
     threshold: Float[Array, "requests"]
-    """Probability above which a token is chosen at once."""
+    """Probability above which a token is unmasked at once."""
     steps: Int32[Array, "requests"]
-    """Upper bound on the steps that choose the tokens of a block, from 1 to B."""
+    """Upper bound on the steps that unmask a block, from 1 to B."""
     ends: Int32[Array, "requests"]
-    """Position after the last token that the request wants."""
+    """Position after the last token that the request may emit."""
 
     @classmethod
     def of(cls, threshold: float, steps: int, end: int) -> DenoisingSchedule:
@@ -51,7 +51,7 @@ class DiffusionSlots(Slots):
     steps: Int32[Array, "S"]
     """Steps that the current block has taken."""
     logprobs: Float[Array, "S B"]
-    """Log-probability of each token of the current block when it was chosen."""
+    """Log-probability of each token of the current block at the step that unmasked it."""
 
     @classmethod
     def of(cls, slot: Slots, block: int) -> DiffusionSlots:
@@ -63,10 +63,10 @@ class DiffusionSlots(Slots):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DiffusionStepInput(StepInput):
-    """Input of a dispatch over blocks; the first D segments are blocks, the others pieces of prompts.
+    """Input of a dispatch over blocks. The first D segments are blocks, the others pieces of prompts.
 
-    `limits`, here of shape `[D]`, are the positions up to which each decoding request has pages. A prompt segment in
-    `samples` is the end of its prompt: its first block is decoded from the next step on.
+    `limits` has the shape `[D]`: the position up to which each decoding request has pages. `samples` is true for the
+    last segment of a prompt: the request's first block is decoded from the next step on.
     """
 
     schedule: DenoisingSchedule | None = None
@@ -75,18 +75,18 @@ class DiffusionStepInput(StepInput):
 
 
 class CurrentBlocks(NamedTuple):
-    """Blocks that the decoding segments work on in this step."""
+    """Current block of each decoding segment."""
 
     slots: Int32[Array, "D"]
     positions: Int32[Array, "D B"]
     alive: Bool[Array, "D"]
-    """True where the segment has a block, and the block has pages."""
+    """True if the segment has a block and the block has pages."""
 
 
 def current_blocks(slots: DiffusionSlots, step_input: DiffusionStepInput) -> CurrentBlocks:
     """Look up the block of each decoding segment."""
     assert step_input.limits is not None
     limits, block = step_input.limits, step_input.diffusion.block
-    own = step_input.slots[: limits.shape[0]]
-    begins = slots.begins.at[own].get(mode="fill", fill_value=FINISHED)
-    return CurrentBlocks(own, begins[:, None] + jnp.arange(block), begins + block <= limits)
+    decoding = step_input.slots[: limits.shape[0]]
+    begins = slots.begins.at[decoding].get(mode="fill", fill_value=FINISHED)
+    return CurrentBlocks(decoding, begins[:, None] + jnp.arange(block), begins + block <= limits)

@@ -34,16 +34,16 @@ class SampledTokens(NamedTuple):
 
     @classmethod
     def empty(cls, like: Int32[Array, "L"], tokens: int, top: int) -> SampledTokens:
-        """Make room for `tokens` tokens of each segment; the arrays vary over the mesh as `like` does."""
+        """Allocate `tokens` columns for each segment. The arrays vary over the mesh axes that `like` varies over."""
         segments = like.shape[0]
         integers = jnp.zeros((segments, tokens), jnp.int32), jnp.zeros((segments, tokens, top), jnp.int32)
-        reals = (part.astype(jnp.float32) for part in integers)
-        (tokens_, top_tokens), (logprobs, top_logprobs) = integers, reals
+        floats = (part.astype(jnp.float32) for part in integers)
+        (tokens_, top_tokens), (logprobs, top_logprobs) = integers, floats
         parts = vary_alike(tokens_, logprobs, top_tokens, top_logprobs, jnp.zeros(segments, jnp.int32), like)
         return cls(*parts[:-1])
 
     def pack(self) -> Int32[Array, "L W"]:
-        """Pack everything into one array: the host's cost of reading is per array."""
+        """Pack all columns into one array: the host's cost of a read is per array, not per byte."""
         columns = (lax.bitcast_convert_type(part, jnp.int32).reshape(len(self.counts), -1) for part in self)
         return jnp.concatenate(list(columns), axis=1)
 
@@ -71,7 +71,7 @@ class RowLogprobs(NamedTuple):
 def row_logprobs(
     decoder: Decoder, hidden_states: Float[Array, "T D"], step_input: StepInput, route: Route
 ) -> RowLogprobs | None:
-    """Score the targets of all rows, if the step has any."""
+    """Compute the log-probabilities of the step's targets, or None if it has none."""
     if step_input.targets is None:
         return None
     with jax.named_scope("score"):

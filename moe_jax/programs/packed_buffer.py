@@ -1,4 +1,4 @@
-"""Many small host arrays packed into two device arrays: the host's cost of a transfer is per array, not per byte.
+"""Small host arrays packed into two device arrays, since the host's cost of a transfer is per array, not per byte.
 
 W  words of a token shard     V  words that are the same on every device
 """
@@ -23,7 +23,7 @@ class PackedArray(NamedTuple):
     split: bool
     """True if each token shard has its own part; False if the array is the same on every device."""
     start: int
-    """First word of the array, in the buffer of its kind."""
+    """First word of the array in its buffer, `split` or `same`."""
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -31,7 +31,7 @@ class PackedArray(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedBuffer:
-    """A tree of arrays, of booleans or of four bytes an element, as two arrays of words."""
+    """Tree of arrays, packed into two arrays of 32-bit words. The elements are booleans or have four bytes."""
 
     split: Int32[Array, "shards*W"]
     same: Int32[Array, "V"]
@@ -52,16 +52,16 @@ class PackedBuffer:
         ends, arrays = {True: 0, False: 0}, []
         for leaf, is_split in zip(leaves, jax.tree.leaves(split), strict=True):
             parts = shards if is_split else 1
-            own = (leaf.astype(np.int32) if leaf.dtype == bool else leaf.view(np.int32)).reshape(parts, -1)
-            words[is_split].append(own)
+            part = (leaf.astype(np.int32) if leaf.dtype == bool else leaf.view(np.int32)).reshape(parts, -1)
+            words[is_split].append(part)
             shape = (leaf.shape[0] // parts, *leaf.shape[1:])
             arrays.append(PackedArray(is_split, ends[is_split], shape, leaf.dtype))
-            ends[is_split] += own.shape[1]
+            ends[is_split] += part.shape[1]
         buffers = (on_host(np.concatenate(words[is_split], axis=1).reshape(-1)) for is_split in (True, False))
         return cls(*buffers, tree=tree, arrays=tuple(arrays))
 
     def map(self, function: Callable[[Any, Any], Any], split: Any, same: Any) -> PackedBuffer:
-        """Apply `function` to both buffers, with the argument that belongs to each."""
+        """Apply `function` to both buffers, each with its own argument."""
         return replace(self, split=function(self.split, split), same=function(self.same, same))
 
     def unpack(self) -> Any:

@@ -1,4 +1,4 @@
-"""Compiled programs: one for each shape and kind of step.
+"""Compiled programs of a decoder: one for each kind and shape of step.
 
 S  slots of a token shard     P  positions of a sequence     L  segments of a token shard
 """
@@ -34,7 +34,7 @@ PAGE = 16
 
 
 class Programs:
-    """Compile each program on its first use, and keep it."""
+    """Cache of compiled programs: each is compiled on its first use."""
 
     def __init__(self, decoder: ShardedDecoder, options: Mapping[str, Any] | None = None) -> None:
         """`options` are XLA compiler options."""
@@ -43,13 +43,13 @@ class Programs:
         self.compile_seconds = 0.0
         self._options = dict(options or {})
         self._compiled: dict[Any, Compiled] = {}
-        self._shardings = self._named((decoder.rows_spec, PartitionSpec()))
+        self._shardings = self._named_shardings((decoder.rows_spec, PartitionSpec()))
         """Shardings of the two arrays of a packed buffer."""
 
     def run(
         self, parameters: Parameters, caches: Caches, slots: Slots, step_input: StepInput, route: Route
     ) -> tuple[Int32[Array, "shards*L W"], RowLogprobs | None, Slots, Caches]:
-        """Run one dispatch: `advance`, `decode` or `denoise`, whichever the input is for.
+        """Run one dispatch: `advance`, `decode` or `denoise`, depending on the input.
 
         `caches` and `slots` are donated: use the returned ones.
 
@@ -62,7 +62,7 @@ class Programs:
     def decode_step(self, segments: int, positions: int, route: Route) -> Compiled:
         """Compile a greedy step of `segments` sequences (or blocks) on each token shard, over full caches.
 
-        Needs neither weights nor the devices themselves: they may be those of `analysis.targets`.
+        Neither weights nor physical devices are needed: the mesh may be one of `analysis.targets`.
         """
         decoder, pages, block = self.decoder, -(-positions // PAGE), self.decoder.config.block
         tables = tuple((window, pages) for window in decoder.windows)
@@ -95,8 +95,8 @@ class Programs:
         return zeros(self.abstract_slots(slots, positions))
 
     def on_devices(self, step_input: StepInput) -> PackedBuffer:
-        """Copy a step's input to the devices, each device its own part."""
-        return self._pack(step_input).map(_placed, *self._shardings)
+        """Copy a step's input to the devices. Each device gets its own part."""
+        return self._pack(step_input).map(_place, *self._shardings)
 
     def _pack(self, step_input: StepInput) -> PackedBuffer:
         split = jax.tree.map(lambda _: True, step_input)
@@ -104,7 +104,7 @@ class Programs:
         return PackedBuffer.pack(step_input, split, self.decoder.placement.size(Role.TOKENS))
 
     def _program(self, route: Route, step_input: StepInput, *args: Any) -> Compiled:
-        """Return the compiled program for these arguments; compile it if there is none."""
+        """Return the compiled program for these arguments; compile it on the first call."""
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args[1:]))
         key = (route, jax.tree.structure(args[1:]), shapes)
         if key not in self._compiled:
@@ -115,7 +115,7 @@ class Programs:
         return self._compiled[key]
 
     def _jit(self, route: Route, step_input: StepInput, packed: PackedBuffer) -> Any:
-        step = _step_of(step_input)
+        step = _step_function(step_input)
 
         def run(decoder: Decoder, caches: Caches, slots: Slots, packed: PackedBuffer) -> Any:
             return step(decoder, caches, slots, packed.unpack(), route)
@@ -123,20 +123,20 @@ class Programs:
         rows, caches = self.decoder.rows_spec, self.decoder.cache_spec
         specs = replace(packed, split=rows, same=PartitionSpec())
         program = self.decoder.per_device(run, (caches, rows, specs), (rows, rows, rows, caches))
-        program.__name__ = step.__name__  # the name in profiles
+        program.__name__ = step.__name__  # shown in profiles
         results = PartitionSpec() if jax.process_count() > 1 else rows  # a process reads its own devices only
-        kept = self._named((results, results, rows, caches))
-        return jax.jit(program, donate_argnums=(1, 2), out_shardings=kept)
+        shardings = self._named_shardings((results, results, rows, caches))
+        return jax.jit(program, donate_argnums=(1, 2), out_shardings=shardings)
 
-    def _named(self, specs: Any) -> Any:
+    def _named_shardings(self, specs: Any) -> Any:
         mesh = self.decoder.placement.mesh
         return jax.tree.map(
             lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
         )
 
 
-def _step_of(step_input: StepInput) -> Callable[..., Any]:
-    """Choose the per-device function that runs an input."""
+def _step_function(step_input: StepInput) -> Callable[..., Any]:
+    """Select the per-device function that runs an input."""
     match step_input:
         case DiffusionStepInput():
             return denoise
@@ -146,8 +146,8 @@ def _step_of(step_input: StepInput) -> Callable[..., Any]:
             return decode
 
 
-def _placed(array: np.ndarray, sharding: NamedSharding) -> Array:
-    """Copy to the devices of all processes; every process has the whole array on its host."""
+def _place(array: np.ndarray, sharding: NamedSharding) -> Array:
+    """Copy an array to the devices of all processes. Every process has the whole array on its host."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

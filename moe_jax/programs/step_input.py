@@ -19,18 +19,16 @@ FROM_BUFFER = -1
 """Token id of a row whose token the devices read from the token buffer: the host may not know it yet."""
 
 Columns = TypeVar("Columns", bound=tuple[Any, ...])
-"""Named arrays with one row per request."""
-
-
-S = TypeVar("S", bound="Slots")
+"""Named tuple of arrays with one row per request."""
+AnySlots = TypeVar("AnySlots", bound="Slots")
 
 
 @dataclass(frozen=True)
 class StepFlags:
-    """Outputs that a step computes besides greedy tokens; static, since each combination is another program."""
+    """Outputs that a step computes besides greedy tokens. Each combination compiles to another program."""
 
     sampling: bool = False
-    """True if some request does more than greedy decoding."""
+    """True if some request is not decoded greedily."""
     top_logprobs: int = 0
     """Number of most likely tokens returned with their log-probabilities."""
     logits: bool = False
@@ -40,8 +38,10 @@ class StepFlags:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """State of each running request, kept on the devices so that the host can plan a step before it knows the tokens
-    of the step before."""
+    """State of each running request, on the devices.
+
+    The host can therefore plan a step before it knows the tokens of the step before.
+    """
 
     token_buffer: Int32[Array, "S P"]
     """Tokens of each request, by position."""
@@ -55,7 +55,7 @@ class StepInput:
     """Input of one dispatch: one step, or a loop of decode steps.
 
     On the host, NumPy arrays that hold all token shards one after the other; process 0 sends this object to the
-    workers. Inside `shard_map`, the arrays of this device's token shard.
+    workers. Inside `shard_map`, arrays of this device's token shard.
     """
 
     batch: ForwardBatch
@@ -67,7 +67,7 @@ class StepInput:
     sampling: SamplingMetadata | None
     """Sampling parameters for the slots of the last segments, those of prompts."""
     targets: Int32[Array, "T"] | None = None
-    """Token that follows each row, where its log-probability is wanted."""
+    """Token whose log-probability after each row is returned; None if the step returns none."""
     limits: Int32[Array, "L"] | None = None
     """Number of tokens that each segment may emit in a loop of decode steps; None for a single step."""
     flags: StepFlags = field(default=StepFlags(), metadata={"static": True})
@@ -81,13 +81,13 @@ class StepInput:
         return self.slots[-self.sampling.seed.shape[0] :]
 
 
-def feed(slots: S, step_input: StepInput, batch: ForwardBatch) -> tuple[Int32[Array, "T"], S]:
-    """Return the token of each row; write prompts to the token buffer and read decoding rows from it."""
+def feed(slots: AnySlots, step_input: StepInput, batch: ForwardBatch) -> tuple[Int32[Array, "T"], AnySlots]:
+    """Return the token of each row. Write prompts to the token buffer, and read the tokens of decoding rows from it."""
     buffer, is_prompt = slots.token_buffer, batch.tokens != FROM_BUFFER
-    nowhere = buffer.shape[0]
-    row_slots = step_input.slots.at[batch.segments].get(mode="fill", fill_value=nowhere)
+    pad_slot = buffer.shape[0]
+    row_slots = step_input.slots.at[batch.segments].get(mode="fill", fill_value=pad_slot)
     buffered = buffer.at[row_slots, batch.positions].get(mode="clip")
-    into = jnp.where(is_prompt, row_slots, nowhere)
+    into = jnp.where(is_prompt, row_slots, pad_slot)
     buffer = buffer.at[into, batch.positions].set(batch.tokens, mode="drop")
     return jnp.where(is_prompt, batch.tokens, buffered), replace(slots, token_buffer=buffer)
 
@@ -99,4 +99,4 @@ def rows_of(columns: Columns, slots: Int32[Array, "L"]) -> Columns:
 
 def update_rows(columns: Columns, slots: Int32[Array, "L"], new: Columns) -> Columns:
     """Overwrite the rows of some slots; a slot out of range writes nothing."""
-    return type(columns)(*(all.at[slots].set(own, mode="drop") for all, own in zip(columns, new, strict=True)))
+    return type(columns)(*(column.at[slots].set(rows, mode="drop") for column, rows in zip(columns, new, strict=True)))

@@ -1,9 +1,9 @@
-"""Which request runs where, on which pages of the cache, and what each step takes from it. Nothing here imports jax."""
+"""Continuous batching: assign requests to token shards and cache pages, and plan each step. Does not import jax."""
 
 from moe_jax.scheduler.diffusion import DiffusionRequest, DiffusionScheduler
 from moe_jax.scheduler.limits import CacheGroup, Limits
 from moe_jax.scheduler.plan import Chunk, Decodes, Plan
-from moe_jax.scheduler.request import PageTable, Request
+from moe_jax.scheduler.request import Request, RequestPages
 from moe_jax.scheduler.scheduler import Scheduler
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "DiffusionRequest",
     "DiffusionScheduler",
     "Limits",
-    "PageTable",
     "Plan",
     "Request",
+    "RequestPages",
     "Scheduler",
 ]

@@ -1,4 +1,4 @@
-"""What a token shard can hold, and what a step can take."""
+"""Capacity of the devices: cache pages, slots, and the size of a step."""
 
 from __future__ import annotations
 
@@ -9,53 +9,64 @@ from moe_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class CacheGroup:
-    """Layers that look back equally far, and so share the tables of their pages."""
+    """Cache of the layers with one attention window. These layers share page tables."""
 
     pages: int
-    """Of each token shard."""
+    """Number of pages on each token shard."""
     window: int | None
-    """Positions that a row sees, its own included; `None`: all before it."""
+    """Number of positions that a row attends to, its own included; `None` for full attention."""
 
     def first_page(self, position: int, page: int) -> int:
-        """The first page, of `page` positions each, that the row at a position sees."""
+        """Index of the first page, of `page` positions, that the row at `position` attends to."""
         return 0 if self.window is None else max(position - self.window + 1, 0) // page
 
     def max_pages(self, positions: int, rows: int, page: int) -> int:
-        """The most pages that a sequence of so many positions needs at a time, if a dispatch feeds at most `rows` of
-        them."""
-        whole = -(-positions // page)
+        """Maximum number of pages that a sequence of `positions` holds at a time.
+
+        Args:
+          positions: length of the sequence.
+          rows: maximum number of its rows in one dispatch.
+          page: positions in a page.
+        """
+        all_pages = -(-positions // page)
         if self.window is None:
-            return whole
-        seen = self.window - 1 + rows
-        return min(whole, (seen + page - 2) // page + 1)
+            return all_pages
+        visible = self.window - 1 + rows
+        return min(all_pages, (visible + page - 2) // page + 1)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the device side offers.
+    """Capacity that the scheduler plans for.
 
     Raises:
-      ConfigError: a number below 1.
+      ConfigError: a number below 1, or one that is not a multiple of the block size.
     """
 
     shards: int
+    """Number of token shards."""
     slots: int
-    """Requests that run at once on a token shard."""
+    """Maximum number of running requests on each token shard."""
     page: int
-    """Positions of a page."""
+    """Number of positions in a page."""
     groups: tuple[CacheGroup, ...]
+    """Cache groups, one for each attention window."""
     chunk: int
-    """The most prompt tokens of one request in a step."""
+    """Maximum number of prompt tokens of one request in a step."""
     chunks: int
-    """The most requests of a token shard in prefill in one step."""
+    """Maximum number of requests in prefill on each token shard in a step."""
     rows: int
-    """Rows of a token shard in one step: decode rows first, prompt tokens fill the rest. Decode rows are never held
-    back, and a prompt that waits gets one token at least, so that a step has at most `max(rows, slots)` rows."""
+    """Number of rows of each token shard in a step.
+
+    Decode rows come first and are never delayed; prompt tokens fill the rest. A waiting prompt gets at least one token,
+    so a step has at most `max(rows, slots)` rows.
+    """
     decode_steps: int
-    """Decode steps of one dispatch."""
+    """Maximum number of decode steps in one dispatch."""
     prefix_cache: bool
+    """Share the cached pages of common prompt prefixes."""
     block: int = 1
-    """Positions that are decoded, and written, together; chunks and rows of prompts are whole blocks."""
+    """Number of positions that are decoded and written together; prompt chunks and rows are whole blocks."""
 
     def __post_init__(self) -> None:
         for name in ("shards", "slots", "page", "chunk", "chunks", "rows", "decode_steps", "block"):
@@ -63,9 +74,15 @@ class Limits:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("chunk", "rows"):
             if getattr(self, name) % self.block:
-                raise ConfigError(f"{name} must be whole blocks of {self.block}, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"{name} must be a multiple of the block size, {self.block}, got {getattr(self, name)}"
+                )
         if not self.groups:
-            raise ConfigError("there must be a group of layers to cache for")
+            raise ConfigError("groups must have at least one cache group, got none")
         for group in self.groups:
             if group.pages < 1 or (group.window is not None and group.window < 1):
-                raise ConfigError(f"a group needs at least one page, and a window of at least 1, got {group}")
+                raise ConfigError(f"a cache group must have at least one page and a window of at least 1, got {group}")
+
+    def whole_blocks(self, positions: int) -> int:
+        """Round a number of positions up to whole blocks."""
+        return -(-positions // self.block) * self.block

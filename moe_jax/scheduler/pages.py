@@ -1,6 +1,6 @@
-"""The cache pages of one token shard: taken as sequences grow, let go as windows slide, shared where prompts agree.
+"""Cache pages of one token shard: allocated as sequences grow, freed as windows slide, shared by common prefixes.
 
-Tables, and their pages of a fixed number of positions, are those of PagedAttention (Kwon et al., arXiv:2309.06180).
+Page tables with pages of a fixed number of positions are those of PagedAttention (Kwon et al., arXiv:2309.06180).
 """
 
 from __future__ import annotations
@@ -9,151 +9,151 @@ from array import array
 from collections.abc import Sequence
 
 from moe_jax.scheduler.limits import Limits
-from moe_jax.scheduler.prefix import Node, Pool
-from moe_jax.scheduler.request import NEVER, PageTable, Request
+from moe_jax.scheduler.page_pool import PagePool
+from moe_jax.scheduler.prefix_tree import PrefixNode
+from moe_jax.scheduler.request import NEVER, Request, RequestPages
 
 
 class Pages:
-    """A pool of pages for each group of layers, and the tree of those that can be shared."""
+    """Page pools of all cache groups, and the prefix tree of their cached pages."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._page = limits.page
-        self._root = Node(None, (), len(limits.groups))
-        self.pools = [Pool(number, group) for number, group in enumerate(limits.groups)]
+        self._root = PrefixNode(None, (), len(limits.groups))
+        self.pools = [PagePool(number, group) for number, group in enumerate(limits.groups)]
+        """Page pool of each cache group."""
 
-    def match(self, request: Request) -> list[Node]:
-        """The longest beginning of the known tokens, in full pages, that the cache can continue from.
+    def match_prefix(self, request: Request) -> list[PrefixNode]:
+        """Return the nodes of the longest cached prefix that the request can continue from.
 
-        The last known token is never part of it, for its row gives the next token. What each group of layers sees from
-        the position after the beginning must be there; what its window has passed need not. It ends with a block.
+        A prefix has full pages, ends with a block, and leaves out the last known token, whose row samples the next one.
+        Each cache group must have the pages that the first computed position attends to; pages that its window has
+        passed may be missing.
         """
         if not (self._limits.prefix_cache and request.shares_prefix):
             return []
-        node, walked, best = self._root, [], 0
+        node, path, longest = self._root, [], 0
         runs = [0] * len(self.pools)
         for end in range(self._page, request.known, self._page):
             child = node.children.get(self._key(request, end))
             if child is None:
                 break
             node = child
-            walked.append(node)
+            path.append(node)
             runs = [0 if page is None else run + 1 for run, page in zip(runs, node.pages, strict=True)]
-            needs = (len(walked) - pool.group.first_page(end, self._page) for pool in self.pools)
+            needs = (len(path) - pool.group.first_page(end, self._page) for pool in self.pools)
             if end % self._limits.block == 0 and all(run >= need for run, need in zip(runs, needs, strict=True)):
-                best = len(walked)
-        return walked[:best]
+                longest = len(path)
+        return path[:longest]
 
-    def fits(self, request: Request, hit: Sequence[Node], spare: Sequence[int]) -> bool:
-        """Whether a request can be admitted with what it shares, and `spare` pages of each group stay to be had."""
+    def can_allocate(self, request: Request, prefix: Sequence[PrefixNode], reserved: Sequence[int]) -> bool:
+        """Return True if `allocate` leaves `reserved` pages of each cache group available."""
         for number, pool in enumerate(self.pools):
-            idle = sum(not pool.references[page] for page in self._shared(hit, number))
-            if idle + self._new(request, hit, pool) + spare[number] > pool.available:
+            evictable = sum(not pool.ref_counts[page] for page in self._prefix_pages(prefix, number))
+            if evictable + self._new_pages(request, prefix, pool) + reserved[number] > pool.available:
                 return False
         return True
 
-    def admit(self, request: Request, hit: Sequence[Node]) -> None:
-        """Give a request its first pages: those it shares, and of groups without a window all for its known tokens."""
-        request.computed = request.cached = len(hit) * self._page
-        request.shared = len(hit)
+    def allocate(self, request: Request, prefix: Sequence[PrefixNode]) -> None:
+        """Give an admitted request its first pages: the pages of the prefix, and new ones for prefill."""
+        request.computed = request.cached = len(prefix) * self._page
+        request.prefix_pages = len(prefix)
         if self._limits.prefix_cache and request.shares_prefix:
-            request.node = hit[-1] if hit else self._root
-            request.node.uses += 1
+            request.prefix_node = prefix[-1] if prefix else self._root
+            request.prefix_node.ref_count += 1
         for number, pool in enumerate(self.pools):
-            ids = array("i", self._shared(hit, number))
-            table = PageTable(pool, len(hit) - len(ids), ids)
+            ids = array("i", self._prefix_pages(prefix, number))
+            table = RequestPages(pool, len(prefix) - len(ids), ids)
             for page in ids:
-                pool.hold(page)
-            had = pool.take(self._new(request, hit, pool), ids)
-            assert had, "only what fits is admitted"
+                pool.touch(page)
+            is_allocated = pool.allocate(self._new_pages(request, prefix, pool), ids)
+            assert is_allocated, "can_allocate is checked before admission"
             request.pages.append(table)
         request.allocated = min((table.first + len(table.ids)) * self._page for table in request.pages)
 
     def extend(self, request: Request, end: int) -> bool:
-        """Have pages for all positions before `end`, and let go of those that windows have passed.
+        """Allocate pages for all positions before `end`, after freeing the pages that windows have passed.
 
-        Pages are let go here only, before they are taken, so that no step writes a page that it still reads. Returns
-        whether there were enough; those taken stay with the request either way.
+        Pages that windows have passed are freed here only, just before new ones are taken, so that no step writes a
+        page that it still reads. Return False if pages are missing; the request keeps the pages that it got.
         """
         page = self._page
         pages = -(-end // page)
         for table in request.pages:
             pool, ids = table.pool, table.ids
             if pool.group.window is not None:
-                self._slide(table, request.computed)
+                self._free_passed(table, request.computed)
             missing = pages - table.first - len(ids)
-            if missing > 0 and not pool.take(missing, ids):
+            if missing > 0 and not pool.allocate(missing, ids):
                 return False
         request.allocated = pages * page
         return True
 
     def missing(self, request: Request, end: int) -> list[int]:
-        """Pages of each group that `extend` would take, less those that it would let go."""
+        """Number of pages of each cache group that `extend` would allocate, less the number that it would free."""
         pages = -(-end // self._page)
         firsts = (max(t.first, t.pool.group.first_page(request.computed, self._page)) for t in request.pages)
         return [max(pages - first - len(table.ids), 0) for first, table in zip(firsts, request.pages, strict=True)]
 
-    def share(self, request: Request, positions: int) -> None:
-        """Let others find the full pages of the first `positions`, which must be known, whole blocks, and written by
-        planned steps.
+    def cache_full_pages(self, request: Request, positions: int) -> None:
+        """Add the full pages of the first `positions` to the prefix tree.
 
-        Those others may be of the same step, for in each layer it writes before it reads.
+        These positions must be known, whole blocks, and written by planned steps. Requests of the same step may share
+        the pages, too: in each layer, a step writes before it reads.
         """
-        at, page = request.node, self._page
-        if at is None:
+        node, page = request.prefix_node, self._page
+        if node is None:
             return
-        for number in range(request.shared, positions // page):
-            node = at.child(self._key(request, (number + 1) * page))
+        for number in range(request.prefix_pages, positions // page):
+            child = node.child(self._key(request, (number + 1) * page))
             for table in request.pages:
                 if number >= table.first:
-                    table.pool.offer(table.ids[number - table.first], node)
-            node.uses += 1
-            at.leave()
-            at = node
-        request.node, request.shared = at, positions // page
-        request.share_at = (request.shared + 1) * page + 1 - len(request.prompt)
+                    table.pool.cache(table.ids[number - table.first], child)
+            child.ref_count += 1
+            node.release()
+            node = child
+        request.prefix_node, request.prefix_pages = node, positions // page
+        request.cache_next_at = (request.prefix_pages + 1) * page + 1 - len(request.prompt)
 
-    def release(self, request: Request) -> None:
-        """Take everything back."""
+    def free(self, request: Request) -> None:
+        """Free all pages of a request."""
         for table in request.pages:
-            table.pool.release(reversed(table.ids))
+            table.pool.free(reversed(table.ids))
         request.pages = []
-        request.share_at = NEVER
-        if request.node is not None:
-            request.node.leave()
-            request.node = None
+        request.cache_next_at = NEVER
+        if request.prefix_node is not None:
+            request.prefix_node.release()
+            request.prefix_node = None
 
     def _key(self, request: Request, end: int) -> tuple[int, ...]:
-        """The tokens, after those of its parents, that decide what the page before `end` holds: to the end of the last
-        block in it."""
-        return request.sequence(end - self._page, _whole(end, self._limits.block))
+        """Tokens that decide the content of the page before `end`, given its parents: all of its last block."""
+        return request.sequence(end - self._page, self._limits.whole_blocks(end))
 
-    def _slide(self, table: PageTable, position: int) -> None:
-        """Let go of the pages that the row at a position no longer sees, nor any later one."""
+    def _free_passed(self, table: RequestPages, position: int) -> None:
+        """Free the pages that neither the row at `position` nor a later one attends to."""
         passed = table.pool.group.first_page(position, self._page) - table.first
         if passed > 0:
-            table.pool.release(table.ids[:passed])
+            table.pool.free(table.ids[:passed])
             del table.ids[:passed]
             table.first += passed
 
-    def _shared(self, hit: Sequence[Node], number: int) -> list[int]:
-        """The pages of a group that the position after the nodes of `hit` sees."""
+    def _prefix_pages(self, prefix: Sequence[PrefixNode], number: int) -> list[int]:
+        """Pages of cache group `number` that the position after the prefix attends to."""
         pages = []
-        for node in hit[self.pools[number].group.first_page(len(hit) * self._page, self._page) :]:
+        for node in prefix[self.pools[number].group.first_page(len(prefix) * self._page, self._page) :]:
             page = node.pages[number]
             assert page is not None
             pages.append(page)
         return pages
 
-    def _new(self, request: Request, hit: Sequence[Node], pool: Pool) -> int:
-        """Pages that a request takes when it is admitted: for one position more than is known, so that its next token
-        can be fed, to the end of the block; where there is a window, for one chunk."""
-        end = min(_whole(request.known + 1, self._limits.block), request.max_positions)
+    def _new_pages(self, request: Request, prefix: Sequence[PrefixNode], pool: PagePool) -> int:
+        """Number of new pages that a request gets when it is admitted.
+
+        They cover one position more than is known, so that the next token can be fed, up to the end of its block. With
+        a window, they cover one chunk only.
+        """
+        end = min(self._limits.whole_blocks(request.known + 1), request.max_positions)
         if pool.group.window is not None:
-            end = min(end, len(hit) * self._page + self._limits.chunk)
-        return -(-end // self._page) - len(hit)
-
-
-def _whole(positions: int, block: int) -> int:
-    """So many, and what the last block lacks."""
-    return -(-positions // block) * block
+            end = min(end, len(prefix) * self._page + self._limits.chunk)
+        return -(-end // self._page) - len(prefix)

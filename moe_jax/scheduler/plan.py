@@ -1,4 +1,4 @@
-"""What the device is to do next."""
+"""Plan of one dispatch: the scheduler's output."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from moe_jax.scheduler.request import Request
 
 
 class Decodes:
-    """The requests of a token shard that take decode steps in a dispatch, as lists of one entry each, in order."""
+    """Requests of a token shard that decode in a dispatch: parallel lists with one entry for each request."""
 
     __slots__ = ("positions", "requests", "steps", "width")
 
     def __init__(self, width: int = 1) -> None:
         self.width = width
-        """Rows of each in a step."""
+        """Rows of each request in a step."""
         self.requests: list[Request] = []
+        """Requests, in queue order."""
         self.positions: list[int] = []
-        """Of the first step, which feeds the token that the request got last, known to the host or not."""
+        """Position of each request in the first step.
+
+        That step feeds the last token of the request, which the host may not know yet.
+        """
         self.steps: list[int] = []
-        """Steps that each takes part in, at most the plan's. There are no pages for more."""
+        """Maximum number of decode steps of each request, at most the plan's. The request has pages for these only."""
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -32,34 +36,39 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one request, prompt and those that it generated before it was preempted."""
+    """Consecutive tokens of one request in a prefill step.
+
+    After a preemption, prefill also recomputes the tokens that the request generated.
+    """
 
     request: Request
     start: int
+    """Position of the first token."""
     end: int
+    """Position after the last token."""
     samples: bool
-    """Whether they are the last that are known, so that the step gives a token."""
+    """True if the chunk ends with the last known token, so that the step samples the next one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One dispatch; false where there is nothing to do. All that are made must run, in the order of their making.
+    """One dispatch; false if there is nothing to run. Plans must run in the order in which they were made.
 
-    Tables of pages (`Request.pages`), slots and shards of its requests are right until the scheduler is called again.
+    The page tables (`Request.pages`), slots and shards of its requests are valid until the next call of the scheduler.
     """
 
     decodes: list[Decodes]
-    """Of each token shard."""
+    """Decoding requests of each token shard."""
     steps: int
-    """Decode steps; 1 where there are chunks."""
+    """Number of decode steps; 1 if there are chunks."""
     chunks: list[list[Chunk]]
-    """Of each token shard, in the order of admission."""
+    """Prefill chunks of each token shard, in the order of admission."""
 
     def __bool__(self) -> bool:
         return any(self.decodes) or any(self.chunks)
 
-    def gives(self) -> Iterator[tuple[Request, int]]:
-        """Each request that tokens are planned for, with how many."""
+    def planned_tokens(self) -> Iterator[tuple[Request, int]]:
+        """Iterate over the requests that the plan generates tokens for, each with the number of tokens."""
         for decodes in self.decodes:
             yield from zip(decodes.requests, decodes.steps, strict=True)
         for chunk in chain(*self.chunks):
@@ -68,7 +77,7 @@ class Plan:
 
     @property
     def rows(self) -> list[int]:
-        """Of each token shard, in the first step."""
+        """Number of rows of each token shard in the first step."""
         return [
             len(decodes) * decodes.width + sum(chunk.end - chunk.start for chunk in chunks)
             for decodes, chunks in zip(self.decodes, self.chunks, strict=True)

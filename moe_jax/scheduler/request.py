@@ -1,130 +1,110 @@
-"""A request, and what the scheduler knows of it."""
+"""Request and its scheduling state."""
 
 from __future__ import annotations
 
 import sys
 from array import array
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from moe_jax.errors import RequestError
-
-if TYPE_CHECKING:
-    from moe_jax.scheduler.prefix import Node, Pool
+from moe_jax.scheduler.page_pool import PagePool
+from moe_jax.scheduler.prefix_tree import PrefixNode
 
 NEVER = sys.maxsize
 NEW: tuple[int, int] = (0, -1)
-"""The place in the line of a request that was not added yet."""
+"""Queue order of a request that was not added yet."""
 
 
-class PageTable:
-    """The pages of consecutive positions of one request, in one group of layers."""
+class RequestPages:
+    """Page table of one request in one cache group: pages of consecutive positions."""
 
     __slots__ = ("first", "ids", "pool")
 
-    def __init__(self, pool: Pool, first: int, ids: array[int]) -> None:
+    def __init__(self, pool: PagePool, first: int, ids: array[int]) -> None:
         self.pool = pool
-        """Where they are from."""
+        """Pool that the pages belong to."""
         self.first = first
-        """Pages of the sequence that come before them."""
+        """Index of the first page in the sequence: the window has passed the pages before it."""
         self.ids = ids
+        """Page ids."""
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Request:
-    """A prompt on its way to being continued. Two are never equal.
+    """Prompt to continue, with its scheduling state. Requests compare by identity.
 
-    Its last token is never fed back, so it has no position in the cache.
+    The last generated token is never fed back, so it has no position in the cache.
 
     Raises:
-      RequestError: no prompt, or no token to generate.
+      RequestError: an empty prompt, or no token to generate.
     """
 
-    __slots__ = (
-        "allocated",
-        "awaited",
-        "cached",
-        "computed",
-        "decode_end",
-        "ended",
-        "id",
-        "max_tokens",
-        "node",
-        "order",
-        "pages",
-        "priority",
-        "prompt",
-        "shard",
-        "share_at",
-        "shared",
-        "shares_prefix",
-        "slot",
-        "tokens",
-    )  # fmt: skip
+    id: Hashable
+    """Id of the request, unique among the requests that have not ended."""
+    prompt: Sequence[int]
+    """Token ids of the prompt."""
+    max_tokens: int
+    """Maximum number of tokens to generate."""
+    priority: int = 0
+    """Priority in the waiting queue: each step overtakes at most `MAX_OVERTAKEN` earlier requests."""
+    shares_prefix: bool = True
+    """Read from and write to the prefix cache. False computes every prompt position, so each has an output."""
 
-    def __init__(
-        self,
-        id: Hashable,
-        prompt: Sequence[int],
-        max_tokens: int,
-        priority: int = 0,
-        shares_prefix: bool = True,
-    ) -> None:
-        if not len(prompt):
-            raise RequestError(f"request {id!r}: the prompt must have at least one token")
-        if max_tokens < 1:
-            raise RequestError(f"request {id!r}: there must be at least one token to generate, got {max_tokens}")
-        self.id = id
-        self.prompt = prompt
-        self.max_tokens = max_tokens
-        """Tokens to generate at most."""
-        self.priority = priority
-        """Each step of it overtakes at most `OVERTAKES` requests that came before."""
-        self.shares_prefix = shares_prefix
-        """Whether it reads and feeds the prefix cache. Whoever wants something of each prompt position does not."""
-        self.tokens: list[int] = []
-        """Generated, and known to the host."""
-        self.computed = 0
-        """Positions whose keys and values are written, or planned to be."""
-        self.shard = self.slot = -1
-        """-1 while it does not run."""
-        self.pages: list[PageTable] = []
-        """Of each group of layers, while it runs."""
-        self.cached = 0
-        """Positions that its last admission took from the prefix cache."""
+    tokens: list[int] = field(default_factory=list, init=False)
+    """Generated tokens that the host knows."""
+    computed: int = field(default=0, init=False)
+    """Number of positions whose keys and values are written, or planned to be."""
+    shard: int = field(default=-1, init=False)
+    """Index of the token shard; -1 while the request does not run."""
+    slot: int = field(default=-1, init=False)
+    """Slot on the token shard; -1 while the request does not run."""
+    pages: list[RequestPages] = field(default_factory=list, init=False)
+    """Page table in each cache group; empty while the request does not run."""
+    cached: int = field(default=0, init=False)
+    """Number of positions that the last admission took from the prefix cache."""
+    ended: bool = field(default=False, init=False)
+    """True once the request is finished or cancelled."""
 
-        self.ended = False
-        """Finished or cancelled."""
-        self.order = NEW
-        """Its place in the line."""
-        self.decode_end = 0
-        """Positions after the last that decode steps may be planned for; 0 until its known tokens are computed."""
-        self.awaited = len(prompt)
-        """Tokens of the sequence that are known or planned, where no decode steps are."""
-        self.allocated = 0
-        """Positions for which it has pages, in all groups."""
-        self.node: Node | None = None
-        """Where its first `shared` pages end in the prefix cache; `None` where it does not share."""
-        self.shared = 0
-        self.share_at = NEVER
-        """How many tokens it must have for its next page to be shared."""
+    order: tuple[int, int] = field(default=NEW, init=False)
+    """Order in the waiting queue, and among running requests."""
+    decode_end: int = field(default=0, init=False)
+    """Position up to which decode steps may be planned; 0 during prefill."""
+    planned_length: int = field(default=0, init=False)
+    """Length of the sequence, known and planned, before any decode step."""
+    allocated: int = field(default=0, init=False)
+    """Number of positions that have pages in all cache groups."""
+    prefix_node: PrefixNode | None = field(default=None, init=False)
+    """Prefix node of the first `prefix_pages` pages; `None` if the request does not share its prefix."""
+    prefix_pages: int = field(default=0, init=False)
+    """Number of full pages of the request that the prefix tree contains."""
+    cache_next_at: int = field(default=NEVER, init=False)
+    """Number of generated tokens at which the next page can be cached."""
+
+    def __post_init__(self) -> None:
+        if not len(self.prompt):
+            raise RequestError(f"request {self.id!r}: the prompt must have at least one token, got none")
+        if self.max_tokens < 1:
+            raise RequestError(f"request {self.id!r}: max_tokens must be 1 or more, got {self.max_tokens}")
+        self.planned_length = len(self.prompt)
 
     @property
     def known(self) -> int:
-        """Tokens of the sequence that the host knows."""
+        """Length of the sequence that the host knows: prompt and generated tokens."""
         return len(self.prompt) + len(self.tokens)
 
     @property
     def pending(self) -> int:
-        """Tokens planned, not known yet. Each decode step feeds one and gives one."""
-        return (self.computed + 1 if self.decode_end else self.awaited) - self.known
+        """Number of tokens that are planned but not known. Each decode step feeds one token and generates one."""
+        return (self.computed + 1 if self.decode_end else self.planned_length) - self.known
 
     @property
     def max_positions(self) -> int:
-        """Positions of the cache that it can come to fill."""
+        """Maximum number of cache positions of the request."""
         return len(self.prompt) + self.max_tokens - 1
 
     def sequence(self, start: int, end: int) -> tuple[int, ...]:
-        """Some of the prompt and the known tokens."""
+        """Return tokens `start` to `end` of the known sequence."""
         prompt = len(self.prompt)
         if start >= prompt:
             return tuple(self.tokens[start - prompt : end - prompt])

@@ -1,13 +1,13 @@
-"""How a feed-forward block gets its rows and gives them back: gather, compute a partial sum, combine.
+"""Base class of the combine strategies: gather rows, compute a partial sum from them, combine the sum.
 
     T  own rows of a token shard (its capacity)     s  token shards that gather together
     N  rows of the buffer                           R  the axes over which the output is a partial sum (Role.PARTIAL)
     D  hidden     E  experts     k  experts per row
 
-A strategy is one object with both directions, because they share the form of the buffer (`sharding.strategies`). Each
-is exact for any counts that it holds; they differ in what they move, which `sharding.policy` weighs. The idea is that
-of SGLang's pull requests 22642 (reduce-scatter where others sum everything and slice) and 23731 (one place that
-decides).
+A strategy implements both directions, because they share the layout of the buffer (`sharding.strategies`). Every
+strategy is exact for any counts that its buffers hold; strategies differ in the bytes they move, which
+`sharding.policy` compares. The idea comes from SGLang's pull requests 22642 (a reduce-scatter instead of an all-reduce
+and a slice) and 23731 (one place that decides).
 """
 
 from __future__ import annotations
@@ -31,37 +31,40 @@ from moe_jax.sharding.traffic import Move, RowBytes
 
 @dataclass(frozen=True)
 class Gathered:
-    """The rows of all token shards that meet in one buffer, and which of them are real."""
+    """Rows of several token shards in one buffer, with a mask of the real rows."""
 
     values: tuple[Array, ...]
+    """Arrays `[N, ...]`: the hidden rows, then their metadata."""
     valid: Bool[Array, "N"] | None
-    """`None` where all are."""
+    """True for real rows; `None` if all rows are real."""
     own: Rows
-    """Those of this shard."""
+    """Rows of this token shard."""
     axes: tuple[str, ...]
-    """R."""
+    """The axes R."""
     exchanged: tuple[str, ...] = ()
-    """Axes along which other rows were sent to each device."""
+    """Axes along which each device was sent different rows."""
 
     def partial_sum(self, value: Float[Array, "N D"]) -> PartialSum:
-        """This device's part of the output of the gathered rows, zero in pad rows whatever stood there.
+        """Declare `value` to be this device's part of the output of the gathered rows, and zero its pad rows.
 
         Raises:
-          ReductionError: not as many rows as were gathered, as in a value that was combined already.
+          ReductionError: `value` has another number of rows, as a value that was combined already has.
         """
         rows = self.values[0].shape[0]
         if value.shape[0] != rows:
             raise ReductionError(
                 f"a partial sum of gathered rows has {rows} rows, this has {value.shape[0]}: "
-                "compute it from what combine.gather returned; own rows that were combined need no further sum"
+                "compute it from the result of combine.gather; own rows that were combined need no further sum"
             )
         return partial_sum(masked(value, self.valid), self.axes, exchanged=self.exchanged)
 
 
 @dataclass(frozen=True)
 class Combine(ABC):
-    """A strategy with the sizes of its buffers: every feed-forward block calls `gather` or `dispatch`, computes, calls
-    `combine`."""
+    """A strategy with its buffer sizes.
+
+    A feed-forward block calls `gather` or `dispatch`, computes its partial sum, and calls `combine`.
+    """
 
     placement: Placement
     encoding: Encoding = field(default=EXACT, kw_only=True)
@@ -69,62 +72,62 @@ class Combine(ABC):
     @classmethod
     @abstractmethod
     def sized(cls, placement: Placement, counts: Sequence[int], capacity: int) -> Self:
-        """The strategy, its buffers large enough for these counts; sizes come from a ladder, to compile few
-        programs."""
+        """Create the strategy with buffers for these counts, their sizes rounded up so that few programs are
+        compiled."""
 
     @abstractmethod
     def holds(self, counts: Sequence[int]) -> bool:
-        """Whether the buffers are large enough for these counts."""
+        """Return True if the buffers are large enough for these counts."""
 
-    def gather(self, rows: Rows, x: Float[Array, "T D"], *beside: Shaped[Array, "T _"]) -> Gathered:
-        """Own rows of this shard and of those that share its experts: `[T, ...] {V:tokens} -> [N, ...]`.
+    def gather(self, rows: Rows, x: Float[Array, "T D"], *metadata: Shaped[Array, "T _"]) -> Gathered:
+        """Gather the rows of all token shards that share experts: `[T, ...] {V:tokens} -> [N, ...]`.
 
         Args:
-          beside: what goes with the rows, numbers that float32 holds; it travels together, in one array.
+          metadata: further columns of each row, of numbers that float32 represents; they are sent as one array.
         """
-        sent, scales = self.encoding.encode(x)
-        gathered = self.move_in(rows, (sent, *side_by_side(scales, *beside)))
-        everyone, *others = gathered.values
-        scales, *others = apart(others, scales, *beside)
-        return replace(gathered, values=(self.encoding.decode(everyone, scales, x.dtype), *others))
+        encoded, scales = self.encoding.encode(x)
+        gathered = self.gather_arrays(rows, (encoded, *join_columns(scales, *metadata)))
+        encoded, *columns = gathered.values
+        scales, *columns = split_columns(columns, scales, *metadata)
+        return replace(gathered, values=(self.encoding.decode(encoded, scales, x.dtype), *columns))
 
     def dispatch(
         self, rows: Rows, x: Float[Array, "T D"], experts: Int32[Array, "T k"], weights: Float[Array, "T k"], held: int
     ) -> Gathered:
-        """At least the rows that visit the experts held here, with all their experts and weights.
+        """Gather at least the rows routed to the experts of this device, with their expert ids and weights.
 
         Args:
-          experts: E, which is none, for pad rows.
-          held: how many experts a device holds.
+          experts: expert ids of each row; pad rows have the id E, which no expert has.
+          held: number of experts on each device.
         """
         del held
         return self.gather(rows, x, experts, weights)
 
     @abstractmethod
-    def move_in(self, rows: Rows, values: tuple[Array, ...]) -> Gathered:
-        """The collectives of `gather`: `[T, ...] {V:tokens} -> [N, ...]`."""
+    def gather_arrays(self, rows: Rows, values: tuple[Array, ...]) -> Gathered:
+        """Run the collectives of `gather`: `[T, ...] {V:tokens} -> [N, ...]`."""
 
     @abstractmethod
     def combine(self, gathered: Gathered, partial: PartialSum) -> Float[Array, "T D"]:
-        """The sum over R, own rows only, zero in pad rows: `[N, D] {U:R} -> [T, D] {V:tokens}`."""
+        """Sum over R and return own rows, with pad rows zero: `[N, D] {U:R} -> [T, D] {V:tokens}`."""
 
     @abstractmethod
     def gather_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
-        """The collectives of `dispatch`, for rows of this capacity."""
+        """List the collectives of `dispatch` for token shards of `capacity` rows."""
 
     @abstractmethod
     def combine_moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
-        """The collectives of `combine`."""
+        """List the collectives of `combine` for token shards of `capacity` rows."""
 
 
-def side_by_side(*columns: Shaped[Array, "T _"]) -> tuple[Float[Array, "T c"], ...]:
-    """One float32 array of all columns, or none if there are none."""
+def join_columns(*columns: Shaped[Array, "T _"]) -> tuple[Float[Array, "T c"], ...]:
+    """Concatenate columns as one float32 array; return an empty tuple if there are no columns."""
     present = [value.astype(jnp.float32) for value in columns if value.shape[1]]
     return (jnp.concatenate(present, axis=1),) if present else ()
 
 
-def apart(joined: Sequence[Float[Array, "N c"]], *like: Shaped[Array, "T _"]) -> list[Array]:
-    """The inverse of `side_by_side` for more rows, with the columns and dtypes of `like`."""
+def split_columns(joined: Sequence[Float[Array, "N c"]], *like: Shaped[Array, "T _"]) -> list[Array]:
+    """Invert `join_columns`; widths and dtypes are those of `like`, which may have another number of rows."""
     if not joined:
         return list(like)
     (values,) = joined

@@ -1,4 +1,4 @@
-"""Whether a model can be split the way a placement says."""
+"""Check that a placement can split a model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ from moe_jax.sharding.placement import Placement, Role
 
 
 def check_divisibility(config: ModelConfig, placement: Placement) -> None:
-    """Raise `PlacementError`, naming every number that does not divide."""
-    split = {part: None for layer in config.layers for part in _split(layer)}
+    """Check that the devices of each role divide the dimensions that the role splits.
+
+    Raises:
+      PlacementError: names every size that does not divide.
+    """
+    split = {part: None for layer in config.layers for part in _split_sizes(layer)}
     split["embedding rows", config.vocab_rows, Role.HEADS] = None
     problems = [
-        f"{count} {what} do not divide over {placement.written(role)}"
-        for what, count, role in split
-        if count % placement.size(role)
+        f"{size} {what} do not divide over {placement.describe(role)}"
+        for what, size, role in split
+        if size % placement.size(role)
     ]
     heads = placement.size(Role.HEADS)
-    for shared, kind in dict.fromkeys(chain(*map(_shared, config.layers))):
-        if shared % heads and heads % shared:
-            over = placement.written(Role.HEADS)
-            problems.append(f"{shared} {kind} neither divide over {over} nor repeat evenly on them")
+    for groups, what in dict.fromkeys(chain(*map(_head_groups, config.layers))):
+        if groups % heads and heads % groups:
+            over = placement.describe(Role.HEADS)
+            problems.append(f"{groups} {what} neither divide over {over} nor repeat evenly on them")
     if problems:
         raise PlacementError(
             f"the model does not fit the placement: {'; '.join(problems)} "
@@ -39,8 +43,8 @@ def check_divisibility(config: ModelConfig, placement: Placement) -> None:
         )
 
 
-def _shared(layer: LayerConfig) -> Iterator[tuple[int, str]]:
-    """What several heads of a layer share, and how many of it there are."""
+def _head_groups(layer: LayerConfig) -> Iterator[tuple[int, str]]:
+    """Number and name of the groups in which heads of a layer share something: keys and values, or a norm."""
     match layer.attention:
         case AttentionConfig(kv_heads=heads):
             yield heads, "KV heads"
@@ -50,8 +54,8 @@ def _shared(layer: LayerConfig) -> Iterator[tuple[int, str]]:
             yield groups, "groups of normalised heads"
 
 
-def _split(layer: LayerConfig) -> Iterator[tuple[str, int, Role]]:
-    """What of a layer is split, into how many, by which role."""
+def _split_sizes(layer: LayerConfig) -> Iterator[tuple[str, int, Role]]:
+    """Name, size and role of each dimension of a layer that a role splits."""
     attention, ffn = layer.attention, layer.ffn
     if isinstance(attention, MambaConfig):
         yield "channels of a state space", attention.channels, Role.HEADS

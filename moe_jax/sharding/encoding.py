@@ -1,9 +1,9 @@
-"""How hidden rows are written while they are gathered: as they are, or in a byte per number with scales.
+"""Encodings of hidden rows for the gather: in the compute dtype, or in one byte per number with scales.
 
 T  rows     D  hidden     b  blocks of a row that have a scale each
 
-Only what is gathered loses precision; sums over devices stay in the compute dtype. Every scale is of one block of one
-row, so that no row, pad rows included, changes another's bits.
+Only the gather loses precision; sums over devices stay in the compute dtype. Each scale belongs to one block of one
+row, so no row, pad rows included, changes the bits of another.
 """
 
 from __future__ import annotations
@@ -23,30 +23,34 @@ BLOCK = 128
 
 
 class Encoding(ABC):
-    """To bytes and back."""
+    """Encode rows before they are gathered, and decode them afterwards."""
 
     @abstractmethod
     def encode(self, x: Float[Array, "T D"]) -> tuple[Array, Float[Array, "T b"]]:
-        """What is sent, and the scales that are sent beside it."""
+        """Return the encoded rows and their scales."""
 
     @abstractmethod
-    def decode(self, sent: Shaped[Array, "T D"], scales: Float[Array, "T b"], dtype: DTypeLike) -> Float[Array, "T D"]:
-        """The rows."""
+    def decode(
+        self, encoded: Shaped[Array, "T D"], scales: Float[Array, "T b"], dtype: DTypeLike
+    ) -> Float[Array, "T D"]:
+        """Decode rows to `dtype`."""
 
     @abstractmethod
     def row_bytes(self, hidden: int, dtype: DTypeLike) -> tuple[int, int]:
-        """Of what is sent, and of its scales."""
+        """Return the bytes of an encoded row and the bytes of its scales."""
 
 
 @dataclass(frozen=True)
 class Exact(Encoding):
-    """As they are."""
+    """Rows in the compute dtype, without scales."""
 
     def encode(self, x: Float[Array, "T D"]) -> tuple[Array, Float[Array, "T b"]]:
         return x, jnp.zeros((x.shape[0], 0), jnp.float32)
 
-    def decode(self, sent: Shaped[Array, "T D"], scales: Float[Array, "T b"], dtype: DTypeLike) -> Float[Array, "T D"]:
-        return sent
+    def decode(
+        self, encoded: Shaped[Array, "T D"], scales: Float[Array, "T b"], dtype: DTypeLike
+    ) -> Float[Array, "T D"]:
+        return encoded
 
     def row_bytes(self, hidden: int, dtype: DTypeLike) -> tuple[int, int]:
         return hidden * jnp.dtype(dtype).itemsize, 0
@@ -54,42 +58,47 @@ class Exact(Encoding):
 
 @dataclass(frozen=True)
 class Scaled(Encoding):
-    """As numbers of one byte, each block divided by its scale; for decoding only, as rounding has no gradient.
+    """Rows in one byte per number, each block divided by its scale. For decoding only: rounding has no gradient.
 
-    What is sent has the type of bytes, so that every collective carries it: a sum of packed rows, in which each row is
-    zero on all devices but one, is exact.
+    The encoded rows have dtype uint8, which every collective supports. A sum of packed rows, in which each row is zero
+    on all devices but one, is exact.
     """
 
     dtype: str
-    largest: float
 
     def encode(self, x: Float[Array, "T D"]) -> tuple[Array, Float[Array, "T b"]]:
+        is_integer = jnp.issubdtype(self.dtype, jnp.integer)
+        largest = float((jnp.iinfo if is_integer else jnp.finfo)(self.dtype).max)
         blocks = x.astype(jnp.float32).reshape(x.shape[0], _blocks(x.shape[1]), -1)
-        scales = jnp.max(jnp.abs(blocks), axis=-1) / self.largest
-        # A scale that is no normal number is rounded too much to divide by.
+        scales = jnp.max(jnp.abs(blocks), axis=-1) / largest
+        # A subnormal scale has too few significant bits to divide by: such blocks become zero.
         scaled = blocks / jnp.where(scales >= jnp.finfo(jnp.float32).tiny, scales, jnp.inf)[..., None]
-        small = (jnp.round(scaled) if jnp.issubdtype(self.dtype, jnp.integer) else scaled).astype(self.dtype)
-        return lax.bitcast_convert_type(small, jnp.uint8).reshape(x.shape), scales
+        numbers = (jnp.round(scaled) if is_integer else scaled).astype(self.dtype)
+        return lax.bitcast_convert_type(numbers, jnp.uint8).reshape(x.shape), scales
 
-    def decode(self, sent: Shaped[Array, "T D"], scales: Float[Array, "T b"], dtype: DTypeLike) -> Float[Array, "T D"]:
-        small = lax.bitcast_convert_type(sent, jnp.dtype(self.dtype)).reshape(*scales.shape, -1)
-        return (small.astype(jnp.float32) * scales[..., None]).astype(dtype).reshape(sent.shape)
+    def decode(
+        self, encoded: Shaped[Array, "T D"], scales: Float[Array, "T b"], dtype: DTypeLike
+    ) -> Float[Array, "T D"]:
+        numbers = lax.bitcast_convert_type(encoded, jnp.dtype(self.dtype)).reshape(*scales.shape, -1)
+        return (numbers.astype(jnp.float32) * scales[..., None]).astype(dtype).reshape(encoded.shape)
 
     def row_bytes(self, hidden: int, dtype: DTypeLike) -> tuple[int, int]:
         return hidden, _blocks(hidden) * jnp.dtype(jnp.float32).itemsize
 
 
 EXACT = Exact()
+DEFAULT_GATHER_DTYPE = "exact"
 ENCODINGS: dict[str, Encoding] = {
-    "exact": EXACT,
-    "float8_e4m3fn": Scaled("float8_e4m3fn", 448.0),
-    "int8": Scaled("int8", 127.0),
+    DEFAULT_GATHER_DTYPE: EXACT,
+    "float8_e4m3fn": Scaled("float8_e4m3fn"),
+    "int8": Scaled("int8"),
 }
-"""By the name that users ask for."""
+"""Encodings by the value of the option `gather_dtype`."""
 
 
 def as_encoding(name: str) -> Encoding:
-    """
+    """Return the encoding with a name.
+
     Raises:
       ConfigError: no such encoding.
     """
@@ -99,5 +108,5 @@ def as_encoding(name: str) -> Encoding:
 
 
 def _blocks(hidden: int) -> int:
-    """How many scales a row has: one for each `BLOCK` numbers, or for all where these do not divide."""
+    """Number of scales of a row: one per `BLOCK` numbers, or one in all if `BLOCK` does not divide the row."""
     return 1 if hidden % BLOCK else hidden // BLOCK

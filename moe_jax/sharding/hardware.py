@@ -1,4 +1,4 @@
-"""Cost of moving rows on a machine, from public figures or from those that `moe_jax.analysis.calibration` measured.
+"""Hardware records: the time of collectives from public figures, or from figures that `moe-jax bench` measured.
 
 Seconds of a collective = launches * launch
                         + hops * latency of the slowest link + bytes sent / bandwidth of that link
@@ -26,10 +26,10 @@ GB, US = 1e9, 1e-6
 
 @dataclass(frozen=True)
 class Link:
-    """Between neighbours in the ring of a collective."""
+    """Link between neighbours in the ring of a collective."""
 
     bandwidth: float
-    """Bytes per second that a device sends while it receives as many."""
+    """Bytes per second that a device sends, while it receives at the same rate."""
     latency: float
     """Seconds of one hop."""
 
@@ -39,30 +39,33 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A kind of device, and how devices are linked."""
+    """Figures of a kind of device and of the links between devices."""
 
     name: str
     devices_per_host: int
-    """Devices that reach each other by the local link: those of a host, or of an NVLink domain."""
+    """Devices connected by the local link: the devices of a host or of an NVLink domain."""
     local: Link
+    """Link between devices of a host."""
     remote: Link
+    """Link between devices of different hosts."""
     launch: float
-    """Seconds that any collective takes, however few bytes it moves."""
+    """Seconds that a collective takes without moving bytes."""
     memory: float
-    """Bytes of a device."""
+    """Bytes of memory of a device."""
     memory_bandwidth: float
     """Bytes per second that a device reads and writes."""
     flops: float
     """Dense bfloat16 operations per second of a device."""
     source: str
+    """Source of the figures."""
     shared: bool = False
-    """Whether the bandwidths are those of all devices of a host together, as for virtual devices."""
+    """True if the devices of a host share the bandwidths, as virtual devices do."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
 
     def seconds(self, moves: Iterable[Move], placement: Placement) -> float:
-        """The time of collectives one after the other."""
+        """Estimate the seconds of collectives that run one after the other."""
         return sum(self._seconds(move, placement) for move in moves)
 
     def _seconds(self, move: Move, placement: Placement) -> float:
@@ -71,11 +74,11 @@ class Hardware:
         return move.launches * self.launch + move.hops * link.latency + each * self.sharers(placement)
 
     def sharers(self, placement: Placement) -> int:
-        """How many devices share a bandwidth."""
+        """Number of devices that share a bandwidth."""
         return min(placement.mesh.devices.size, self.devices_per_host) if self.shared else 1
 
     def crosses_hosts(self, axes: tuple[str, ...], placement: Placement) -> bool:
-        """Whether devices along these axes lie on different hosts, devices numbered host after host."""
+        """Return True if devices along these axes are on different hosts. A host has consecutive devices."""
         mesh = placement.mesh
         host = np.arange(mesh.devices.size).reshape(mesh.devices.shape) // self.devices_per_host
         along = tuple(mesh.axis_names.index(axis) for axis in axes)
@@ -83,20 +86,21 @@ class Hardware:
 
 
 def _check_numbers(record: Link | Hardware) -> None:
-    """
+    """Check the numbers of a record.
+
     Raises:
-      ValueError: a number that is none, or not above 0; times may be 0.
+      ValueError: a value is not a number, or not above 0; times may be 0.
     """
-    for part in dataclasses.fields(record):
-        value = getattr(record, part.name)
-        if part.type in ("float", "int"):
-            is_time = part.name in ("launch", "latency")
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.type in ("float", "int"):
+            is_time = field.name in ("launch", "latency")
             if not isinstance(value, int | float) or not (value > 0 or (is_time and value == 0)):
-                raise ValueError(f"{part.name} must be a number above 0, got {value!r}")
+                raise ValueError(f"{field.name} must be a number above 0, got {value!r}")
 
 
 NCCL = (
-    "latencies: those of ring collectives in NCCL's tuning model (src/graph/tuning.cc: launch 6.6 us, NVLink hop "
+    "latencies of ring collectives from NCCL's tuning model (src/graph/tuning.cc: launch 6.6 us, NVLink hop "
     "0.6 us, network hop 2.7 us)"
 )
 _NVLINK, _NETWORK, _LAUNCH = 0.6 * US, 2.7 * US, 6.6 * US
@@ -105,7 +109,7 @@ _NVLINK, _NETWORK, _LAUNCH = 0.6 * US, 2.7 * US, 6.6 * US
 def _gpu(
     name: str, per_host: int, nvlink: float, network: float, memory: float, hbm: float, tflops: float, source: str
 ) -> Hardware:
-    """From figures in GB, GB/s and TFLOP/s."""
+    """Create a record from figures in GB, GB/s and TFLOP/s."""
     return Hardware(
         name=name,
         devices_per_host=per_host,
@@ -144,10 +148,14 @@ KNOWN: Mapping[str, Hardware] = {
 
 
 def as_hardware(name: str | Hardware | None) -> Hardware:
-    """A known record by its name, one that `save` wrote by its path, or for nothing that of JAX's devices.
+    """Return a hardware record.
+
+    Args:
+      name: a name in `KNOWN`, the path of a file that `save` wrote, a record, or `None` for the record of
+        `jax.devices()`.
 
     Raises:
-      ConfigError: no such record, or a file that holds none.
+      ConfigError: no such record, or a file that holds no record.
     """
     if isinstance(name, Hardware):
         return name
@@ -165,10 +173,11 @@ def as_hardware(name: str | Hardware | None) -> Hardware:
 
 
 def of_kind(device_kind: str) -> Hardware:
-    """The record that fits what JAX calls a device; that of an H100 for an accelerator that is not known."""
+    """Return the record for a `jax.Device.device_kind`, or that of an H100 for an unknown accelerator."""
     words = re.findall("[a-z0-9]+", device_kind.lower())
     return next((hardware for name, hardware in KNOWN.items() if name in words), KNOWN["h100"])
 
 
 def save(hardware: Hardware, path: Path) -> None:
+    """Write a record as JSON, for `as_hardware` to read."""
     path.write_text(json.dumps(dataclasses.asdict(hardware), indent=2) + "\n")

@@ -12,13 +12,17 @@ from jax.sharding import AxisType, Mesh
 from moe_jax.errors import PlacementError
 
 Device: TypeAlias = Any
-"""A `jax.Device`, which type checkers take for a variable."""
+"""`jax.Device`, which type checkers do not accept as a type."""
 
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 
 
 def parse_sizes(text: str) -> dict[str, int]:
-    """Axis sizes written as `"data=2,expert=4"`; axes left out have size 1."""
+    """Parse axis sizes written as `"data=2,expert=4"`.
+
+    Raises:
+      PlacementError: the text has another form.
+    """
     sizes = {}
     for item in text.split(","):
         axis, _, size = (part.strip() for part in item.partition("="))
@@ -32,15 +36,16 @@ def parse_sizes(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[Device] | None = None) -> Mesh:
-    """A mesh of the given axis sizes over the first devices that fill it.
+    """Make a mesh of the given axis sizes over the first devices that fill it.
 
     Args:
       sizes: `"data=2,expert=4"` or `{"data": 2, "expert": 4}`; axes left out have size 1. `None` puts all devices on
         `expert`.
-      devices: by default all devices of JAX's default backend.
+      devices: by default `jax.devices()`.
 
     Raises:
-      PlacementError: an unknown axis, a size below 1, or more devices asked for than there are.
+      PlacementError: an unknown axis, a size below 1, more devices than there are, or a process whose devices are all
+        left out.
     """
     devices = jax.devices() if devices is None else list(devices)
     if sizes is None:
@@ -58,12 +63,12 @@ def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[De
         raise PlacementError(f"every axis of mesh {written} must have a size of at least 1")
     if needed > len(devices):
         raise PlacementError(
-            f"mesh {written} needs {needed} devices, there are {len(devices)}: ask for a smaller mesh, or run on more "
+            f"mesh {written} needs {needed} devices, there are {len(devices)}: use a smaller mesh, or run on more "
             "devices (on a CPU: --cpu-devices N, or jax.config.update('jax_num_cpu_devices', N) before JAX is used)"
         )
     if idle := {device.process_index for device in devices} - {device.process_index for device in devices[:needed]}:
         raise PlacementError(
-            f"mesh {written} leaves processes without devices ({', '.join(map(str, sorted(idle)))}): ask for a larger "
-            "one, or start fewer processes"
+            f"mesh {written} leaves processes without devices ({', '.join(map(str, sorted(idle)))}): use a larger "
+            "mesh, or start fewer processes"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])

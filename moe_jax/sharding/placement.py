@@ -1,19 +1,18 @@
-"""Which mesh axes split what: the four roles, and the axes over which a sum is partial.
+"""Placements: the mesh axes that play each of four roles, and the axes over which a sum is partial.
 
-    role      the axes over which ... is split
+    role      dimension that its axes split
     TOKENS    the token rows of attention, with their KV cache (attention data parallelism)
     HEADS     the attention heads and the vocabulary (attention tensor parallelism)
     EXPERTS   the experts
     FFN       the intermediate width of each expert
 
-TOKENS and HEADS are disjoint and together cover the mesh; EXPERTS and FFN are disjoint. Two more names follow from
-them:
+TOKENS and HEADS are disjoint and together cover the mesh; EXPERTS and FFN are disjoint. Two more roles follow:
 
-    PARTIAL   EXPERTS and FFN together: the axes over which a feed-forward output is a partial sum. The widths of dense
-              MLPs and shared experts, which every token visits, are split over all of them.
-    KV_HEADS  HEADS where there are at least as many KV heads as devices, else nothing: fewer KV heads are replicated.
+    PARTIAL   EXPERTS and FFN together: the axes over which a feed-forward output is a partial sum. They split the
+              widths of dense MLPs and shared experts, which every token visits.
+    KV_HEADS  HEADS if there are at least as many KV heads as devices, else no axis: fewer KV heads are replicated.
 
-Axes of size 1 split nothing and drop out everywhere, so no program holds a collective over one device.
+Axes of size 1 split nothing and are left out everywhere, so no program has a collective over one device.
 """
 
 from __future__ import annotations
@@ -31,9 +30,12 @@ from moe_jax.errors import PlacementError
 from moe_jax.sharding import collectives
 from moe_jax.sharding.mesh import AXES, DATA, EXPERT, TENSOR, Device, make_mesh
 
+_ROLES = ("tokens", "heads", "experts", "ffn")
+"""Roles that a `Placement` is given; the others follow from them."""
+
 
 class Role(StrEnum):
-    """Logical axis of a dimension; its value is the axis's name in Flax's `out_sharding`, as in `"experts"`."""
+    """Logical axis of a dimension; the value is its name in Flax's `out_sharding`, such as `"experts"`."""
 
     TOKENS = auto()
     HEADS = auto()
@@ -45,7 +47,11 @@ class Role(StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and the axes that play each role. The defaults are data-parallel attention with expert parallelism."""
+    """A mesh and the axes that play each role. The default is data-parallel attention with expert parallelism.
+
+    Raises:
+      PlacementError: a mesh with other axes, or roles that overlap, name unknown axes or leave an axis out.
+    """
 
     mesh: Mesh
     tokens: tuple[str, ...] = (DATA, EXPERT)
@@ -57,15 +63,14 @@ class Placement:
         if self.mesh.axis_names != AXES or set(self.mesh.axis_types) != {AxisType.Auto}:
             raise PlacementError(
                 f"a mesh needs the axes {', '.join(AXES)}, all of type Auto, got {self.mesh}: "
-                "moe_jax.sharding.make_mesh makes one"
+                "make it with moe_jax.sharding.make_mesh"
             )
-        for role in ("tokens", "heads", "experts", "ffn"):
+        for role in _ROLES:
             if not isinstance(getattr(self, role), tuple):
                 raise PlacementError(f"{role} must be a tuple of axis names, got {getattr(self, role)!r}")
         for first, second in (("tokens", "heads"), ("experts", "ffn")):
-            both = set(getattr(self, first)) & set(getattr(self, second))
-            if both:
-                raise PlacementError(f"an axis cannot split both {first} and {second}: {sorted(both)} does")
+            if overlap := set(getattr(self, first)) & set(getattr(self, second)):
+                raise PlacementError(f"an axis cannot split both {first} and {second}: {sorted(overlap)} does")
         if unknown := set(self.tokens + self.heads + self.experts + self.ffn) - set(AXES):
             raise PlacementError(f"unknown mesh axes {sorted(unknown)}: the axes are {', '.join(AXES)}")
         if missing := [a for a in AXES if a not in self.tokens + self.heads and self.mesh.shape[a] > 1]:
@@ -74,31 +79,39 @@ class Placement:
 
     @classmethod
     def parse(cls, text: str, devices: Sequence[Device] | None = None) -> Placement:
-        """A placement written as `"data=2,expert=4"`, roles other than the default ones after semicolons:
-        `"data=2,expert=2,tensor=2; tokens=data; heads=expert,tensor; experts=data,expert"`."""
+        """Parse a placement written as `"data=2,expert=4"`, with any roles other than the defaults after semicolons.
+
+        For example `"data=2,expert=2,tensor=2; tokens=data; heads=expert,tensor; experts=data,expert"`.
+
+        Raises:
+          PlacementError: the text has another form, or see `Placement`.
+        """
         sizes, *clauses = text.split(";")
         roles = {}
         for clause in clauses:
             role, equals, axes = (part.strip() for part in clause.partition("="))
-            if role not in ("tokens", "heads", "experts", "ffn") or not equals or role in roles:
+            if role not in _ROLES or not equals or role in roles:
                 raise PlacementError(
-                    f"cannot read {clause.strip()!r} in {text!r}: after the mesh, write each of tokens, heads, "
-                    "experts, ffn at most once, with its axes, as in 'tokens=data,expert'"
+                    f"cannot read {clause.strip()!r} in {text!r}: after the mesh, write each of "
+                    f"{', '.join(_ROLES)} at most once, with its axes, as in 'tokens=data,expert'"
                 )
             roles[role] = tuple(axis for axis in (name.strip() for name in axes.split(",")) if axis)
         return cls(make_mesh(sizes, devices), **roles)
 
     @classmethod
     def from_sizes(cls, devices: Sequence[Device] | int, attention_dp: int, ep: int, replicas: int = 1) -> Placement:
-        """Mesh and roles from the sizes other engines ask for.
+        """Create a placement from parallelism sizes, as vLLM and SGLang take them.
 
         Args:
-          devices: the devices, or how many of JAX's devices to use.
-          attention_dp: token shards per replica; attention tensor parallelism takes what is left.
-          ep: expert shards per replica; the experts' widths are split over what is left.
+          devices: the devices, or the number of JAX's devices to use.
+          attention_dp: token shards per replica; the remaining factor is attention tensor parallelism.
+          ep: expert shards per replica; the remaining factor splits the experts' widths.
           replicas: copies of the model, each with its own part of the tokens.
+
+        Raises:
+          PlacementError: sizes that do not divide each other.
         """
-        count = devices if isinstance(devices, int) else len(devices)
+        count, chosen = (devices, None) if isinstance(devices, int) else (len(devices), devices)
         sizes = f"{count} devices, {replicas} replicas, attention_dp={attention_dp}, ep={ep}"
         if min(count, replicas, attention_dp, ep) < 1:
             raise PlacementError(f"impossible sizes ({sizes}): each must be at least 1")
@@ -106,8 +119,8 @@ class Placement:
         small, large = sorted((attention_dp, ep))
         if rest or large % small or per_replica % large:
             raise PlacementError(
-                f"impossible sizes ({sizes}): replicas must divide the devices, and of attention_dp and ep the smaller "
-                f"must divide the larger and the larger the {per_replica} devices of a replica"
+                f"impossible sizes ({sizes}): replicas must divide the devices; the smaller of attention_dp and ep "
+                f"must divide the larger, and the larger must divide the {per_replica} devices of a replica"
             )
         middle = ("tokens", "ffn") if attention_dp > ep else ("heads", "experts")
         factors = [
@@ -123,14 +136,11 @@ class Placement:
             )
         factors = [(1, ("tokens",))] * (len(AXES) - len(factors)) + factors
         axes = dict(zip(AXES, factors, strict=True))
-        mesh = make_mesh(
-            {axis: size for axis, (size, _) in axes.items()}, None if isinstance(devices, int) else devices
-        )
-        names = ("tokens", "heads", "experts", "ffn")
-        return cls(mesh, *(tuple(axis for axis, (_, roles) in axes.items() if role in roles) for role in names))
+        mesh = make_mesh({axis: size for axis, (size, _) in axes.items()}, chosen)
+        return cls(mesh, *(tuple(axis for axis, (_, roles) in axes.items() if role in roles) for role in _ROLES))
 
     def axes(self, role: Role) -> tuple[str, ...]:
-        """The axes that play a role, without those of size 1, in mesh order."""
+        """Return the axes that play a role, without axes of size 1, in mesh order."""
         names = {
             Role.TOKENS: self.tokens,
             Role.HEADS: self.heads,
@@ -143,44 +153,47 @@ class Placement:
 
     @property
     def rules(self) -> tuple[tuple[str, tuple[str, ...] | None], ...]:
-        """Flax's logical axis rules: `with nnx.logical_axis_rules(placement.rules): nnx.get_partition_spec(state)`.
+        """Logical axis rules for Flax.
 
-        They split KV heads over all heads devices, which JAX refuses where there are fewer KV heads than devices:
-        `moe_jax.layers.specs` then replicates them.
+        Use them as `with nnx.logical_axis_rules(placement.rules): nnx.get_partition_spec(state)`. They split KV heads
+        over all heads devices, which JAX refuses if there are fewer KV heads; `moe_jax.layers.specs` replicates them.
         """
         return tuple((role.value, self.axes(role) or None) for role in Role)
 
     def size(self, role: Role) -> int:
-        """Into how many parts a role splits."""
-        return self.devices(self.axes(role))
+        """Number of parts into which a role splits."""
+        return self.device_count(self.axes(role))
 
-    def devices(self, axes: tuple[str, ...]) -> int:
-        """How many devices differ from each other along these axes only."""
+    def device_count(self, axes: tuple[str, ...]) -> int:
+        """Number of devices along the given axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def index(self, role: Role) -> jax.Array | int:
-        """Which of those parts this device holds. Only inside `shard_map`."""
+        """Index of the part of a role that this device holds. Only inside `shard_map`."""
         return collectives.axis_index(self.axes(role))
 
     def expert_shards(self, along: tuple[str, ...]) -> np.ndarray | jax.Array:
-        """Which part of the experts each device along some axes holds, the others as here. Only inside `shard_map`."""
+        """Index of the expert shard of each device along the given axes. Only inside `shard_map`.
+
+        Along the other axes, the devices have the coordinates of this device.
+        """
         sizes = [self.mesh.shape[axis] for axis in along]
-        places = dict(zip(along, np.indices(sizes, np.int32).reshape(len(along), self.devices(along)), strict=True))
-        shard = np.zeros(self.devices(along), np.int32)
+        count = self.device_count(along)
+        coordinates = dict(zip(along, np.indices(sizes, np.int32).reshape(len(along), count), strict=True))
+        shard = np.zeros(count, np.int32)
         for axis in self.axes(Role.EXPERTS):
-            shard = shard * self.mesh.shape[axis] + (
-                places[axis] if axis in places else collectives.axis_index((axis,))
-            )
+            index = coordinates[axis] if axis in coordinates else collectives.axis_index((axis,))
+            shard = shard * self.mesh.shape[axis] + index
         return shard
 
     @property
     def device(self) -> Device:
-        """One of the devices, which are of a kind: what programs are compiled for."""
+        """Device that programs are compiled for; all devices of a mesh are of one kind."""
         return self.mesh.devices.flat[0]
 
     @property
-    def sends_ragged(self) -> bool:
-        """Whether the devices can exchange rows whose number is known at run time only: XLA's CPU backend cannot."""
+    def has_ragged_all_to_all(self) -> bool:
+        """True if the backend has `ragged_all_to_all`; XLA's CPU backend has not."""
         return self.device.platform != "cpu"
 
     @property
@@ -195,11 +208,14 @@ class Placement:
 
     @property
     def gather_shards(self) -> int:
-        """How many token shards meet in one feed-forward buffer."""
-        return self.devices(self.scatter_axes)
+        """Number of token shards that gather into one feed-forward buffer."""
+        return self.device_count(self.scatter_axes)
 
     def spec(self, dims: Sequence[Role | None], shape: Sequence[int]) -> PartitionSpec:
-        """The split of an array whose trailing dimensions play `dims`; leading ones (stacked layers) are not split."""
+        """Return the spec of an array whose trailing dimensions have the roles `dims`.
+
+        Leading dimensions (stacked layers) are not split.
+        """
         stacked = len(shape) - len(dims)
         return PartitionSpec(
             *(None,) * stacked,
@@ -212,21 +228,25 @@ class Placement:
         return self.axes(role) or None
 
     def sharding(self, dims: Sequence[Role | None], shape: Sequence[int]) -> NamedSharding:
+        """Return the sharding on the mesh with the spec of `spec`."""
         return NamedSharding(self.mesh, self.spec(dims, shape))
 
-    def written(self, role: Role) -> str:
-        """A role's size and axes, for messages: `8 devices (experts: data=2, expert=4)`."""
+    def describe(self, role: Role) -> str:
+        """Describe a role in a message, as in `8 devices (experts: data=2, expert=4)`."""
         sizes = ", ".join(f"{axis}={self.mesh.shape[axis]}" for axis in self.axes(role))
         return f"{self.size(role)} devices ({role.name.lower()}: {sizes})"
 
     def __str__(self) -> str:
         mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        roles = {"tokens": self.tokens, "heads": self.heads, "experts": self.experts, "ffn": self.ffn}
-        return mesh + "".join(f"; {role}={','.join(axes)}" for role, axes in roles.items())
+        return mesh + "".join(f"; {role}={','.join(getattr(self, role))}" for role in _ROLES)
 
 
 def as_placement(mesh: str | Mapping[str, int] | Mesh | Placement | None) -> Placement:
-    """A placement from whatever a user has: text, axis sizes, a mesh, a placement, or nothing (all devices)."""
+    """Convert text, axis sizes or a mesh to a placement; `None` puts all devices on `expert`.
+
+    Raises:
+      PlacementError: see `Placement`, `Placement.parse` and `make_mesh`.
+    """
     match mesh:
         case Placement():
             return mesh

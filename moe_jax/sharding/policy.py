@@ -1,4 +1,4 @@
-"""The one place that decides how rows go through a layer."""
+"""The policy: choose the strategy and the residual layout that move the rows of a step in the least time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from moe_jax.sharding.residual import RESIDUALS, ResidualLayout, WholeResidual
 from moe_jax.sharding.strategies import RaggedCombine, ReduceCombine, ScatterCombine
 from moe_jax.sharding.traffic import RowBytes, sent_bytes
 
+AUTO = "auto"
+"""Value of the options `combine` and `residual` that leaves the choice to the policy."""
+
 Strategy = type[Combine]
 STRATEGIES: dict[str, Strategy] = {
     "scatter": ScatterCombine,
@@ -24,45 +27,47 @@ STRATEGIES: dict[str, Strategy] = {
     "ragged": RaggedCombine,
     "all-to-all": AllToAllCombine,
 }
-"""By the name that users ask for."""
+"""Strategies by the value of the option `combine`."""
 T = TypeVar("T", bound=type)
 
 
 @dataclass(frozen=True)
 class Route:
-    """How rows go through every layer of a step."""
+    """Residual layout and strategy of every layer of a step."""
 
     residual: ResidualLayout
     combine: Combine
-    """On the placement that the residual's `blocks` see."""
+    """Strategy, on the `ffn_placement` of the residual layout."""
 
     @classmethod
     def whole(cls, combine: Combine) -> Route:
-        """With all rows of a token shard on each of its devices."""
+        """Create a route with `WholeResidual`: all rows of a token shard on each of its devices."""
         return cls(WholeResidual(combine.placement), combine)
 
     def holds(self, counts: Sequence[int], capacity: int) -> bool:
-        """Whether the buffers are large enough for these counts."""
+        """Return True if the buffers are large enough for these counts."""
         return self.combine.holds(self.residual.counts(counts, capacity))
 
     @property
     def name(self) -> str:
-        """As in `ScatterCombine`, or `ScatterCombine + SplitResidual`."""
+        """Name such as `ScatterCombine` or `ScatterCombine + SplitResidual`."""
         residual = () if isinstance(self.residual, WholeResidual) else (self.residual,)
         return " + ".join(type(part).__name__ for part in (self.combine, *residual))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What all layers move on a route."""
+    """Bytes and time of the collectives of all layers on a route."""
 
     route: Route
     heads_bytes: float
-    """Sent by each device for attention."""
+    """Bytes that each device sends for attention."""
     gather_bytes: float
+    """Bytes that each device sends to gather rows."""
     combine_bytes: float
+    """Bytes that each device sends to combine outputs."""
     seconds: float
-    """Predicted, if nothing overlaps."""
+    """Predicted time, without overlap."""
 
     @property
     def name(self) -> str:
@@ -89,7 +94,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Decision:
-    """A chosen route, why, and what each candidate would cost."""
+    """The chosen route, the reason, and the cost of each candidate."""
 
     chosen: Cost
     reason: str
@@ -109,51 +114,52 @@ class Decision:
 
 @dataclass(frozen=True)
 class Policy:
-    """Chooses the route for any counts. What a user insists on, it takes, and still says what it would choose."""
+    """Choose a route for given counts. A requested strategy or residual layout overrides the choice."""
 
     placement: Placement
     layers: tuple[RowBytes, ...]
-    """Of the rows of each layer of the model, or of one alone."""
+    """Bytes of a row in each layer of the model, or in a single layer."""
     hardware: Hardware
     strategy: Strategy | None = None
-    """Insisted on."""
+    """Requested strategy; `None` leaves the choice to the policy."""
     residual: type[ResidualLayout] | None = None
-    """Insisted on."""
+    """Requested residual layout; `None` leaves the choice to the policy."""
     encoding: Encoding = EXACT
+    """Encoding of gathered rows."""
 
     def decide(self, counts: Sequence[int], capacity: int) -> Decision:
-        """Choose by the mesh first, then by predicted time.
+        """Choose the route with the least predicted time among those that make sense on the mesh.
 
         | tokens split over a PARTIAL axis | rows per shard                      | usually chosen  |
         | -------------------------------- | ----------------------------------- | --------------- |
         | no                               | any                                 | ReduceCombine   |
         | yes                              | about equal, or few                 | ScatterCombine  |
-        | yes                              | many, some shards with a bit more   | RaggedCombine   |
-        | yes                              | many, nearly all on one of many     | ReduceCombine   |
+        | yes                              | many, a few more on some shards     | RaggedCombine   |
+        | yes                              | many, nearly all on one shard       | ReduceCombine   |
         | yes, over more than `top_k`      | many, no shared expert              | AllToAllCombine |
 
-        Where heads are split too, each is weighed with `WholeResidual` and with `SplitResidual`.
+        If heads are split too, each strategy is considered with `WholeResidual` and with `SplitResidual`.
 
         Args:
-          counts: real rows of each token shard; the route will hold them and fewer.
-          capacity: rows of each token shard's buffer.
+          counts: real rows of each token shard; the route holds these counts and smaller ones.
+          capacity: rows of each token shard's array.
         """
         auto = self._choose(counts, capacity, None, None)
         if self.strategy is None and self.residual is None:
             return auto
-        asked = self._choose(counts, capacity, self.strategy, self.residual).chosen
-        others = tuple(cost for cost in auto.candidates if cost.name != asked.name)
-        return Decision(asked, f"asked for; the policy says {auto}", (asked, *others))
+        requested = self._choose(counts, capacity, self.strategy, self.residual).chosen
+        others = tuple(cost for cost in auto.candidates if cost.name != requested.name)
+        return Decision(requested, f"requested; the policy would choose {auto}", (requested, *others))
 
     def _choose(
         self, counts: Sequence[int], capacity: int, strategy: Strategy | None, residual: type[ResidualLayout] | None
     ) -> Decision:
-        split = self.placement.axes(Role.HEADS)
-        residuals = [residual] if residual else list(RESIDUALS.values()) if split else [WholeResidual]
+        splits_heads = bool(self.placement.axes(Role.HEADS))
+        layouts = [residual] if residual else list(RESIDUALS.values()) if splits_heads else [WholeResidual]
         candidates = tuple(
             self._cost(route, capacity)
-            for kind in residuals
-            for route in self._routes(kind(self.placement), strategy, counts, capacity)
+            for layout in layouts
+            for route in self._routes(layout(self.placement), strategy, counts, capacity)
         )
         best, *others = sorted(candidates, key=lambda cost: cost.seconds)
         return Decision(best, _reason(best, others), candidates)
@@ -162,11 +168,13 @@ class Policy:
         self, residual: ResidualLayout, strategy: Strategy | None, counts: Sequence[int], capacity: int
     ) -> Iterator[Route]:
         kept, counts = residual.capacity(capacity), residual.counts(counts, capacity)
-        for each in [strategy] if strategy else self._sensible(residual.blocks):
-            yield Route(residual, replace(each.sized(residual.blocks, counts, kept), encoding=self.encoding))
+        placement = residual.ffn_placement
+        for each in [strategy] if strategy else self._strategies(placement):
+            yield Route(residual, replace(each.sized(placement, counts, kept), encoding=self.encoding))
 
-    def _sensible(self, blocks: Placement) -> Sequence[Strategy]:
-        if not blocks.scatter_axes:
+    def _strategies(self, placement: Placement) -> Sequence[Strategy]:
+        """Return the strategies that make sense on a placement of feed-forward blocks."""
+        if not placement.scatter_axes:
             return [ReduceCombine]
         routed = any(row.top_k for row in self.layers)
         return [strategy for strategy in STRATEGIES.values() if routed or strategy is not AllToAllCombine]
@@ -191,47 +199,49 @@ class Policy:
 
 
 def _reason(best: Cost, others: Sequence[Cost]) -> str:
-    blocks = best.route.combine.placement
+    placement = best.route.combine.placement
     if not others:
-        return f"no token axis holds experts or widths, the sum over {_written(blocks.sum_axes)} is all there is"
-    what = (
-        f"tokens and partial sums share {_written(blocks.scatter_axes)}"
-        if blocks.scatter_axes
-        else f"sums over {_written(blocks.sum_axes)}, which split no tokens"
+        sums = _format(placement.sum_axes)
+        return f"no axis splits both tokens and partial sums, so the sum over {sums} is the only choice"
+    axes = (
+        f"tokens and partial sums share {_format(placement.scatter_axes)}"
+        if placement.scatter_axes
+        else f"partial sums over {_format(placement.sum_axes)}, which do not split tokens"
     )
-    losers = ", ".join(f"{other.name} {other.seconds * 1e6:.1f}" for other in others)
-    return f"{what}; predicted {best.seconds * 1e6:.1f} us ({losers})"
+    costs = ", ".join(f"{other.name} {other.seconds * 1e6:.1f}" for other in others)
+    return f"{axes}; predicted {best.seconds * 1e6:.1f} us ({costs})"
 
 
-def _written(axes: tuple[str, ...]) -> str:
+def _format(axes: tuple[str, ...]) -> str:
     return ", ".join(axes) or "no axis"
 
 
-def as_strategy(wanted: str | Strategy) -> Strategy | None:
-    """The strategy that a user insists on; `None` for `auto`.
+def as_strategy(name: str | Strategy) -> Strategy | None:
+    """Return the strategy with a name, or `None` for `"auto"`: the policy then chooses. Classes are returned as is.
 
     Raises:
       PlacementError: no such strategy.
     """
-    return _asked("combine", wanted, STRATEGIES, Combine)
+    return _resolve("combine", name, STRATEGIES, Combine)
 
 
-def as_residual_layout(wanted: str | type[ResidualLayout]) -> type[ResidualLayout] | None:
-    """The residual that a user insists on; `None` for `auto`.
+def as_residual_layout(name: str | type[ResidualLayout]) -> type[ResidualLayout] | None:
+    """Return the residual layout with a name, or `None` for `"auto"`: the policy then chooses. Classes are returned as
+    is.
 
     Raises:
-      PlacementError: no such residual.
+      PlacementError: no such residual layout.
     """
-    return _asked("residual", wanted, RESIDUALS, ResidualLayout)
+    return _resolve("residual", name, RESIDUALS, ResidualLayout)
 
 
-def _asked(option: str, wanted: str | T, known: Mapping[str, T], base: T) -> T | None:
-    if isinstance(wanted, type) and issubclass(wanted, base) and not isabstract(wanted):
-        return wanted
-    if wanted == "auto":
+def _resolve(option: str, name: str | T, known: Mapping[str, T], base: T) -> T | None:
+    if isinstance(name, type) and issubclass(name, base) and not isabstract(name):
+        return name
+    if name == AUTO:
         return None
-    if isinstance(wanted, str) and wanted in known:
-        return known[wanted]
+    if isinstance(name, str) and name in known:
+        return known[name]
     raise PlacementError(
-        f"{option} must be auto, {', '.join(known)} or a class derived from {base.__name__}, got {wanted!r}"
+        f"{option} must be {AUTO}, {', '.join(known)} or a class derived from {base.__name__}, got {name!r}"
     )

@@ -1,14 +1,14 @@
-"""Which rows of its token shard a device keeps between blocks, where attention heads are split too.
+"""Residual layouts: the rows of a token shard that a device keeps between blocks, if attention heads are split too.
 
-T  rows of a token shard     h  heads devices of it     B  rows that a device keeps     D  hidden
+T  rows of a token shard     h  heads devices of a token shard     B  rows that a device keeps     D  hidden
 
                  keeps         before attention           after attention
 WholeResidual    all, B = T    nothing                    psum over heads
 SplitResidual    a part        all_gather over heads      psum_scatter over heads
 
-A feed-forward block sees the rows that are kept as those of a token shard: under `SplitResidual` every device is one,
-so that it gathers and scatters over all of its axes, and nothing is left to sum. This is the sequence parallelism of
-Korthikanti et al. (arXiv:2205.05198), for rows of a batch.
+A feed-forward block treats the kept rows as the rows of a token shard. Under `SplitResidual` every device is a token
+shard, so the block gathers and scatters over all of its axes, and no axis is left to sum over. This is the sequence
+parallelism of Korthikanti et al. (arXiv:2205.05198), applied to the rows of a batch.
 """
 
 from __future__ import annotations
@@ -33,54 +33,55 @@ Counts = TypeVar("Counts", Array, np.ndarray)
 
 @dataclass(frozen=True)
 class ResidualLayout(ABC):
-    """What attention and the vocabulary need of other devices; the placement is that of the parameters."""
+    """Layout of the residual rows between blocks, with the collectives of attention and of the vocabulary."""
 
     placement: Placement
+    """Placement of the parameters."""
 
     @property
     @abstractmethod
-    def blocks(self) -> Placement:
-        """The placement that feed-forward blocks see."""
+    def ffn_placement(self) -> Placement:
+        """Placement of the kept rows, as feed-forward blocks use it."""
 
     @abstractmethod
     def capacity(self, capacity: int) -> int:
-        """B, for T."""
+        """Number of rows B that a device keeps of a token shard of `capacity` rows."""
 
     @abstractmethod
     def counts(self, counts: Sequence[int], capacity: int) -> Sequence[int]:
-        """Real rows of each token shard of `blocks`."""
+        """Real rows of each token shard of `ffn_placement`."""
 
     @abstractmethod
     def rows(self, rows: Rows) -> Rows:
-        """Those that are kept."""
+        """The kept rows, as rows of `ffn_placement`."""
 
     @abstractmethod
     def heads_partial_sum(self, value: Float[Array, "T D"]) -> PartialSum:
-        """This device's part, from its own heads or vocabulary, of a value of all rows of the token shard."""
+        """Declare `value`, from the heads or the vocabulary of this device, to be a part of a sum over HEADS."""
 
     @abstractmethod
     def sum_heads(self, partial: PartialSum) -> Float[Array, "B D"]:
-        """The sum of the parts that the heads devices hold, of the rows that are kept."""
+        """Sum the parts of the heads devices, and return the kept rows."""
 
     @abstractmethod
     def all_rows(self, x: Float[Array, "B D"], capacity: int) -> Float[Array, "T D"]:
-        """All rows of the token shard, `capacity` of them."""
+        """Return all `capacity` rows of the token shard."""
 
     @abstractmethod
     def moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
-        """The collectives of one layer's attention."""
+        """List the collectives of one layer's attention for token shards of `capacity` rows."""
 
     def gather_columns(self, value: Float[Array, "T V"]) -> Float[Array, "T vocab"]:
-        """The columns that the heads devices hold, side by side: `[T, V] {V:heads} -> [T, h*V]`."""
+        """Concatenate the columns of the heads devices: `[T, V] {V:heads} -> [T, h*V]`."""
         return all_gather_same(value, self.placement.axes(Role.HEADS), dim=1)
 
 
 @dataclass(frozen=True)
 class WholeResidual(ResidualLayout):
-    """All rows on every heads device."""
+    """Every heads device keeps all rows of its token shard."""
 
     @property
-    def blocks(self) -> Placement:
+    def ffn_placement(self) -> Placement:
         return self.placement
 
     def capacity(self, capacity: int) -> int:
@@ -108,19 +109,19 @@ class WholeResidual(ResidualLayout):
 
 @dataclass(frozen=True)
 class SplitResidual(ResidualLayout):
-    """Each heads device keeps as many rows as the others, the first device the first ones."""
+    """Each heads device keeps an equal part of the rows of its token shard, in the order of the devices."""
 
     @property
-    def blocks(self) -> Placement:
-        here = self.placement
-        both = here.tokens + here.heads
-        return replace(here, tokens=tuple(axis for axis in AXES if axis in both), heads=())
+    def ffn_placement(self) -> Placement:
+        placement = self.placement
+        split = placement.tokens + placement.heads
+        return replace(placement, tokens=tuple(axis for axis in AXES if axis in split), heads=())
 
     def capacity(self, capacity: int) -> int:
         return -(-capacity // self.placement.size(Role.HEADS))
 
     def counts(self, counts: Sequence[int], capacity: int) -> Sequence[int]:
-        return self._parts(np.asarray(counts), capacity).tolist()
+        return self._split_counts(np.asarray(counts), capacity).tolist()
 
     def rows(self, rows: Rows) -> Rows:
         capacity, heads = self.capacity(rows.capacity), self.placement.size(Role.HEADS)
@@ -129,7 +130,7 @@ class SplitResidual(ResidualLayout):
         counts = rows.counts
         if counts is None:
             counts = jnp.full(self.placement.size(Role.TOKENS), rows.capacity, jnp.int32)
-        return Rows(self._parts(counts, rows.capacity), capacity)
+        return Rows(self._split_counts(counts, rows.capacity), capacity)
 
     def heads_partial_sum(self, value: Float[Array, "T D"]) -> PartialSum:
         pad = self.capacity(value.shape[0]) * self.placement.size(Role.HEADS) - value.shape[0]
@@ -144,21 +145,23 @@ class SplitResidual(ResidualLayout):
         return all_gather_same(x, self.placement.axes(Role.HEADS))[:capacity]
 
     def moves(self, capacity: int, row: RowBytes) -> tuple[Move, ...]:
-        here, rows = self.placement, self.capacity(capacity) * self.placement.size(Role.HEADS)
+        placement = self.placement
+        rows = self.capacity(capacity) * placement.size(Role.HEADS)
         return tuple(
             move
             for kind in (Kind.ALL_GATHER, Kind.REDUCE_SCATTER)
-            for move in moves(kind, here.axes(Role.HEADS), rows, row.combine, here)
+            for move in moves(kind, placement.axes(Role.HEADS), rows, row.combine, placement)
         )
 
-    def _parts(self, counts: Counts, capacity: int) -> Counts:
-        """Of each shard's count, what lies in the part of each heads device; both in mesh order."""
-        here, part = self.placement, self.capacity(capacity)
-        sizes = [(here.mesh.shape[axis], axis in here.heads) for axis in AXES]
-        of_shards = counts.reshape([1 if heads else size for size, heads in sizes])
-        firsts = part * np.arange(here.size(Role.HEADS)).reshape([size if heads else 1 for size, heads in sizes])
-        return (of_shards - firsts).clip(0, part).reshape(-1)
+    def _split_counts(self, counts: Counts, capacity: int) -> Counts:
+        """Split the count of each token shard over its heads devices; both are in mesh order."""
+        placement, kept = self.placement, self.capacity(capacity)
+        sizes = [(placement.mesh.shape[axis], axis in placement.heads) for axis in AXES]
+        by_shard = counts.reshape([1 if is_heads else size for size, is_heads in sizes])
+        firsts = kept * np.arange(placement.size(Role.HEADS))
+        firsts = firsts.reshape([size if is_heads else 1 for size, is_heads in sizes])
+        return (by_shard - firsts).clip(0, kept).reshape(-1)
 
 
 RESIDUALS: dict[str, type[ResidualLayout]] = {"whole": WholeResidual, "split": SplitResidual}
-"""By the name that users ask for."""
+"""Residual layouts by the value of the option `residual`."""

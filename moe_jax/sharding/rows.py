@@ -1,6 +1,6 @@
-"""Token rows: ragged in truth, rectangular in memory.
+"""Token rows: a different number of real rows on each token shard, in arrays of equal size.
 
-T  capacity: rows held by each token shard, real ones first
+T  capacity: rows of the array of each token shard, real rows first
 s  token shards that gather together
 """
 
@@ -19,29 +19,33 @@ from moe_jax.sharding.collectives import axis_index
 from moe_jax.sharding.placement import Placement, Role
 
 FINE = 16
-"""Sizes per doubling in the ladder of row buffers: at most a sixteenth is padding."""
+"""Sizes of row buffers per doubling: at most a sixteenth of a buffer is padding."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """How many of each token shard's `capacity` rows are real. Every device knows all counts, so it can build every
-    mask.
+    """Number of real rows of each token shard, and the capacity of its array.
 
-    Make it with `Rows.of`, which checks the counts; inside a compiled program they are data and cannot be checked.
+    Every device has all counts, so it can build every mask. `Rows.of` checks the counts; inside a compiled program they
+    are data and cannot be checked.
     """
 
     counts: Int32[Array, "shards"] | None
-    """Real rows per token shard, shards in mesh order, the same on every device; `None` where all are always real, so
-    that nothing is masked."""
+    """Real rows of each token shard, in mesh order, equal on every device; `None` if all rows are always real, so that
+    nothing is masked."""
     capacity: int = field(metadata={"static": True})
 
     @classmethod
     def of(cls, counts: Sequence[int], placement: Placement, capacity: int | None = None) -> Rows:
-        """Rows for these counts, the capacity by default from the ladder of `bucket`, to compile few programs.
+        """Create rows with these counts.
+
+        Args:
+          counts: real rows of each token shard, in mesh order.
+          capacity: by default a size from the ladder of `bucket`, so that few programs are compiled.
 
         Raises:
-          ValueError: not one count per token shard, one below 0 or above `capacity`.
+          ValueError: not one count per token shard, or a count below 0 or above `capacity`.
         """
         array = np.asarray(counts, np.int32)
         shards = placement.size(Role.TOKENS)
@@ -54,48 +58,49 @@ class Rows:
 
     @classmethod
     def full(cls, capacity: int) -> Rows:
-        """Every row of every shard real."""
+        """Create rows that are all real on every token shard."""
         return cls(None, capacity)
 
     def head(self, base: int) -> Rows:
-        """The first `base` rows of each shard."""
+        """Return the first `base` rows of each shard."""
         return Rows(None if self.counts is None else jnp.minimum(self.counts, base), base)
 
     def tail(self, base: int) -> Rows:
-        """The rows of each shard after the first `base`."""
+        """Return the rows of each shard after the first `base`."""
         return Rows(None if self.counts is None else jnp.maximum(self.counts - base, 0), self.capacity - base)
 
     def valid(self, placement: Placement) -> Bool[Array, "T"] | None:
-        """Which of this shard's own rows are real; `None` for all."""
+        """Return a mask of the real rows of this shard; `None` if all rows are real."""
         if self.counts is None:
             return None
         return jnp.arange(self.capacity) < self.counts[placement.index(Role.TOKENS)]
 
     def group_counts(self, placement: Placement) -> Int32[Array, "s"]:
-        """The counts of the shards that gather with this one, in gathering order."""
+        """Return the counts of the shards that gather with this one, in the order of the gather."""
         if self.counts is None:
             return jnp.full(placement.gather_shards, self.capacity, jnp.int32)
         axes = placement.axes(Role.TOKENS)
-        grid = self.counts.reshape([placement.mesh.shape[axis] for axis in axes])
-        here = (slice(None) if axis in placement.scatter_axes else axis_index((axis,)) for axis in axes)
-        return grid[tuple(here)].reshape(placement.gather_shards)
+        by_axis = self.counts.reshape([placement.mesh.shape[axis] for axis in axes])
+        group = (slice(None) if axis in placement.scatter_axes else axis_index((axis,)) for axis in axes)
+        return by_axis[tuple(group)].reshape(placement.gather_shards)
 
 
 def masked(values: Array, valid: Bool[Array, "T"] | None) -> Array:
-    """Zero in rows that are not real, whatever stood there."""
+    """Replace rows that are not real by zeros, whatever they contain."""
     return values if valid is None else jnp.where(valid.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
 
 
 def on_host(array: np.ndarray) -> Array:
-    """A NumPy array, typed as the device array that it becomes when a program takes it."""
+    """Type a NumPy array as the device array that it becomes as an argument of a program."""
     return cast(Array, array)
 
 
 def bucket(size: int, per_doubling: int = 1) -> int:
-    """The smallest size of a ladder that holds `size`, at least 1.
+    """Round `size` up to the next size of a ladder; at least 1.
 
-    With one size per doubling the ladder is 1, 2, 4, 8, ...; with a power of two of them, that many evenly spaced ones
-    in each doubling.
+    Args:
+      per_doubling: sizes between a power of two and the next, evenly spaced; a power of two. The ladder of 1 is 1, 2,
+        4, 8, ...
     """
     last = max(size - 1, 0)
     step = max((1 << last.bit_length()) // (2 * per_doubling), 1)
@@ -103,17 +108,17 @@ def bucket(size: int, per_doubling: int = 1) -> int:
 
 
 def ladder(below: int, per_doubling: int) -> Iterator[int]:
-    """The sizes of the ladder that are smaller than `below`."""
+    """Iterate over the sizes of the ladder of `bucket` that are smaller than `below`."""
     size = 1
     while size < below:
         yield size
         size = bucket(size + 1, per_doubling)
 
 
-def grouped(counts: Sequence[int], placement: Placement) -> Int[np.ndarray, "groups s"]:
-    """Counts on the host, those of shards that gather together in a row each."""
+def counts_by_group(counts: Sequence[int], placement: Placement) -> Int[np.ndarray, "groups s"]:
+    """Arrange counts on the host so that each row has the counts of shards that gather together."""
     axes = placement.axes(Role.TOKENS)
-    apart = [i for i, axis in enumerate(axes) if axis not in placement.scatter_axes]
-    together = [i for i, axis in enumerate(axes) if axis in placement.scatter_axes]
-    grid = np.asarray(counts).reshape([placement.mesh.shape[axis] for axis in axes])
-    return grid.transpose(apart + together).reshape(-1, placement.gather_shards)
+    across = [i for i, axis in enumerate(axes) if axis not in placement.scatter_axes]
+    within = [i for i, axis in enumerate(axes) if axis in placement.scatter_axes]
+    by_axis = np.asarray(counts).reshape([placement.mesh.shape[axis] for axis in axes])
+    return by_axis.transpose(across + within).reshape(-1, placement.gather_shards)

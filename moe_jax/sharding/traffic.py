@@ -1,4 +1,4 @@
-"""What a strategy moves between devices, as data: the same that the compiled program is found to move."""
+"""Collectives of a strategy as data, with the rows and bytes that the compiled program moves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_jax.sharding.placement import Placement
 
 
 class Kind(StrEnum):
-    """A collective, as HLO spells it."""
+    """Kind of a collective; the values are the names in HLO."""
 
     ALL_GATHER = "all-gather"
     REDUCE_SCATTER = "reduce-scatter"
@@ -25,29 +25,37 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class RowBytes:
-    """Bytes of one row on its way into a feed-forward block and out of it."""
+    """Bytes of one row that enters and leaves a feed-forward block."""
 
     gather: int
-    """Of the hidden vector, as it is sent."""
+    """Bytes of the hidden vector, encoded for the gather."""
     combine: int
-    """Of the hidden vector."""
-    beside: int = 0
-    """Of what is sent with the hidden vector: ids and weights of its experts, and scales."""
+    """Bytes of the hidden vector in the compute dtype."""
+    metadata: int = 0
+    """Bytes sent along with the hidden vector: ids and weights of its experts, and scales."""
     top_k: int = 0
-    """How many experts a row visits; 0 where it visits every device, for a shared expert or a dense block."""
+    """Number of experts that a row visits; 0 if it visits every device, for a shared expert or a dense MLP."""
 
     @classmethod
     def of(
         cls, hidden: int, dtype: DTypeLike, *, top_k: int, shared: bool = False, encoding: Encoding = EXACT
     ) -> RowBytes:
-        """Of rows that visit `top_k` routed experts and, if there is a shared expert, every device."""
-        sent, scales = encoding.row_bytes(hidden, dtype)
+        """Bytes of a row that visits `top_k` routed experts and, if there is a shared expert, every device.
+
+        Args:
+          hidden: width of the hidden vector.
+          dtype: compute dtype.
+          shared: True if the block has a shared expert.
+          encoding: encoding of gathered rows.
+        """
+        encoded, scales = encoding.row_bytes(hidden, dtype)
         ids_and_weights = 2 * top_k * jnp.dtype(jnp.float32).itemsize
-        return cls(sent, hidden * jnp.dtype(dtype).itemsize, scales + ids_and_weights, 0 if shared else top_k)
+        return cls(encoded, hidden * jnp.dtype(dtype).itemsize, scales + ids_and_weights, 0 if shared else top_k)
 
     @property
-    def all(self) -> int:
-        return self.gather + self.beside
+    def gather_total(self) -> int:
+        """Bytes of the encoded hidden vector and its metadata."""
+        return self.gather + self.metadata
 
 
 @dataclass(frozen=True)
@@ -57,32 +65,32 @@ class Move:
     kind: Kind
     axes: tuple[str, ...]
     devices: int
-    """How many take part together."""
+    """Number of devices that take part together."""
     rows: int
-    """Of the whole buffer: what a gather gives to each device, and what a reduction takes from each."""
+    """Rows of the whole buffer: the output of a gather on each device, or the input of a reduction."""
     row_bytes: int
     share: float = 1.0
-    """The part of the rows that is expected to be sent, where not all are."""
+    """Expected fraction of the rows that is sent."""
 
     @property
     def sent_bytes(self) -> float:
-        """What each device sends, by a ring: an all-reduce is a reduce-scatter and an all-gather."""
+        """Bytes that each device sends in a ring; an all-reduce is a reduce-scatter and an all-gather."""
         passes = 2 if self.kind is Kind.ALL_REDUCE else 1
         return passes * self.share * self.rows * self.row_bytes * (self.devices - 1) / self.devices
 
     @property
     def buffer_bytes(self) -> int:
-        """Of the buffers that each device holds whole: an exchange has one to send from and one to receive in."""
+        """Bytes of the whole buffers on each device; an exchange has one to send from and one to receive in."""
         return self.rows * self.row_bytes * (2 if self._is_exchange else 1)
 
     @property
     def launches(self) -> int:
-        """How often the device is kept waiting: XLA:GPU reads the sizes of a ragged exchange on the host first."""
+        """Number of launch latencies; for a ragged exchange, XLA:GPU first reads the sizes on the host."""
         return 2 if self.kind is Kind.RAGGED_ALL_TO_ALL else 1
 
     @property
     def hops(self) -> int:
-        """Steps of the ring, one after the other; in an exchange all devices send to all others at once."""
+        """Sequential steps of the ring; in an exchange, each device sends to all others at once."""
         return 1 if self._is_exchange else (self.devices - 1) * (2 if self.kind is Kind.ALL_REDUCE else 1)
 
     @property
@@ -93,9 +101,12 @@ class Move:
 def moves(
     kind: Kind, axes: tuple[str, ...], rows: int, row_bytes: int, placement: Placement, share: float = 1.0
 ) -> tuple[Move, ...]:
-    """One move, or none where there are no devices or nothing to move between."""
-    return (Move(kind, axes, placement.devices(axes), rows, row_bytes, share),) if axes and rows * row_bytes else ()
+    """Return one move, or none if there are no axes or no bytes to move."""
+    if not (axes and rows * row_bytes):
+        return ()
+    return (Move(kind, axes, placement.device_count(axes), rows, row_bytes, share),)
 
 
-def sent_bytes(of: Iterable[Move]) -> float:
-    return sum(move.sent_bytes for move in of)
+def sent_bytes(moves: Iterable[Move]) -> float:
+    """Sum the bytes that each device sends."""
+    return sum(move.sent_bytes for move in moves)

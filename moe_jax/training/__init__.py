@@ -1,1 +1,1 @@
-"""Training the same decoder on the same mesh: loss, optimizer step, data and the recipe of the bundled model."""
+"""Training of a sharded decoder: loss, optimizer step, data, the recipe of the bundled model, and its evaluation."""

@@ -1,6 +1,6 @@
-"""A task with a checkable answer: `12+345=` is continued with `357` and an end token.
+"""Addition as a language task: the answer to `12+345=` is `357` and an end token.
 
-The problems are split once and for all by a hash of their numbers: those held out are never trained on.
+A hash of the two numbers decides which problems are held out; training never uses them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 CHARACTERS = "0123456789+="
 END = "<end>"
 HELD_OUT_SHARE = 0.02
+"""Expected share of the problems that are held out."""
 
 
 @dataclass(frozen=True)
 class Problem:
+    """An addition of two numbers."""
+
     left: int
     right: int
 
@@ -37,22 +40,21 @@ class Problem:
 
 
 def problems(count: int, seed: Sequence[int], *, digits: int, held_out: bool) -> list[Problem]:
-    """Random problems of numbers of up to `digits` digits, each number of digits as likely, from one side of the
-    split."""
+    """Draw problems that are all held out, or all not. Numbers have 1 to `digits` digits, each count equally likely."""
     random = np.random.default_rng(seed)
     found: list[Problem] = []
     while len(found) < count:
-        most = 10 ** random.integers(1, digits + 1, (count, 2))
-        drawn = (Problem(*map(int, pair)) for pair in random.integers(0, most))
+        limits = 10 ** random.integers(1, digits + 1, (count, 2))
+        drawn = (Problem(*map(int, pair)) for pair in random.integers(0, limits))
         found += [problem for problem in drawn if problem.held_out == held_out]
     return found[:count]
 
 
 def tokenizer() -> Tokenizer:
-    """One token for each character, and one that ends the answer; other characters are refused."""
+    """Character tokenizer of the task, with a token that ends the answer; it refuses other characters."""
     vocabulary = {token: number for number, token in enumerate([*CHARACTERS, END])}
-    made = Tokenizer(models.WordLevel(vocabulary))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens([END])
-    return made
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END])
+    return tokenizer

@@ -1,4 +1,4 @@
-"""Exact match of a model on held-out additions."""
+"""Exact-match accuracy of a model on held-out additions."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.llm.llm import LLM
 from moe_jax.training.addition import Problem, problems
 
-LONGEST_ANSWER = 8
-"""Tokens, with the end token, that an answer may take."""
+MAX_ANSWER_TOKENS = 8
+"""Number of tokens that an answer may have, the end token included."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """Problems and the answers of a model."""
+
     problems: list[Problem]
     answers: list[str]
 
     @property
     def exact_match(self) -> float:
-        """The share of answers that are right to the last digit."""
+        """Share of the answers that equal the right answer."""
         right = sum(answer == problem.answer for problem, answer in zip(self.problems, self.answers, strict=True))
         return right / len(self.problems)
 
 
 def held_out(count: int, digits: int = 4) -> list[Problem]:
-    """Problems that the recipe never trains on, the same ones every time."""
+    """Problems that the recipe never trains on; every call returns the same ones."""
     return problems(count, (0,), digits=digits, held_out=True)
 
 
-def evaluate(llm: LLM, asked: Sequence[Problem], *, progress: bool = False) -> Evaluation:
-    """Let the model answer greedily."""
-    greedy = SamplingParams(temperature=0, max_tokens=LONGEST_ANSWER)
-    outputs = llm.generate([problem.prompt for problem in asked], greedy, progress=progress)
-    return Evaluation(list(asked), [output.text or "" for output in outputs])
+def evaluate(llm: LLM, problems: Sequence[Problem], *, progress: bool = False) -> Evaluation:
+    """Answer problems by greedy decoding."""
+    greedy = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
+    outputs = llm.generate([problem.prompt for problem in problems], greedy, progress=progress)
+    return Evaluation(list(problems), [output.text or "" for output in outputs])

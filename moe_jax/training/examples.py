@@ -1,4 +1,4 @@
-"""Whole sequences as training examples."""
+"""Training batches of whole sequences."""
 
 from __future__ import annotations
 
@@ -16,46 +16,47 @@ from moe_jax.models import BatchShape, Segment, Segments, pack
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
 
-NOT_A_TARGET = -1
+IGNORE_INDEX = -1
+"""Target of rows that have no loss."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Examples:
-    """A batch of sequences, each whole in one step, and the token that follows each row."""
+    """A batch of whole sequences, and the target of each row: the token that follows."""
 
     batch: ForwardBatch
     targets: Int32[Array, "shards*T"]
-    """`NOT_A_TARGET` where nothing is to be learned."""
+    """Target of each row of each token shard; `IGNORE_INDEX` for rows without loss."""
 
 
-def examples(
-    prompts: Sequence[list[int]], answers: Sequence[list[int]], placement: Placement, longest: int
+def make_examples(
+    prompts: Sequence[list[int]], answers: Sequence[list[int]], placement: Placement, max_length: int
 ) -> Examples:
-    """Sequences of a prompt, which is given, and an answer, which is learned; none longer than `longest` tokens."""
+    """Pack sequences of a prompt and an answer of up to `max_length` tokens together; only the answer has a loss."""
     inputs = [(prompt + answer)[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-    shards = spread([len(tokens) for tokens in inputs], placement.size(Role.TOKENS))
+    shards = assign_to_shards([len(tokens) for tokens in inputs], placement.size(Role.TOKENS))
     segments = max(map(len, shards))
-    shape = BatchShape((QueryLayout(segments, longest),), segments * longest)
-    segments = ([Segment(0, inputs[number]) for number in of_shard] for of_shard in shards)
-    batch, first_rows = pack([[Segments.of(each)] for each in segments], shape, placement)
-    targets = np.full(batch.tokens.shape, NOT_A_TARGET, np.int32)
-    for first, number in zip(first_rows, chain(*shards), strict=True):
-        prompt, answer = prompts[number], answers[number]
+    shape = BatchShape((QueryLayout(segments, max_length),), segments * max_length)
+    shard_segments = ([Segment(0, inputs[index]) for index in shard] for shard in shards)
+    batch, first_rows = pack([[Segments.of(each)] for each in shard_segments], shape, placement)
+    targets = np.full(batch.tokens.shape, IGNORE_INDEX, np.int32)
+    for first, index in zip(first_rows, chain(*shards), strict=True):
+        prompt, answer = prompts[index], answers[index]
         targets[first + len(prompt) - 1 :][: len(answer)] = answer
     return Examples(batch, on_host(targets))
 
 
-def spread(lengths: Sequence[int], shards: int) -> list[list[int]]:
-    """Which sequences each shard takes: as many on every shard (give or take one), and tokens as even as greedy makes
-    them.
+def assign_to_shards(lengths: Sequence[int], shards: int) -> list[list[int]]:
+    """Indices of the sequences of each shard; numbers of sequences differ by one at most.
 
-    The longest choose first; each goes to the shard with the fewest sequences, then the fewest tokens.
+    Greedy balancing: sequences are assigned from the longest to the shortest, each to the shard with the fewest
+    sequences, among equals to the one with the fewest tokens.
     """
     loads: list[tuple[int, int, int]] = [(0, 0, shard) for shard in range(shards)]
-    taken: list[list[int]] = [[] for _ in range(shards)]
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+    assigned: list[list[int]] = [[] for _ in range(shards)]
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         count, tokens, shard = heapq.heappop(loads)
-        taken[shard].append(number)
-        heapq.heappush(loads, (count + 1, tokens + lengths[number], shard))
-    return taken
+        assigned[shard].append(index)
+        heapq.heappush(loads, (count + 1, tokens + lengths[index], shard))
+    return assigned

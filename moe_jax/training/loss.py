@@ -1,4 +1,4 @@
-"""Next-token loss and router balance, computed where the rows are.
+"""Next-token loss and load-balancing loss, computed on the devices that hold the rows.
 
 T  rows of a token shard     E  experts     L  MoE layers
 """
@@ -23,42 +23,48 @@ from moe_jax.layers import Load
 from moe_jax.models import Caches, Decoder, Parameters, ShardedDecoder
 from moe_jax.sharding import EXACT, Role, Route
 from moe_jax.sharding.collectives import sum_devices
-from moe_jax.training.examples import NOT_A_TARGET, Examples
+from moe_jax.training.examples import IGNORE_INDEX, Examples
 
 
 class Losses(NamedTuple):
+    """Losses of a batch."""
+
     next_token: Float[Array, ""]
     """Mean negative log-likelihood of the targets, in nats."""
     balance: Float[Array, ""]
-    """Mean over MoE layers of E times the sum over experts of (share of assignments) x (mean score): 1 when even, E
-    when one expert takes all (Fedus et al., arXiv:2101.03961, equation 4)."""
+    """Load-balancing loss, mean over MoE layers (Fedus et al., arXiv:2101.03961, equation 4): E times the sum over
+    experts of (share of assignments) x (mean score). 1 for an even load, E when one expert takes all rows."""
 
 
 def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, route: Route) -> Losses:
-    """The losses of the examples, the same on every device.
+    """Losses of a batch, the same on every device.
 
     Raises:
-      ConfigError: rows that are gathered in less precision, for rounding has no gradient.
+      ConfigError: The route sends rows in a lower precision; rounding has no gradient.
     """
     if route.combine.encoding != EXACT:
-        raise ConfigError("losses need rows that are gathered exactly: rounding has no gradient")
+        raise ConfigError(
+            f"losses need rows that are gathered exactly, got {route.combine.encoding}: rounding has no gradient; "
+            "use gather_dtype='exact'"
+        )
     batch = examples.batch
     caches: Caches = [
         [Stateless() if isinstance(layer.attention, RecurrentConfig) else Uncached() for layer in group.unit]
         for group in decoder.groups
     ]
-    axes, kept = (here.axes(Role.TOKENS) for here in (decoder.placement, route.residual.blocks))
+    token_axes = decoder.placement.axes(Role.TOKENS)
+    row_axes = route.residual.ffn_placement.axes(Role.TOKENS)
 
     def run(model: Decoder, batch: ForwardBatch, targets: Array) -> Losses:
         step = Step.of(batch, route)
         x, _, loads = model(batch.tokens, step, caches)
         logits = model.vocabulary.all_logits(x, route.residual)
-        wanted = targets != NOT_A_TARGET
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(wanted, targets, 0))
-        total, count = jnp.sum(jnp.where(wanted, nats, 0)), jnp.sum(wanted)
-        balances = [_balance(sum_devices(load, kept)) for load in loads]
+        has_loss = targets != IGNORE_INDEX
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(has_loss, targets, 0))
+        total, count = jnp.sum(jnp.where(has_loss, nats, 0)), jnp.sum(has_loss)
+        balances = [_balance(sum_devices(load, row_axes)) for load in loads]
         return Losses(
-            sum_devices(total, axes) / sum_devices(count, axes),
+            sum_devices(total, token_axes) / sum_devices(count, token_axes),
             jnp.mean(jnp.concatenate(balances)) if balances else jnp.ones(()),
         )
 
@@ -67,7 +73,7 @@ def losses(decoder: ShardedDecoder, parameters: Parameters, examples: Examples, 
 
 
 def _balance(load: Load) -> Float[Array, "L"]:
-    """Of stacked layers, from the loads of all rows."""
-    chosen = load.assignments / jnp.sum(load.assignments, axis=-1, keepdims=True)
+    """Load-balancing loss of stacked layers, from the loads of all rows."""
+    assignments = load.assignments / jnp.sum(load.assignments, axis=-1, keepdims=True)
     scores = load.probabilities / jnp.sum(load.probabilities, axis=-1, keepdims=True)
-    return chosen.shape[-1] * jnp.sum(jax.lax.stop_gradient(chosen) * scores, axis=-1)
+    return assignments.shape[-1] * jnp.sum(jax.lax.stop_gradient(assignments) * scores, axis=-1)

@@ -1,4 +1,4 @@
-"""How the bundled model was made: a small Qwen3-MoE that adds numbers of up to four digits."""
+"""Recipe of the bundled model: a small Qwen3-MoE that adds numbers of up to four digits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import Placement, Route
 from moe_jax.training.addition import END, problems, tokenizer
-from moe_jax.training.examples import Examples, examples
+from moe_jax.training.examples import Examples, make_examples
 from moe_jax.training.trainer import Trainer, TrainingState
 
 MODEL: dict[str, Any] = {
@@ -42,13 +42,13 @@ MODEL: dict[str, Any] = {
     "eos_token_id": 12,
     "dtype": "bfloat16",
 }
-LONGEST = 16
-"""Tokens of the longest problem with its answer, less one."""
+MAX_LENGTH = 16
+"""Number of input tokens of the longest problem with its answer; the last token is a target alone."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines the trained weights, up to rounding, besides `MODEL`."""
+    """Hyperparameters. With `MODEL`, they determine the trained weights up to rounding."""
 
     digits: int = 4
     batch_size: int = 512
@@ -62,18 +62,20 @@ class Recipe:
     def trainer(self, placement: Placement, route: Route) -> Trainer:
         encode = tokenizer().encode
 
-        def drawn(step: int) -> Examples:
+        def examples(step: int) -> Examples:
             batch = problems(self.batch_size, (self.seed, step), digits=self.digits, held_out=False)
             prompts = [encode(problem.prompt).ids for problem in batch]
-            return examples(prompts, [encode(problem.answer + END).ids for problem in batch], placement, LONGEST)
+            answers = [encode(problem.answer + END).ids for problem in batch]
+            return make_examples(prompts, answers, placement, MAX_LENGTH)
 
+        config = Fields(MODEL).read(FAMILIES[MODEL["model_type"]].read)
         return Trainer(
-            ShardedDecoder(Fields(MODEL).read(FAMILIES[MODEL["model_type"]].read), placement, "float32"),
-            self._optimizer(),
-            drawn,
-            route,
-            self.balance_weight,
-            self.seed,
+            decoder=ShardedDecoder(config, placement, "float32"),
+            optimizer=self._optimizer(),
+            examples=examples,
+            route=route,
+            balance_weight=self.balance_weight,
+            seed=self.seed,
         )
 
     def _optimizer(self) -> optax.GradientTransformation:
@@ -84,13 +86,13 @@ class Recipe:
 
 
 def train(recipe: Recipe, output: Path, placement: Placement, route: Route, *, progress: bool) -> TrainingState:
-    """Follow the recipe and write the model, in Hugging Face layout, to the new directory `output`.
+    """Train by the recipe and write the model, in Hugging Face layout, to the new directory `output`.
 
-    Training states are kept beside it, in `output` with `.training` added, until it is written: a run that was killed
-    goes on from there.
+    Until the model is written, training states are saved in the directory `<output>.training`. A later call with the
+    same recipe resumes from them.
 
     Raises:
-      CheckpointError: `output` exists, or the states beside it are those of another recipe.
+      CheckpointError: `output` exists, or the saved states belong to another recipe.
     """
     check_new(output)
     trainer = recipe.trainer(placement, route)
@@ -103,14 +105,15 @@ def train(recipe: Recipe, output: Path, placement: Placement, route: Route, *, p
 
 
 def _check_same(recipe: Recipe, directory: Path) -> None:
-    """Note the recipe in a directory of training states; refuse one that was begun with another."""
+    """Record the recipe in a directory of training states; refuse a directory that another recipe began."""
     directory.mkdir(parents=True, exist_ok=True)
-    note, described = directory / "recipe.json", json.dumps({"model": MODEL, **asdict(recipe)}, indent=2)
-    if not note.exists():
-        note.write_text(described)
-    elif note.read_text() != described:
+    record, content = directory / "recipe.json", json.dumps({"model": MODEL, **asdict(recipe)}, indent=2)
+    if not record.exists():
+        record.write_text(content)
+    elif record.read_text() != content:
         raise CheckpointError(
-            f"{directory} holds the states of a run with other settings ({note}): repeat those, or remove the directory"
+            f"{directory} holds the states of a run with other settings: repeat the settings in {record}, "
+            "or remove the directory"
         )
 
 

@@ -1,4 +1,4 @@
-"""An optax training loop over a sharded decoder, saved with orbax and resumed where it stopped."""
+"""Training loop of a sharded decoder with optax, with orbax checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from moe_jax.training.loss import Losses, losses
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainingState:
+    """Everything that a training run saves."""
+
     step: Int32[Array, ""]
     parameters: Parameters
     optimizer: optax.OptState
@@ -32,19 +34,18 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Trainer:
-    """How a decoder is trained.
+    """Training loop of a decoder.
 
-    A run that was killed goes on from its newest saved state and sees the examples that an unbroken run would have
-    seen.
+    A killed run resumes from its newest saved state, with the examples that an uninterrupted run would use.
 
     Raises:
-      ConfigError: a decoder whose weights are in eight bits.
+      ConfigError: The decoder has quantized weights.
     """
 
     decoder: ShardedDecoder
     optimizer: optax.GradientTransformation
     examples: Callable[[int], Examples]
-    """The examples of a step, by its number."""
+    """Examples of a step, from the step number."""
     route: Route
     balance_weight: float = 0.01
     seed: int = 0
@@ -54,19 +55,19 @@ class Trainer:
             raise ConfigError(NO_GRADIENT)
 
     def run(self, directory: Path, steps: int, *, save_every: int = 200, progress: bool = False) -> TrainingState:
-        """Train up to step number `steps`, counted from the very beginning, keeping states in `directory`."""
-        from moe_jax.checkpoints.orbax_store import TrainingCheckpoints  # here, as orbax takes half a second to import
+        """Train until `steps` steps are done, those of earlier runs included; save states in `directory`."""
+        from moe_jax.checkpoints.orbax_store import TrainingCheckpoints  # orbax takes half a second to import
 
-        with TrainingCheckpoints(directory) as saved:
-            state = saved.restore_newest(self.abstract_state()) or self.initial_state()
+        with TrainingCheckpoints(directory) as checkpoints:
+            state = checkpoints.restore_newest(self.abstract_state()) or self.initial_state()
             first, update = int(state.step), jax.jit(self.update, donate_argnums=0)
             with tqdm(total=steps, initial=first, desc="training", unit=" steps", disable=not progress) as bar:
                 for step in range(first, steps):
-                    state, last = update(state, self.examples(step))
+                    state, found = update(state, self.examples(step))
                     if (step + 1) % save_every == 0 or step + 1 == steps:
-                        saved.save(step + 1, state)
+                        checkpoints.save(step + 1, state)
                     bar.update()
-                    bar.set_postfix(loss=f"{float(last.next_token):.4f}", balance=f"{float(last.balance):.2f}")
+                    bar.set_postfix(loss=f"{float(found.next_token):.4f}", balance=f"{float(found.balance):.2f}")
         return state
 
     def initial_state(self) -> TrainingState:
@@ -79,20 +80,20 @@ class Trainer:
         )
 
     def abstract_state(self) -> TrainingState:
-        """Shapes, dtypes and shardings: the optimizer's moments lie where their parameters lie."""
+        """Shapes, dtypes and shardings of the state; the moments of the optimizer are sharded as their parameters."""
         parameters = self.decoder.parameters
-        everywhere = NamedSharding(self.decoder.placement.mesh, PartitionSpec())
+        replicated = NamedSharding(self.decoder.placement.mesh, PartitionSpec())
         optimizer = optax.tree_utils.tree_map_params(
             self.optimizer,
             lambda _, parameter: parameter,
             jax.eval_shape(self.optimizer.init, parameters),
             parameters,
-            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         )
-        return TrainingState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), parameters, optimizer)  # type: ignore[arg-type]
+        return TrainingState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), parameters, optimizer)  # type: ignore[arg-type]
 
     def update(self, state: TrainingState, examples: Examples) -> tuple[TrainingState, Losses]:
-        """One optimizer step, to be compiled."""
+        """Run one optimizer step; `run` compiles this function."""
 
         def objective(parameters: Parameters) -> tuple[Array, Losses]:
             found = losses(self.decoder, parameters, examples, self.route)

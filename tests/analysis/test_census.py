@@ -27,7 +27,7 @@ def looped(x: jax.Array) -> jax.Array:
         return lax.pcast(lax.psum(x, "data"), "data", to="varying")
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_collectives_in_loops_count_once_per_trip() -> None:
     found = collectives(hlo(looped))
     assert count(found) == {"all-gather": 5, "all-reduce": 1}
@@ -36,7 +36,7 @@ def test_collectives_in_loops_count_once_per_trip() -> None:
     assert gather.result == "f32[32,4]"
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_branches_and_nested_loops() -> None:
     def function(x: jax.Array) -> jax.Array:
         twice = lax.scan(lambda x, _: (looped(x), None), x, None, length=2)[0]
@@ -45,7 +45,7 @@ def test_branches_and_nested_loops() -> None:
     assert count(collectives(hlo(function)))["all-gather"] == 10
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 def test_products_in_loops_count_once_per_trip() -> None:
     def function(x: jax.Array) -> jax.Array:
         square = x.T @ x

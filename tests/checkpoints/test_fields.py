@@ -171,7 +171,7 @@ def test_dense_layers_and_windows() -> None:
         (
             "qwen3_moe",
             {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
-            "64 frequencies need as many factors, got 1",
+            "64 frequencies need 64 factors, got 1",
         ),
         ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window needs layer_types"),
         ("mixtral", {"hidden_size": "large"}, "hidden_size must be of type int, got 'large'"),

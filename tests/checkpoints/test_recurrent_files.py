@@ -92,7 +92,9 @@ def test_kimi_delta_attention() -> None:
 def test_lightning_attention() -> None:
     config = read(HUB["bailing_moe_linear"])
     rope = RopeConfig(1e6, width=64)
-    lightning = LightningConfig(16, 128, rope, qk_norm=True, norm_groups=4, scale=1 + 1 / 19 + 1e-5, fall=1 / 19)
+    lightning = LightningConfig(
+        16, 128, rope, qk_norm=True, norm_groups=4, scale=1 + 1 / 19 + 1e-5, scale_decrement=1 / 19
+    )
     assert [layer.attention == lightning for layer in config.layers] == [number % 5 < 4 for number in range(20)]
     assert full(config, 4) == AttentionConfig(16, 4, 128, rope, qk_norm=QKNorm.HEAD)
 
@@ -112,7 +114,11 @@ def test_lightning_attention() -> None:
             "expert_swiglu_limit_list limits what experts compute",
         ),
         ("bailing_hybrid", {"kda_lower_bound": "low"}, "kda_lower_bound must be a number, got 'low'"),
-        ("bailing_hybrid", {"kda_lower_bound": 5}, "DecayConfig.floor is the logarithm of a decay, below 0, got 5"),
+        (
+            "bailing_hybrid",
+            {"kda_lower_bound": 5},
+            "DecayConfig.floor must be the logarithm of a decay, between -1000 and 0, got 5",
+        ),
         ("bailing_moe_linear", {"kv_lora_rank": 512}, "fields not understood.*kv_lora_rank"),
         ("bailing_moe_linear", {"layer_group_size": 3}, "layer_group_size must divide num_hidden_layers"),
         ("bailing_moe_linear", {"head_dim": 64}, "head_dim=64 is not supported"),

@@ -109,7 +109,7 @@ def test_bench_measures_and_calibrates(run: Run, tmp_path: Path) -> None:
     }
     assert as_hardware(str(record)).launch == printed["hardware"]["launch"]
     assert all(row["seconds"] > 0 and row["reckoned_seconds"] > 0 for row in printed["collectives"])
-    assert "reckoned as cpu" in run("plan", "--hardware", str(record)).out
+    assert "modelled as cpu" in run("plan", "--hardware", str(record)).out
     assert "nothing is scattered" in run("bench", "--mesh", "data=8").err
     assert "there is no directory" in run("bench", "--calibrate", str(tmp_path / "none" / "mine.json")).err
 
@@ -120,7 +120,7 @@ def test_plan_says_what_does_not_fit(run: Run, tmp_path: Path) -> None:
     small = replace(KNOWN["h100"], memory=2**28)
     save(small, tmp_path / "small.json")
     arguments = ["plan", "--model", str(tmp_path), "--mesh", "expert=2", "--hardware", str(tmp_path / "small.json")]
-    assert "DOES NOT FIT (caches of 1/" in run(*arguments, "--rows", "1").out
+    assert "exceeds 0.2 GiB (1/" in run(*arguments, "--rows", "1").out
     printed = run(*arguments, "--rows", "1", "--max-length", "64", "--json").json
     assert printed["fits"]
     assert printed["memory_bytes"] == sum(printed[f"{part}_bytes"] for part in ("weight", "cache", "temporary"))
@@ -166,15 +166,21 @@ def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
         (["generate", "1" * 65], "prompt 0 has 65 tokens, a sequence can have 64"),
         (["generate", ""], "prompt 0 is empty"),
         (["convert", GOLDEN, GOLDEN, "--to", "orbax"], "exists already"),
-        (["generate", "--coordinator", "localhost:1"], "the number of processes and the number of this one together"),
-        (["generate", "--distributed", "--num-processes", "2"], "and the number of this one together, or none"),
+        (
+            ["generate", "--coordinator", "localhost:1"],
+            "the number of processes and the number of this process together",
+        ),
+        (
+            ["generate", "--distributed", "--num-processes", "2"],
+            "and the number of this process together, or none of them",
+        ),
         (
             ["generate", *MEMBER, "2", "--coordinator", "localhost:1"],
-            "of 2 processes the numbers go from 0 to 1, got 2",
+            "the number of this process must be from 0 to 1 for 2 processes, got 2",
         ),
         (
             ["generate", *MEMBER, "0", "--coordinator", "localhost"],
-            "the coordinator is the HOST:PORT of process 0, got",
+            "the coordinator must be the HOST:PORT of process 0, such as 10.0.0.1:1234, got",
         ),
         (["generate", "--distributed"], "the processes cannot be joined"),
         (["plan", "--model", GOLDEN, "--mesh", "tensor=3"], "8 attention heads do not divide over 3 devices"),

@@ -1,3 +1,5 @@
+"""Validation and storage of sampling parameters."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -11,7 +13,7 @@ from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.engine.outputs import CompletionOutput, RequestOutput
 from moe_jax.errors import RequestError
 
-NAN, INFINITE = float("nan"), float("inf")
+NAN, INFINITY = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
@@ -28,10 +30,10 @@ NAN, INFINITE = float("nan"), float("inf")
         ({"max_tokens": None}, "max_tokens must be a whole number, got None"),
         ({"max_tokens": np.True_}, "max_tokens must be a whole number"),
         ({"min_tokens": -1}, "min_tokens must be 0 or more"),
-        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens, 5, is more than max_tokens, 4"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens must be at most max_tokens, 4, got 5"),
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"temperature": NAN}, "temperature must be 0"),
-        ({"temperature": INFINITE}, "temperature must be 0"),
+        ({"temperature": INFINITY}, "temperature must be 0"),
         ({"temperature": 1e39}, "temperature must be 0"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"temperature": False}, "temperature must be a number, got False"),
@@ -41,7 +43,7 @@ NAN, INFINITE = float("nan"), float("inf")
         ({"min_p": -0.1}, "min_p must be from 0 to 1, got -0.1"),
         ({"top_k": -1}, "top_k must be positive"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
-        ({"repetition_penalty": INFINITE}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": INFINITY}, "repetition_penalty must be above 0"),
         ({"presence_penalty": 2.1}, "presence_penalty must be from -2 to 2, got 2.1"),
         ({"frequency_penalty": None}, "frequency_penalty must be a number, got None"),
         ({"seed": -1}, "seed must be from 0"),
@@ -49,10 +51,10 @@ NAN, INFINITE = float("nan"), float("inf")
         ({"logprobs": 21}, "logprobs must be from 0 to 20, got 21"),
         ({"prompt_logprobs": -1}, "prompt_logprobs must be from 0 to 20, got -1"),
         ({"priority": 0.5}, "priority must be a whole number, got 0.5"),
-        ({"stop": ""}, "stop must be a text or several, none of them empty, got ''"),
+        ({"stop": ""}, "stop must be a string or a list of strings, none of them empty, got ''"),
         ({"stop": ("a", "")}, "none of them empty"),
-        ({"stop": 3}, "stop must be a text or several"),
-        ({"stop": b"end"}, "stop must be a text or several"),
+        ({"stop": 3}, "stop must be a string or a list of strings"),
+        ({"stop": b"end"}, "stop must be a string or a list of strings"),
         ({"stop_token_ids": ("2",)}, "stop_token_ids must be token ids"),
         ({"stop_token_ids": (True,)}, "stop_token_ids must be token ids"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids must be token ids"),
@@ -63,15 +65,15 @@ NAN, INFINITE = float("nan"), float("inf")
         ({"logit_bias": {5: 101}}, r"logit_bias\[5\] must be from -100 to 100, got 101"),
         ({"logit_bias": {5: NAN}}, r"logit_bias\[5\] must be from -100 to 100, got nan"),
         ({"logit_bias": {5: "much"}}, r"logit_bias\[5\] must be a number, got 'much'"),
-        ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias can name 300 tokens at most, got 301"),
+        ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias can have at most 300 tokens, got 301"),
     ],
 )
-def test_parameters_out_of_range(fields: dict[str, Any], message: str) -> None:
+def test_invalid_parameters_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**fields)
 
 
-def test_what_is_given_loosely_is_kept_plainly() -> None:
+def test_values_are_stored_in_plain_types() -> None:
     bias = {np.int32(3): 1}
     params = SamplingParams(
         n=np.int64(2),  # type: ignore[arg-type]
@@ -94,7 +96,7 @@ def test_what_is_given_loosely_is_kept_plainly() -> None:
     assert SamplingParams(stop=None) == SamplingParams()
 
 
-def test_parameters_can_be_hashed_sent_and_changed_into_others() -> None:
+def test_parameters_can_be_hashed_pickled_and_replaced() -> None:
     params = SamplingParams(logit_bias={3: 1.0}, stop=["a"])
     assert hash(params) == hash(SamplingParams(logit_bias={3: 1.0}, stop=["a"]))
     assert pickle.loads(pickle.dumps(params)) == params
@@ -104,18 +106,18 @@ def test_parameters_can_be_hashed_sent_and_changed_into_others() -> None:
         params.n = 2  # type: ignore[misc]
 
 
-def test_what_only_the_model_tells() -> None:
+def test_parameters_are_checked_against_the_model() -> None:
     SamplingParams(logit_bias={96: 1}, stop_token_ids=[96]).check(97, range(17))
     SamplingParams(min_tokens=1).check(97, range(16))
-    with pytest.raises(RequestError, match="logit_bias names token id 97, the ids go from 0 to 96"):
+    with pytest.raises(RequestError, match="logit_bias has token id 97, but ids go from 0 to 96"):
         SamplingParams(logit_bias={1: 1, 97: 1}).check(97, [])
-    with pytest.raises(RequestError, match="stop_token_ids names token id 98"):
+    with pytest.raises(RequestError, match="stop_token_ids has token id 98"):
         SamplingParams(stop_token_ids=[98]).check(97, [98])
-    with pytest.raises(RequestError, match="min_tokens can hold back 16 end tokens, with stop_token_ids there are 17"):
+    with pytest.raises(RequestError, match="min_tokens allows at most 16 stop tokens, got 17"):
         SamplingParams(min_tokens=1).check(97, range(17))
 
 
-def test_an_output_reads_as_its_first_sample() -> None:
+def test_request_output_has_the_fields_of_its_first_sample() -> None:
     first = CompletionOutput([1, 2], [-0.5, -1.0], [{1: -0.5}, {3: -0.2}], "error", "ab", "broken")
     output = RequestOutput([5], [first, CompletionOutput([3], [-2.0], None, "stop", "c")])
     names = ("token_ids", "logprobs", "top_logprobs", "finish_reason", "text", "error")

@@ -2,13 +2,15 @@
 
 python member.py COORDINATOR PROCESSES PROCESS MESH once|forever
 
-Process 0 prints a line of JSON for each call of `generate`. All print that they have joined, and so does Gloo.
+Every process prints "joined"; Gloo prints messages of its own. Process 0 prints a line of JSON for each call of
+`generate`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import jax
 
@@ -21,8 +23,8 @@ PARAMS = [
     SamplingParams(temperature=2, seed=4, max_tokens=4, ignore_eos=True),
 ]
 CHEAP = SamplingParams(temperature=0, max_tokens=4)
-"""Quicker to compile, for those who do not get far."""
-OPTIONS = {"dtype": "float32", "max_batch_size": 8, "decode_steps": 4}
+"""Parameters that compile faster, for processes that are killed."""
+OPTIONS: dict[str, Any] = {"dtype": "float32", "max_batch_size": 8, "decode_steps": 4}
 
 
 def readable(outputs: list[RequestOutput]) -> str:

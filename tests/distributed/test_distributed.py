@@ -1,4 +1,5 @@
-"""Several processes on one machine, two virtual devices each, against one process; and what they do when one dies."""
+"""Several processes on one machine, two virtual devices each: their tokens are those of one process, and all end when
+one dies."""
 
 from __future__ import annotations
 
@@ -32,11 +33,11 @@ MEMBER = str(Path(member.__file__))
 COMMAND = "from moe_jax.cli import main; main()"
 QUICKLY_COMPILED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 PATIENCE = 240
-"""Seconds for a busy machine to start and compile."""
+"""Seconds that a busy machine may take to start and compile."""
 
 
 class Process:
-    """One that runs, with what it has printed so far."""
+    """A running process, with its output so far."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._process = subprocess.Popen(
@@ -61,14 +62,14 @@ class Process:
         self._process.kill()
 
     def status(self, seconds: float) -> int:
-        """How it ended, within so many seconds."""
+        """Wait at most `seconds` for the end of the process; return its exit status."""
         status = self._process.wait(seconds)
         for reader in self._readers:
             reader.join()
         return status
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Something that it does."""
+        """Wait until the condition holds; fail if the process ends before."""
         until = time.monotonic() + PATIENCE
         while not happened():
             assert self._process.poll() is None, self.err
@@ -84,7 +85,7 @@ Start = Callable[[list[list[str]]], list[Process]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts processes; those that are left are killed."""
+    """Start processes; kill the remaining ones after the test."""
     started: list[Process] = []
 
     def start(commands: list[list[str]]) -> list[Process]:
@@ -104,20 +105,20 @@ def coordinator() -> str:
 
 
 def members(processes: int, mesh: str, how_often: str) -> list[list[str]]:
-    where = coordinator()
-    return [[MEMBER, where, str(processes), str(process), mesh, how_often] for process in range(processes)]
+    address = coordinator()
+    return [[MEMBER, address, str(processes), str(process), mesh, how_often] for process in range(processes)]
 
 
-def generating(*own: list[str]) -> list[list[str]]:
-    """`moe-jax generate`, each process with arguments of its own."""
-    joined = ["--coordinator", coordinator(), "--num-processes", str(len(own)), "--process-id"]
+def generate_commands(*arguments_each: list[str]) -> list[list[str]]:
+    """Return the command `moe-jax generate` of each process, with the arguments given for it."""
+    joined = ["--coordinator", coordinator(), "--num-processes", str(len(arguments_each)), "--process-id"]
     return [
         ["-c", COMMAND, "--cpu-devices", "2", "generate", *arguments, "--dtype", "float32", *joined, str(process)]
-        for process, arguments in enumerate(own)
+        for process, arguments in enumerate(arguments_each)
     ]
 
 
-def test_four_processes_give_the_tokens_of_one(start: Start) -> None:
+def test_four_processes_generate_the_tokens_of_one(start: Start) -> None:
     mesh = "expert=4,tensor=2"
     first, *others = start(members(4, mesh, "once"))
     assert [process.status(PATIENCE) for process in (first, *others)] == [0] * 4, first.err
@@ -126,16 +127,16 @@ def test_four_processes_give_the_tokens_of_one(start: Start) -> None:
     outputs = LLM(mesh=mesh, **member.OPTIONS).generate(member.PROMPTS, member.PARAMS)
     for (tokens, *logprobs), (same, *close) in zip(got, json.loads(member.readable(outputs)), strict=True):
         assert tokens == same
-        for here, there in zip(logprobs, close, strict=True):
-            np.testing.assert_allclose(np.array(here, float), np.array(there, float), rtol=0, atol=1e-4)
+        for found, expected in zip(logprobs, close, strict=True):
+            np.testing.assert_allclose(np.array(found, float), np.array(expected, float), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("moment", "victim", "size"),
     [("joined", 1, 2), ("[[", 1, 3), ("[[", 0, 2)],
-    ids=["loading", "in_mid_run", "leader_in_mid_run"],
+    ids=["worker_while_loading", "worker_while_running", "driver_while_running"],
 )
-def test_all_end_where_one_dies(start: Start, moment: str, victim: int, size: int) -> None:
+def test_all_processes_end_when_one_dies(start: Start, moment: str, victim: int, size: int) -> None:
     processes = start(members(size, f"data={size},expert=2", "forever"))
     processes[0].wait_for(moment)
     processes[victim].wait_for("joined")
@@ -146,23 +147,22 @@ def test_all_end_where_one_dies(start: Start, moment: str, victim: int, size: in
     assert time.monotonic() - began < 60
     for survivor in (process for process in processes if process is not processes[victim]):
         (line,) = [line for line in survivor.err.splitlines() if line.startswith("moe-jax:")]
-        assert line.startswith(f"moe-jax: process {victim} has died, so all end: start them again")
+        assert line.startswith(f"moe-jax: process {victim} has died, so all processes end: start them again")
 
 
-def test_a_file_is_gone_on_with_after_a_death(start: Start, tmp_path: Path) -> None:
-    """With weights that orbax restores on several processes; the results are those of a single process that nobody
-    disturbed."""
-    source, output, undisturbed = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "undisturbed.jsonl"))
+def test_a_batch_file_resumes_after_a_death(start: Start, tmp_path: Path) -> None:
+    """Two processes that load an orbax checkpoint write the results of one process that was never interrupted."""
+    source, output, uninterrupted = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "uninterrupted.jsonl"))
     checkpoint, model = Checkpoint(ADDER), tmp_path / "model"
     one_device = ShardedDecoder(checkpoint.config, as_placement("data=1"), "float32")
     checkpoint.save_orbax(model, checkpoint.load(one_device))
     lines = [{"prompt": f"{n}+{n}=", "seed": n, "temperature": 2, "ignore_eos": True} for n in range(32)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     sizes = ["--mesh", "data=2,expert=2", "--max-batch-size", "4", "--max-tokens", "16"]
-    asked = ["--model", str(model), "--input", str(source), "--output", str(output), *sizes]
+    arguments = ["--model", str(model), "--input", str(source), "--output", str(output), *sizes]
     journal = output.with_name("out.jsonl.partial")
 
-    first, second = start(generating(asked, asked))
+    first, second = start(generate_commands(arguments, arguments))
     first.wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 4)
     second.kill()
     assert first.status(60) != 0
@@ -170,16 +170,16 @@ def test_a_file_is_gone_on_with_after_a_death(start: Start, tmp_path: Path) -> N
     assert 4 < journal.read_bytes().count(b"\n") <= len(lines)
     assert not output.exists()
 
-    first, second = start(generating(asked, asked))
+    first, second = start(generate_commands(arguments, arguments))
     assert [first.status(PATIENCE), second.status(PATIENCE)] == [0, 0], first.err + second.err
     assert first.out
     assert second.out == ""
     assert not journal.exists()
     llm = LLM(mesh="data=2,expert=2", dtype="float32", max_batch_size=4)
-    generate_file(llm, source, undisturbed, SamplingParams(temperature=0, max_tokens=16))
+    generate_file(llm, source, uninterrupted, SamplingParams(temperature=0, max_tokens=16))
     tokens = [
         [json.loads(line)["samples"][0]["token_ids"] for line in path.read_text().splitlines()]
-        for path in (output, undisturbed)
+        for path in (output, uninterrupted)
     ]
     assert tokens[0] == tokens[1]
 
@@ -201,8 +201,10 @@ def test_a_file_is_gone_on_with_after_a_death(start: Start, tmp_path: Path) -> N
     ],
     ids=["bad_prompt", "other_options", "mesh_too_small"],
 )
-def test_a_mistake_ends_all_with_status_2(start: Start, first: list[str], second: list[str], message: str) -> None:
-    for process in start(generating(first, second)):
+def test_a_mistake_ends_all_processes_with_status_2(
+    start: Start, first: list[str], second: list[str], message: str
+) -> None:
+    for process in start(generate_commands(first, second)):
         assert process.status(PATIENCE) == 2, process.err
         assert process.out == ""
         assert message in process.err
@@ -211,66 +213,66 @@ def test_a_mistake_ends_all_with_status_2(start: Start, first: list[str], second
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Driver, Worker]]:
-    """Both ends in this process, which neither may end."""
-    here, there = Pipe()
-    leader, follower = Driver({here: 1}), Worker(1, there)
-    yield leader, follower
-    leader._leave()
+    """A driver and a worker in this process."""
+    near, far = Pipe()
+    driver, worker = Driver({near: 1}), Worker(1, far)
+    yield driver, worker
+    driver._leave()
 
 
-class Script(SingleProcess):
-    """Writes down what is told, and has another follow it."""
+class Recording(SingleProcess):
+    """A process group that records the driver's messages and replays them to a worker."""
 
     def __init__(self) -> None:
-        self.told: list[bytes] = []
+        self.pickled: list[bytes] = []
 
-    def broadcast(self, order: Any) -> None:
-        self.told.append(pickle.dumps(order))
+    def broadcast(self, message: Any) -> None:
+        self.pickled.append(pickle.dumps(message))
 
-    def orders(self) -> Iterator[Any]:
-        return map(pickle.loads, self.told)
-
-
-def test_who_follows_the_orders_ends_with_the_same_sequences() -> None:
-    script = Script()
-    leader, follower = (LLM(mesh="expert=2", process_group=script, **member.OPTIONS) for _ in range(2))
-    leader.generate(member.PROMPTS, member.PARAMS)
-    leader.explain(2)
-    follower.run_worker()
-    tapes = [np.asarray(llm.engine._executor._slots.token_buffer) for llm in (leader, follower)]
-    assert tapes[0].any()
-    np.testing.assert_array_equal(tapes[0], tapes[1])
-    assert [llm._programs.compilations for llm in (leader, follower)] == [len(leader._programs._compiled)] * 2
+    def messages(self) -> Iterator[Any]:
+        return map(pickle.loads, self.pickled)
 
 
-def test_orders_reach_followers_until_the_leader_is_done(pair: tuple[Driver, Worker]) -> None:
-    leader, follower = pair
-    leader.broadcast("one")
-    leader.broadcast([2])
-    leader._leave()
-    assert list(follower.orders()) == ["one", [2]]
-    assert follower._leave() is None
+def test_a_worker_that_runs_the_messages_has_the_same_token_buffer() -> None:
+    recording = Recording()
+    driver, worker = (LLM(mesh="expert=2", process_group=recording, **member.OPTIONS) for _ in range(2))
+    driver.generate(member.PROMPTS, member.PARAMS)
+    driver.explain(2)
+    worker.run_worker()
+    buffers = [np.asarray(llm.engine._executor._slots.token_buffer) for llm in (driver, worker)]
+    assert buffers[0].any()
+    np.testing.assert_array_equal(buffers[0], buffers[1])
+    assert [llm._programs.compilations for llm in (driver, worker)] == [len(driver._programs._compiled)] * 2
 
 
-def test_who_leaves_early_is_told(pair: tuple[Driver, Worker]) -> None:
-    leader, follower = pair
-    leader.broadcast("one")
-    assert "process 1 left while process 0 went on" in str(follower._leave())
+def test_messages_reach_a_worker_until_the_driver_leaves(pair: tuple[Driver, Worker]) -> None:
+    driver, worker = pair
+    driver.broadcast("one")
+    driver.broadcast([2])
+    driver._leave()
+    assert list(worker.messages()) == ["one", [2]]
+    assert worker._leave() is None
 
 
-def test_who_does_what(pair: tuple[Driver, Worker]) -> None:
-    leader, follower = pair
-    with pytest.raises(ProcessGroupError, match="call follow here, and all else there"):
-        follower.broadcast("one")
-    for process_group in (leader, SingleProcess()):
+def test_a_worker_that_leaves_early_gets_an_error(pair: tuple[Driver, Worker]) -> None:
+    driver, worker = pair
+    driver.broadcast("one")
+    assert "process 1 left while process 0 was still running" in str(worker._leave())
+
+
+def test_calls_that_belong_to_another_process_are_refused(pair: tuple[Driver, Worker]) -> None:
+    driver, worker = pair
+    with pytest.raises(ProcessGroupError, match="call run_worker in this process, and everything else in process 0"):
+        worker.broadcast("one")
+    for process_group in (driver, SingleProcess()):
         with pytest.raises(ProcessGroupError, match="call generate"):
-            process_group.orders()
+            process_group.messages()
 
 
-def test_all_must_have_been_given_the_same(pair: tuple[Driver, Worker]) -> None:
-    leader, follower = pair
+def test_settings_must_agree(pair: tuple[Driver, Worker]) -> None:
+    driver, worker = pair
     for dtype in ("float32", "float32"):
-        leader.check_agreement({"the dtype": dtype})
-    follower.check_agreement({"the dtype": "float32"})
-    with pytest.raises(ProcessGroupError, match="process 1 was given the dtype bfloat16, process 0 float32"):
-        follower.check_agreement({"the dtype": "bfloat16"})
+        driver.check_agreement({"the dtype": dtype})
+    worker.check_agreement({"the dtype": "float32"})
+    with pytest.raises(ProcessGroupError, match="process 1 was given the dtype bfloat16, process 0 float32: give all"):
+        worker.check_agreement({"the dtype": "bfloat16"})

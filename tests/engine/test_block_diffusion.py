@@ -1,4 +1,4 @@
-"""Requests of models that decode blocks get what plain NumPy decodes of each alone, whatever runs beside them."""
+"""Block-diffusion requests in a batch get the tokens that plain NumPy decodes for each request alone."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from moe_jax.programs import StepFlags
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GOLDEN = GOLDENS / "llada2_moe_gqa4_e8_top2_groups"
 BLOCK, POSITIONS, MASK = 32, 128, 31
-"""Two pages to a block."""
-ALIKE: dict[str, Any] = {"temperature": 0, "logit_bias": {0: 0.0}}
-"""A bias of nothing has the programs of requests that draw compiled, so that there are no others."""
+"""Block size (two pages), maximum positions, and mask token."""
+SAMPLED: dict[str, Any] = {"temperature": 0, "logit_bias": {0: 0.0}}
+"""Greedy decoding with a bias of zero, so that only the programs of sampling are compiled."""
 
-BEGINNING = np.random.default_rng(0).integers(0, 31, 100).tolist()
-PROMPTS = [BEGINNING[:length] for length in (1, 5, 31, 32, 33, 70, 64, 90)]
-PACES = [(1.0, 32), (0.3, 32), (0.3, 5), (1.0, 1)]
-"""Threshold and steps."""
+TOKENS = np.random.default_rng(0).integers(0, 31, 100).tolist()
+PROMPTS = [TOKENS[:length] for length in (1, 5, 31, 32, 33, 70, 64, 90)]
+SCHEDULES = [(1.0, 32), (0.3, 32), (0.3, 5), (1.0, 1)]
+"""Confidence thresholds and denoising steps."""
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden with blocks of 32, and a tokenizer for which every token is a letter."""
+    """The golden checkpoint with blocks of 32, and a tokenizer that writes each token as one letter."""
     path = tmp_path_factory.mktemp("blocks") / "model"
     shutil.copytree(GOLDEN, path)
     config = json.loads((path / "config.json").read_text())
@@ -53,7 +53,7 @@ def letter(token: int) -> str:
 
 @pytest.fixture(scope="module")
 def crowded(checkpoint: Path) -> LLM:
-    """Two token shards with two slots each, and pages for less than two of the longest sequences."""
+    """An engine of two token shards, each with two slots and too few pages for two of the longest sequences."""
     return LLM(
         checkpoint, mesh="data=2,tensor=2", dtype="float32", max_batch_size=4, prefill_tokens=32, decode_steps=3,
         cache_pages=10,
@@ -62,6 +62,7 @@ def crowded(checkpoint: Path) -> LLM:
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> Callable[..., plain_blocks.Decoded]:
+    """Decode one request in plain NumPy."""
     config, weights = json.loads((checkpoint / "config.json").read_text()), load_file(checkpoint / "model.safetensors")
     logits = partial(plain.logits, config, weights)
 
@@ -77,27 +78,28 @@ def alone(checkpoint: Path) -> Callable[..., plain_blocks.Decoded]:
     return decoded
 
 
-def test_a_crowd_is_as_each_alone(crowded: LLM, alone: Callable[..., plain_blocks.Decoded]) -> None:
-    """Prompts shorter than a block and longer, that fill blocks or do not, in pieces; answers that end within a block;
-    blocks that take one step to 32; shared beginnings; too few pages. Nothing is compiled after warm-up."""
+def test_a_batch_has_the_tokens_of_each_request_alone(crowded: LLM, alone: Callable[..., plain_blocks.Decoded]) -> None:
+    """Prompts are shorter and longer than a block, fill blocks or not, and are prefilled in chunks. Outputs end within
+    a block. Blocks take from one to 32 steps. Prefixes are shared, pages are short, and nothing is compiled after
+    warm-up."""
     crowded.engine.warm_up([StepFlags(sampling=True)], progress=False)
     compiled = crowded._programs.compilations
-    flags = [
-        (prompt, 1 + 11 * number % min(60, POSITIONS - len(prompt)), PACES[number % len(PACES)])
+    requests = [
+        (prompt, 1 + 11 * number % min(60, POSITIONS - len(prompt)), SCHEDULES[number % len(SCHEDULES)])
         for number, prompt in enumerate(PROMPTS * 3)
     ]
     params = [
-        SamplingParams(max_tokens=wanted, confidence_threshold=threshold, denoising_steps=steps, **ALIKE)
-        for _, wanted, (threshold, steps) in flags
+        SamplingParams(max_tokens=wanted, confidence_threshold=threshold, denoising_steps=steps, **SAMPLED)
+        for _, wanted, (threshold, steps) in requests
     ]
-    outputs, counts = crowded.generate([prompt for prompt, *_ in flags], params), set[int]()
-    for (prompt, wanted, schedule), output in zip(flags, outputs, strict=True):
+    outputs, counts = crowded.generate([prompt for prompt, *_ in requests], params), set[int]()
+    for (prompt, wanted, schedule), output in zip(requests, outputs, strict=True):
         expected = alone(tuple(prompt), wanted, schedule)
         assert output.token_ids == expected.tokens
         assert output.finish_reason == "length"
         np.testing.assert_allclose(output.logprobs, _logprobs(expected), rtol=0, atol=1e-4)
-        counts |= set(expected.steps) if schedule == PACES[1] else set()
-    assert {1, 3, 5} <= counts, "some tokens are surer than others"
+        counts |= set(expected.steps) if schedule == SCHEDULES[1] else set()
+    assert {1, 3, 5} <= counts, "blocks take different numbers of steps"
     assert crowded._programs.compilations == compiled
     stats = crowded.stats()
     assert stats.preemptions > 0
@@ -109,36 +111,36 @@ def _logprobs(decoded: plain_blocks.Decoded) -> list[float]:
     return [row[token] - np.log(np.exp(row).sum()) for row, token in rows]
 
 
-def test_it_ends_within_a_block(crowded: LLM, alone: Callable[..., plain_blocks.Decoded]) -> None:
-    """At a token or a text, or where the positions do; what its block holds after that is dropped."""
+def test_a_request_can_end_within_a_block(crowded: LLM, alone: Callable[..., plain_blocks.Decoded]) -> None:
+    """A stop token, a stop string or the last position ends it; later tokens of the block are dropped."""
     prompt = PROMPTS[1]
     whole = alone(tuple(prompt), 40, (0.95, BLOCK)).tokens
     new = next(place for place in range(3, 40) if whole[place] not in whole[:place])
-    (output,) = crowded.generate([prompt], SamplingParams(max_tokens=40, stop_token_ids=[whole[new]], **ALIKE))
+    (output,) = crowded.generate([prompt], SamplingParams(max_tokens=40, stop_token_ids=[whole[new]], **SAMPLED))
     assert (output.token_ids, output.finish_reason) == (whole[: new + 1], "stop")
     assert output.token_ids == alone(tuple(prompt), 40, (0.95, BLOCK), (whole[new],)).tokens
 
     text = "".join(map(letter, whole))
     stop = text[new : new + 2]
-    events = list(crowded.stream([prompt], SamplingParams(max_tokens=40, stop=stop, **ALIKE)))
+    events = list(crowded.stream([prompt], SamplingParams(max_tokens=40, stop=stop, **SAMPLED)))
     assert "".join(event.text or "" for event in events) == text[: text.index(stop)]
     assert events[-1].finish_reason == "stop"
 
-    (output,) = crowded.generate([BEGINNING[:90]], SamplingParams(max_tokens=100, ignore_eos=True, **ALIKE))
+    (output,) = crowded.generate([TOKENS[:90]], SamplingParams(max_tokens=100, ignore_eos=True, **SAMPLED))
     assert (len(output.token_ids), output.finish_reason) == (POSITIONS - 90, "length")
-    full = [(BEGINNING * 2)[:POSITIONS]]
-    assert [sample.token_ids for sample in crowded.generate(full, SamplingParams(**ALIKE))] == [[]]
+    full = [(TOKENS * 2)[:POSITIONS]]
+    assert [sample.token_ids for sample in crowded.generate(full, SamplingParams(**SAMPLED))] == [[]]
 
 
-def test_tokens_come_block_after_block(crowded: LLM) -> None:
-    events = list(crowded.stream([PROMPTS[2]], SamplingParams(max_tokens=40, denoising_steps=4, **ALIKE)))
+def test_each_event_has_the_tokens_of_one_block(crowded: LLM) -> None:
+    events = list(crowded.stream([PROMPTS[2]], SamplingParams(max_tokens=40, denoising_steps=4, **SAMPLED)))
     assert [len(event.token_ids) for event in events if event.token_ids] == [1, 32, 7]
-    (whole,) = crowded.generate([PROMPTS[2]], SamplingParams(max_tokens=40, denoising_steps=4, **ALIKE))
+    (whole,) = crowded.generate([PROMPTS[2]], SamplingParams(max_tokens=40, denoising_steps=4, **SAMPLED))
     assert [token for event in events for token in event.token_ids] == whole.token_ids
 
 
-def test_draws_depend_on_the_seed_alone(crowded: LLM) -> None:
-    """Not on neighbours, the shard, or preemption."""
+def test_samples_depend_only_on_the_seed(crowded: LLM) -> None:
+    """Neighbours, token shard and preemption have no effect."""
     params = [SamplingParams(temperature=1.5, seed=seed, max_tokens=40, top_k=9) for seed in (1, 2)] * 4
     together = [output.token_ids for output in crowded.generate([PROMPTS[5]] * 8, params)]
     apart = [crowded.generate([PROMPTS[5]], one)[0].token_ids for one in params[:2]]
@@ -146,11 +148,11 @@ def test_draws_depend_on_the_seed_alone(crowded: LLM) -> None:
     assert apart[0] != apart[1]
     assert all(MASK not in tokens for tokens in apart)
     (hot,) = crowded.generate([PROMPTS[5]], SamplingParams(temperature=1e3, seed=1, max_tokens=40))
-    assert len(set(hot.token_ids)) > 15, "each position draws for itself"
+    assert len(set(hot.token_ids)) > 15, "each position has its own random number"
 
 
 def test_a_cancelled_request_frees_its_pages(crowded: LLM) -> None:
-    events = crowded.stream(PROMPTS[:4], SamplingParams(max_tokens=60, **ALIKE))
+    events = crowded.stream(PROMPTS[:4], SamplingParams(max_tokens=60, **SAMPLED))
     next(events)
     del events
     for _ in range(3):
@@ -159,14 +161,14 @@ def test_a_cancelled_request_frees_its_pages(crowded: LLM) -> None:
     assert not crowded.engine.has_work
 
 
-def test_a_step_is_explained_with_all_rows_of_blocks(crowded: LLM) -> None:
+def test_explain_counts_all_rows_of_blocks(crowded: LLM) -> None:
     assert crowded.explain(6).rows == 6 * BLOCK
 
 
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        (SamplingParams(repetition_penalty=1.1), "repetition_penalty cannot be had of a model that decodes blocks"),
+        (SamplingParams(repetition_penalty=1.1), "repetition_penalty is not supported by models that decode blocks"),
         (SamplingParams(presence_penalty=0.1), "any order"),
         (SamplingParams(frequency_penalty=0.1), "any order"),
         (SamplingParams(min_tokens=1), "any order"),
@@ -175,12 +177,12 @@ def test_a_step_is_explained_with_all_rows_of_blocks(crowded: LLM) -> None:
         (SamplingParams(denoising_steps=33), "at most 32"),
     ],
 )
-def test_what_makes_no_sense_of_blocks_is_refused(crowded: LLM, params: SamplingParams, words: str) -> None:
+def test_parameters_without_meaning_for_blocks_are_refused(crowded: LLM, params: SamplingParams, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         crowded.generate([[1]], params)
 
 
-@pytest.mark.parametrize("flags", [{"denoising_steps": 1}, {"confidence_threshold": 0.5}])
-def test_what_makes_no_sense_of_tokens_is_refused(flags: dict[str, Any]) -> None:
+@pytest.mark.parametrize("params", [{"denoising_steps": 1}, {"confidence_threshold": 0.5}])
+def test_parameters_of_blocks_are_refused_for_other_models(params: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="for models that decode blocks"):
-        SamplingParams(**flags).check(10, ())
+        SamplingParams(**params).check(10, ())

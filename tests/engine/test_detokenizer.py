@@ -1,4 +1,4 @@
-"""Texts told in pieces are the texts told at once."""
+"""Incremental detokenization gives the same text as decoding all tokens at once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SPECIAL = ("<s>", "</s>")
 
 
 def byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level vocabularies: itself where it can be seen, others in order."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    letters = {byte: chr(byte) for byte in seen} | {byte: chr(256 + at) for at, byte in enumerate(hidden)}
+    """Return the letter of each byte in byte-level vocabularies: visible bytes stand for themselves."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + at) for at, byte in enumerate(hidden)}
     return [letters[byte] for byte in range(256)]
 
 
@@ -73,7 +73,7 @@ def tokenizer(kind: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_pieces_are_the_whole(kind: str) -> None:
+def test_pieces_together_are_the_whole_text(kind: str) -> None:
     made = tokenizer(kind)
     size = made.get_vocab_size()
     ids = st.sampled_from(range(size)) | st.integers(max(size - 40, 0), size)
@@ -93,7 +93,7 @@ def test_the_pieces_are_the_whole(kind: str) -> None:
 
 
 def encoded(kind: str, text: str) -> Iterator[int]:
-    """A text in bytes, where the tokenizer has them."""
+    """Encode a text as byte tokens, if the tokenizer has any."""
     vocabulary = tokenizer(kind).get_vocab(with_added_tokens=False)
     names: dict[str, Callable[[int], str]] = {
         "byte_level": lambda byte: in_letters(bytes([byte])),
@@ -108,28 +108,28 @@ def emitted(kind: str, tokens: Sequence[int]) -> list[str]:
     return [*(stream.push([token]) for token in tokens), stream.finish()]
 
 
-def test_characters_come_with_their_last_byte() -> None:
+def test_a_character_is_emitted_with_its_last_byte() -> None:
     assert emitted("byte_level", list(encoded("byte_level", "é😀."))) == ["", "é", "", "", "", "😀", ".", ""]
 
 
-def test_bytes_that_complete_nothing_come_when_that_is_certain() -> None:
+def test_invalid_bytes_are_emitted_once_they_are_known_to_be_invalid() -> None:
     invalid = [BYTE_LEVEL.index(in_letters(bytes([byte]))) for byte in b"a\xff\xff\xe4b\xf0\x9f"]
     assert emitted("byte_level", invalid) == ["a", "", "\ufffd", "\ufffd", "\ufffdb", "", "", "\ufffd"]
 
 
-def test_a_byte_out_of_place_changes_those_before_it() -> None:
+def test_a_misplaced_byte_changes_the_bytes_before_it() -> None:
     names = ["▁a", "<0xE4>", "<0xB8>", "<0xAD>", "b", "<0xE4>", "<0xB8>", "<0xAD>", "<0xFF>", "b"]
     tokens = [SENTENCE_PIECE.index(name) for name in names]
     assert emitted("byte_fallback", tokens) == ["a", "", "", "", "中b", "", "", "", "", "\ufffd" * 4 + "b", ""]
 
 
-def test_tokens_that_the_tokenizer_does_not_know_have_no_text() -> None:
+def test_unknown_tokens_have_no_text() -> None:
     assert emitted("fused", [0, 10_000, 1]) == ["a", "", "b", ""]
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 def test_time_is_linear(kind: str) -> None:
-    """In runs that never become a character, too."""
+    """Bytes that never complete a character are the worst case."""
 
     def seconds(count: int) -> float:
         invalid = list(range(128, 256)) * (count // 128)
@@ -149,7 +149,7 @@ LETTERS = st.text(alphabet="ab", max_size=30)
 
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(st.lists(LETTERS, max_size=8), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4), st.booleans())
-def test_stop_strings_end_a_text_where_they_end_the_whole(parts: list[str], stop: list[str], include: bool) -> None:
+def test_stop_strings_cut_pieces_as_they_cut_the_whole_text(parts: list[str], stop: list[str], include: bool) -> None:
     whole = "".join(parts)
     ends = [(whole.find(each) + len(each), whole.find(each)) for each in stop if each in whole]
     end, start = min(ends, default=(len(whole), len(whole)))
@@ -165,7 +165,7 @@ def test_stop_strings_end_a_text_where_they_end_the_whole(parts: list[str], stop
     assert emitted + stream.finish() == whole[: end if include else start]
 
 
-def test_no_more_is_held_back_than_may_be_a_stop_string() -> None:
+def test_only_a_possible_stop_string_is_held_back() -> None:
     stream = StopStrings(("END", "Enough"))
     pushed = [stream.push(text) for text in ("The E", "ast, EN", "EN", "D", "more")]
     assert pushed == [("The ", False), ("East, ", False), ("EN", False), ("", True), ("", True)]

@@ -1,4 +1,4 @@
-"""A request's tokens are its own: whatever runs beside it, wherever, in whatever pieces."""
+"""The tokens of a request do not depend on its neighbours, its token shard, or its chunks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from moe_jax.engine import Generation, OutputQueue
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 WINDOWED = GOLDENS / "qwen2_moe_gqa4_e12_top2_window"
-"""Two layers that see everything, one that sees four positions."""
+"""Checkpoint with two layers of full attention, and one with a window of four positions."""
 
-BEGINNING = np.random.default_rng(0).integers(0, 97, 48).tolist()
-PROMPTS = [BEGINNING[:length] for length in (1, 15, 16, 17, 33, 48)] + [[7], [5, 9, 13], [*BEGINNING[:20], 1, 2, 3]]
-ALIKE: dict[str, Any] = {"logit_bias": {0: 0.0}}
-"""A bias of nothing, so that only the programs of requests that draw are compiled."""
+TOKENS = np.random.default_rng(0).integers(0, 97, 48).tolist()
+PROMPTS = [TOKENS[:length] for length in (1, 15, 16, 17, 33, 48)] + [[7], [5, 9, 13], [*TOKENS[:20], 1, 2, 3]]
+SAMPLED: dict[str, Any] = {"logit_bias": {0: 0.0}}
+"""A bias of zero, so that only the programs of sampling are compiled."""
 PARAMS = [
-    SamplingParams(temperature=0, max_tokens=16, **ALIKE),
-    SamplingParams(temperature=0, max_tokens=3, **ALIKE),
+    SamplingParams(temperature=0, max_tokens=16, **SAMPLED),
+    SamplingParams(temperature=0, max_tokens=3, **SAMPLED),
     SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=10),
     SamplingParams(temperature=1.5, top_k=12, repetition_penalty=1.3, frequency_penalty=0.5, seed=6, max_tokens=16),
 ]
@@ -35,7 +35,7 @@ PARAMS = [
 
 @cache
 def crowded() -> LLM:
-    """Two token shards with two slots each, and pages for less than two of the longest sequences."""
+    """An engine of two token shards, each with two slots and too few pages for two of the longest sequences."""
     return LLM(
         WINDOWED, mesh="expert=2,tensor=2", dtype="float32", max_batch_size=4, prefill_tokens=20, decode_steps=3,
         cache_pages=6,
@@ -44,7 +44,7 @@ def crowded() -> LLM:
 
 @cache
 def lonely() -> LLM:
-    """One program for prompts, which takes a token at a time, and one that decodes."""
+    """An engine of one slot that prefills and decodes one token at a time."""
     return LLM(
         WINDOWED, mesh="data=1", dtype="float32", max_batch_size=1, prefill_tokens=1, decode_steps=1, prefix_cache=False
     )
@@ -56,7 +56,7 @@ def alone(prompt: int, params: int) -> list[int]:
 
 
 class Crowd(RuleBasedStateMachine):
-    """Requests come, are cancelled, wait for pages, are preempted, share beginnings, and leave shards idle."""
+    """Requests arrive, are cancelled, wait for pages, are preempted, share prefixes, and leave shards idle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Crowd(RuleBasedStateMachine):
     @rule(prompt=st.integers(0, len(PROMPTS) - 1), params=st.integers(0, len(PARAMS) - 1))
     def arrive(self, prompt: int, params: int) -> None:
         (group,) = self.llm.request_groups([PROMPTS[prompt]], PARAMS[params])
-        (generation,) = group.begin(self.llm.ends, self.queue)
+        (generation,) = group.begin(self.queue)
         self.llm.engine.add(generation)
         self.open[generation] = (prompt, params)
 
@@ -98,7 +98,7 @@ class Crowd(RuleBasedStateMachine):
         steps = count()
         while self.llm.engine.has_work:
             self.llm.engine.step()
-            assert next(steps) < 1000, "everything ends"
+            assert next(steps) < 1000, "every request ends"
         self.check()
         assert not self.open
         assert self.llm.stats().cache_use == 0
@@ -114,10 +114,10 @@ TestCrowd.settings = settings(
 )
 
 
-def test_the_crowd_was_crowded() -> None:
-    """What the machine above is to try does happen: shared beginnings, and two on a shard that want seven pages."""
+def test_the_crowded_engine_preempts_and_shares_prefixes() -> None:
+    """The cases that the state machine above is for do occur."""
     llm, params = crowded(), PARAMS[0]
-    prompts = [*PROMPTS, *PROMPTS, *([number, *BEGINNING[:39]] for number in range(8))]
+    prompts = [*PROMPTS, *PROMPTS, *([number, *TOKENS[:39]] for number in range(8))]
     outputs = [output.token_ids for output in llm.generate(prompts, params)]
     assert outputs == [output.token_ids for output in lonely().generate(prompts, params)]
     stats = llm.stats()
@@ -125,8 +125,8 @@ def test_the_crowd_was_crowded() -> None:
     assert stats.prefix_hits > 0
 
 
-def test_penalties_hear_of_the_prompt_and_of_what_came() -> None:
-    """With one that leaves nothing of a likely token, none comes a second time."""
+def test_penalties_count_the_tokens_of_prompt_and_output() -> None:
+    """A huge repetition penalty lets no token occur twice."""
     llm, prompt = lonely(), PROMPTS[2]
     (plain,) = llm.generate([prompt], PARAMS[0])
     assert len({*prompt, *plain.token_ids}) < len({*prompt}) + 16
@@ -135,7 +135,7 @@ def test_penalties_hear_of_the_prompt_and_of_what_came() -> None:
 
 
 def test_nothing_is_compiled_after_warm_up() -> None:
-    """200 requests of all kinds; any compilation of JAX's counts, not only that of steps."""
+    """200 requests of all kinds; every compilation of JAX counts, not only the compilation of steps."""
     llm = LLM(GOLDENS / "qwen3_moe_gqa4_e8_top2", mesh="data=2", dtype="float32", max_batch_size=2, prefill_tokens=16)
     llm.warm_up()
     random = np.random.default_rng(1)
@@ -155,8 +155,8 @@ def test_nothing_is_compiled_after_warm_up() -> None:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     outputs = llm.generate(prompts, params)
-    for number in range(0, len(prompts), 25):  # whatever the requests beside it asked for
+    for number in range(0, len(prompts), 25):  # the neighbours had other needs
         assert llm.generate([prompts[number]], params[number])[0].token_ids == outputs[number].token_ids
     assert not compilations
     llm.generate([[1]], SamplingParams(temperature=0, max_tokens=2, logprobs=3))
-    assert compilations, "the listener hears: candidates were not warmed up"
+    assert compilations, "the listener works: steps with top log-probabilities were not warmed up"

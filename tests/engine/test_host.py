@@ -1,4 +1,4 @@
-"""What the host keeps and does, without devices."""
+"""Host side of the engine, without devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 
 from moe_jax import SamplingParams
 from moe_jax.engine import Engine, Generation, OutputQueue
-from moe_jax.engine.generation import StepOutput
+from moe_jax.engine.partial_outputs import StepOutput
 from moe_jax.engine.sizes import Sizes
 from moe_jax.errors import RequestError
 from moe_jax.scheduler import Request
@@ -23,10 +23,10 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def serve(engine: Engine, numbers: range) -> Iterator[Generation]:
-    """Requests of many lengths, never more than a hundred waiting; each as it ends."""
-    queue, coming = OutputQueue(), iter(numbers)
+    """Serve requests of many lengths, of which at most a hundred wait; yield each when it ends."""
+    queue, remaining = OutputQueue(), iter(numbers)
     while True:
-        while engine.waiting < 100 and (number := next(coming, None)) is not None:
+        while engine.waiting < 100 and (number := next(remaining, None)) is not None:
             prompt = [number % 50] * (1 + number % 40)
             engine.add(Generation(Request(number, prompt, 1 + number % 4), GREEDY, 0, frozenset(), None, queue))
         if not engine.has_work:
@@ -41,7 +41,7 @@ def objects() -> int:
 
 
 def test_memory_is_constant_over_ten_thousand_requests() -> None:
-    """The prefix cache fills up first: it keeps what fits into the pages."""
+    """The first count comes after the prefix cache has filled up."""
     engine, _ = recorded(positions=64, slots=4, pages=16)
     counts = []
     number = 0
@@ -50,11 +50,11 @@ def test_memory_is_constant_over_ten_thousand_requests() -> None:
         if number in (3_000, 10_000):
             counts.append(objects())
     assert number == 10_000
-    assert counts[1] < counts[0] + 2_000, "one of seven thousand requests more would leave several thousand"
+    assert counts[1] < counts[0] + 2_000, "one object kept for each request would add seven thousand"
     assert engine.stats.cache_use == 0
 
 
-def test_stats() -> None:
+def test_stats_count_requests_tokens_and_rows() -> None:
     engine, _ = recorded(positions=64, slots=4, pages=16)
     assert engine.stats.tokens_per_second == 0
     assert len(list(serve(engine, range(100)))) == 100
@@ -69,7 +69,7 @@ def test_stats() -> None:
     assert "tokens/s" in str(stats)
 
 
-def test_ids_are_unique_among_those_that_run() -> None:
+def test_two_running_requests_cannot_share_an_id() -> None:
     engine, _ = recorded(positions=64, slots=4, pages=16)
     make = lambda: Generation(Request("one", [1], 2), GREEDY, 0, frozenset(), None, OutputQueue())  # noqa: E731
     engine.add(make())
@@ -80,14 +80,14 @@ def test_ids_are_unique_among_those_that_run() -> None:
     engine.add(make())
 
 
-def test_what_could_never_run_is_refused_at_once() -> None:
+def test_a_request_that_can_never_run_is_refused() -> None:
     engine, _ = recorded(positions=512, slots=4, pages=16)
     with pytest.raises(RequestError, match=r"needs 20 pages of 16 positions .* but a token shard has 16"):
         engine.add(Generation(Request(0, [1] * 300, 20), GREEDY, 0, frozenset(), None, OutputQueue()))
 
 
 @given(st.integers(1, 300), st.integers(1, 5000), st.integers(1, 700), st.integers(1, 16), st.data())
-def test_every_step_has_a_size_and_the_sizes_are_few(
+def test_every_step_has_a_size_and_there_are_few_sizes(
     slots: int, positions: int, prompt_rows: int, prompts: int, data: st.DataObject
 ) -> None:
     sizes = Sizes((None, 8), slots, positions, prompt_rows, prompts, decode_steps=8)
@@ -103,8 +103,8 @@ def test_every_step_has_a_size_and_the_sizes_are_few(
     assert len(known) <= 5 * 5 + 2 * 6 * 5
 
 
-def test_nothing_after_an_end_token_is_read_for_stop_strings() -> None:
-    """More end tokens than the devices know of end a sample on the host."""
+def test_stop_strings_after_a_stop_token_are_ignored() -> None:
+    """The host finds stop tokens beyond the number that the devices know."""
     words = Tokenizer(WordLevel({str(number): number for number in range(40)}, unk_token="0"))
     params = SamplingParams(temperature=0, stop="9", logprobs=None)
     generation = Generation(Request("one", [1], 9), params, 0, frozenset(range(20, 40)), words, OutputQueue())

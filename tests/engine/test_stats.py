@@ -1,4 +1,4 @@
-"""Percentiles and shares of histories whose figures are worked out by hand."""
+"""Statistics against percentiles and shares worked out by hand."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def histogram(seconds: list[float], times: list[int] | int = 1) -> Histogram:
     return made
 
 
-def assert_in_its_bin(got: float, seconds: float) -> None:
+def assert_same_bin(got: float, seconds: float) -> None:
     assert seconds / HALF_A_BIN <= got <= seconds * HALF_A_BIN
 
 
 def test_percentiles_pick_the_nearest_rank() -> None:
-    """A hundred latencies a tenth apart, so that no two of them share a bin of a twentieth."""
+    """A hundred latencies grow by a tenth each, so no two of them share a bin."""
     latencies = [1e-4 * 1.1**rank for rank in range(100)]
     made = histogram(latencies[::2])
     made.add(np.array(latencies[1::2][::-1]), 1)
     got = Latency.of(made)
     for found, rank in ((got.p50, 50), (got.p90, 90), (got.p99, 99), (made.percentile(100), 100)):
-        assert_in_its_bin(found, latencies[rank - 1])
+        assert_same_bin(found, latencies[rank - 1])
 
 
 @pytest.mark.parametrize("place", [0, 1, 17, 459])
@@ -39,33 +39,33 @@ def test_a_percentile_is_the_middle_of_its_bin(place: int) -> None:
         assert made.percentile(50) == pytest.approx(1e-6 * 1.05 ** (place + 0.5), rel=1e-9)
 
 
-def test_what_no_bin_holds_is_in_the_outermost() -> None:
+def test_values_out_of_range_are_in_the_outermost_bins() -> None:
     made = histogram([0.0, 1e-9, 1e9])
     assert made.percentile(50) == pytest.approx(1e-6 * 1.05**0.5)
     assert made.percentile(99) == pytest.approx(1e-6 * 1.05**459.5)
     assert Histogram().percentile(50) == 0
 
 
-def test_latencies_count_as_often_as_they_were() -> None:
+def test_repeated_latencies_count_repeatedly() -> None:
     got = Latency.of(histogram([1e-3, 1.0, 1e-3], [9, 2, 9]))
     for found, seconds in ((got.p50, 1e-3), (got.p90, 1e-3), (got.p99, 1.0)):
-        assert_in_its_bin(found, seconds)
+        assert_same_bin(found, seconds)
 
 
-def test_tokens_that_land_together_share_the_wait() -> None:
-    """Three tokens after 0.6 s, two after 0.1 s; the first token of a request, and those with it, have a wait apart."""
+def test_tokens_of_one_step_share_the_wait() -> None:
+    """Three tokens come after 0.6 s, and two after 0.1 s. Tokens that come with a first token have no wait."""
     meter = Meter(shards=2)
     meter.record_tokens(np.array([2.0, 0.6]), np.array([4, 3]), np.array([True, False]))
     meter.record_tokens(np.array([0.1]), np.array([2]), np.array([False]))
     assert meter.generated_tokens == 4 + 3 + 2
-    assert_in_its_bin(meter.first_token.percentile(1), 2.0)
-    assert_in_its_bin(meter.first_token.percentile(100), 2.0)
-    assert_in_its_bin(meter.between_tokens.percentile(40), 0.05)
-    assert_in_its_bin(meter.between_tokens.percentile(50), 0.2)
-    assert_in_its_bin(meter.between_tokens.percentile(100), 0.2)
+    assert_same_bin(meter.first_token.percentile(1), 2.0)
+    assert_same_bin(meter.first_token.percentile(100), 2.0)
+    assert_same_bin(meter.between_tokens.percentile(40), 0.05)
+    assert_same_bin(meter.between_tokens.percentile(50), 0.2)
+    assert_same_bin(meter.between_tokens.percentile(100), 0.2)
 
 
-def test_steps_count_in_proportion_to_their_rows() -> None:
+def test_steps_are_weighted_by_their_rows() -> None:
     meter = Meter(shards=2)
     assert (meter.balance, meter.pad_share, meter.rows_per_shard) == (1, 0, (0, 0))
     meter.step([3, 1], capacity=4, steps=2)

@@ -1,4 +1,6 @@
-"""Compiles grouped matmuls for GPUs that are not there, and prints as JSON what came of it.
+"""Compile grouped matmuls for GPU targets and print statistics of the programs as JSON.
+
+Each line of the input is a case of `test_grouped_matmul_for_gpus.py`.
 
 M  rows     G  groups     D  inputs     F  outputs     L  layers
 """
@@ -19,7 +21,7 @@ from jax.stages import Compiled
 
 from moe_jax.analysis.targets import COMPILER_OPTIONS, target_devices
 from moe_jax.config import WeightDtype
-from moe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, grouped_matmul_on
+from moe_jax.kernels.grouped_matmul import grouped_matmul, grouped_matmul_on
 from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.kernels.stacked_weight import StackedWeight
 from moe_jax.sharding import make_mesh
@@ -33,8 +35,8 @@ KINDS = {
 }
 
 
-def held(weights: str, shape: tuple[int, ...], dtype: str) -> Any:
-    """In the dtype of rows, or in eight bits with a scale for each output, or for blocks of 128 inputs."""
+def abstract_weights(weights: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """Return weights in the dtype of rows, or in eight bits with a scale for each output or each 128 of its inputs."""
     kind, blocks = KINDS[weights]
     if kind is WeightDtype.EXACT:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -42,13 +44,13 @@ def held(weights: str, shape: tuple[int, ...], dtype: str) -> Any:
     return QuantizedWeight(jax.ShapeDtypeStruct(shape, jnp.int8), scales, kind, dtype)
 
 
-def compiled(function: Callable[..., jax.Array], *shapes: Any, target: str) -> Compiled:
+def compile_for(function: Callable[..., jax.Array], *shapes: Any, target: str) -> Compiled:
     mesh = make_mesh("expert=1", target_devices(target, 1))
     mapped = jax.shard_map(function, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
     return jax.jit(mapped).trace(*shapes).lower().compile(dict(COMPILER_OPTIONS))
 
 
-def found(compiled: Compiled) -> dict[str, Any]:
+def statistics(compiled: Compiled) -> dict[str, Any]:
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
     assert memory is not None
     return {
@@ -60,11 +62,11 @@ def found(compiled: Compiled) -> dict[str, Any]:
 
 
 def main() -> None:
-    for segment in sys.stdin:
-        case = json.loads(segment)
+    for line in sys.stdin:
+        case = json.loads(line)
         backend = grouped_matmul_on(target_devices(case["target"], 1)[0])
         rows = jax.ShapeDtypeStruct((case["rows"], D), case["dtype"])
-        stack = held(case["weights"], (L, G, D, D), case["dtype"])
+        stack = abstract_weights(case["weights"], (L, G, D, D), case["dtype"])
         sizes = jax.ShapeDtypeStruct((G,), jnp.int32)
 
         def one(rows: jax.Array, stack: jax.Array, sizes: jax.Array, backend: Any = backend) -> jax.Array:
@@ -79,7 +81,7 @@ def main() -> None:
 
         function = {"one": one, "layers": layers}[case["of"]]
         weights = stack if case["of"] == "layers" else jax.ShapeDtypeStruct((1, G, D, F), case["dtype"])
-        print(json.dumps(found(compiled(function, rows, weights, sizes, target=case["target"]))), flush=True)
+        print(json.dumps(statistics(compile_for(function, rows, weights, sizes, target=case["target"]))), flush=True)
 
 
 main()

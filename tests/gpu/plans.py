@@ -1,4 +1,4 @@
-"""Makes one plan after another: reads arguments of `moe-jax`, a JSON list on each line, and prints what it prints."""
+"""Run `moe-jax` with the arguments of each line of the input, a JSON list."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import suppress
 
 from moe_jax.cli import main
 
-for segment in sys.stdin:
-    sys.argv = ["moe-jax", *json.loads(segment)]
+for line in sys.stdin:
+    sys.argv = ["moe-jax", *json.loads(line)]
     with suppress(SystemExit):
         main()
     sys.stdout.flush()

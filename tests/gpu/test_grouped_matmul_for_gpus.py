@@ -1,4 +1,4 @@
-"""What XLA's GPU compiler makes of grouped matmuls; no GPU is needed. Their numbers are tested in `tests/layers`."""
+"""Grouped matmuls compiled by XLA's GPU compiler, without a GPU. Their values are tested in `tests/kernels`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Case = tuple[str, str, str, int, str]
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[Case, dict[str, Any]]:
-    """Of each case what the compiled program is, all found by one process that has the compiler on its path."""
+    """Statistics of the compiled program of each case, from one process with the compiler on its path."""
     assert COMPILER.is_dir(), "the GPU compiler is not installed: run `make test`, or see its rule in the Makefile"
     paths = [str(COMPILER), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
@@ -40,11 +40,11 @@ def compiled() -> dict[Case, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_kernels_read_weights_where_they_lie_and_nothing_is_expanded(
+def test_kernels_read_stacked_weights_in_place_and_expand_nothing(
     case: Case, compiled: dict[Case, dict[str, Any]]
 ) -> None:
     found = compiled[case]
-    # Besides rows before and after those beyond the groups are zero, only tables: no copy of weights, no expansion.
+    # Rows before and after padding, and tables; no copy of weights.
     assert found["temporary_bytes"] <= 2 * found["output_bytes"] + 2**16
     assert found["loops"] == (case[0] == "layers"), "a loop over blocks would wait for the host"
     assert found["kernels"] == ["__gpu$xla.gpu.triton"]

@@ -1,3 +1,5 @@
+"""Grouped matmuls by every backend, against a loop over groups."""
+
 from __future__ import annotations
 
 import jax
@@ -8,25 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import WeightDtype
-from moe_jax.kernels.grouped_matmul.dispatch import GroupedMatmul, RaggedDotGroupedMatmul, grouped_matmul
-from moe_jax.kernels.grouped_matmul.loop import LARGEST_BLOCK, LoopGroupedMatmul, visit_blocks
-from moe_jax.kernels.grouped_matmul.pallas import SMALLEST_TILE, PallasGroupedMatmul, tile_rows
+from moe_jax.kernels.grouped_matmul import (
+    GroupedMatmul,
+    LoopGroupedMatmul,
+    PallasGroupedMatmul,
+    RaggedDotGroupedMatmul,
+    grouped_matmul,
+)
+from moe_jax.kernels.grouped_matmul.loop import MAX_BLOCK, loop_over_blocks
+from moe_jax.kernels.grouped_matmul.pallas import MIN_TILE_ROWS, tile_rows
 from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.kernels.stacked_weight import StackedWeight
 
 ROWS, GROUPS, INPUTS, OUTPUTS = 40, 5, 8, 6
-WAYS = (LoopGroupedMatmul(expected=4), RaggedDotGroupedMatmul(), PallasGroupedMatmul(expected=4, interpret=True))
+BACKENDS = (LoopGroupedMatmul(shards=4), RaggedDotGroupedMatmul(), PallasGroupedMatmul(shards=4, interpret=True))
 grouped_matmul_jit = jax.jit(grouped_matmul, static_argnames="backend")
-ways = pytest.mark.parametrize("backend", WAYS, ids=lambda backend: type(backend).__name__.lower())
+every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: type(backend).__name__.lower())
 
 
-def inputs(rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
+def draw_inputs(rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     shapes = (rows, INPUTS), (GROUPS, INPUTS, OUTPUTS)
     return tuple(random.normal(size=shape).astype(np.float32) for shape in shapes)  # type: ignore[return-value]
 
 
-def loop(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
+def loop_over_groups(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
     out = np.zeros((len(rows), weights.shape[2]), np.float32)
     first = 0
     for group, size in enumerate(sizes):
@@ -35,61 +43,59 @@ def loop(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
     return out
 
 
-@ways
+@every_backend
 @settings(deadline=None, derandomize=True)
 @given(cuts=st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS))
 def test_equals_a_loop_over_groups(backend: GroupedMatmul, cuts: list[int]) -> None:
-    """Whatever lies beyond the groups."""
-    rows, weights = inputs()
+    """Rows beyond the groups are NaN."""
+    rows, weights = draw_inputs()
     sizes = np.diff(sorted(cuts), prepend=0).tolist()
     rows[sum(sizes) :] = np.nan
     got = grouped_matmul_jit(rows, weights, jnp.array(sizes), backend)
-    np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-5)
+    np.testing.assert_allclose(got, loop_over_groups(rows, weights, sizes), atol=1e-5)
 
 
-@ways
+@every_backend
 @pytest.mark.parametrize("sizes", [[0] * 5, [40, 0, 0, 0, 0], [0, 0, 0, 0, 40], [0, 17, 0, 23, 0], [1] * 5])
-def test_extreme_sizes_and_what_lies_beyond_them(backend: GroupedMatmul, sizes: list[int]) -> None:
-    rows, weights = inputs()
+def test_extreme_sizes_and_nan_beyond_the_groups(backend: GroupedMatmul, sizes: list[int]) -> None:
+    rows, weights = draw_inputs()
     rows[sum(sizes) :] = np.nan
     got = grouped_matmul_jit(rows, weights, jnp.array(sizes), backend)
-    np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-5)
+    np.testing.assert_allclose(got, loop_over_groups(rows, weights, sizes), atol=1e-5)
 
 
-@ways
+@every_backend
 @pytest.mark.parametrize("rows", [1, 3, 7])
 def test_fewer_rows_than_a_block(backend: GroupedMatmul, rows: int) -> None:
-    x, weights = inputs(rows)
+    x, weights = draw_inputs(rows)
     sizes = [0, rows, 0, 0, 0]
     got = grouped_matmul_jit(x, weights, jnp.array(sizes), backend)
-    np.testing.assert_allclose(got, loop(x, weights, sizes), atol=1e-5)
+    np.testing.assert_allclose(got, loop_over_groups(x, weights, sizes), atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", WAYS[::2], ids=["loop", "pallas"])
+@pytest.mark.parametrize("backend", BACKENDS[::2], ids=["loop", "pallas"])
 def test_more_than_a_tile_of_rows_inputs_and_outputs(backend: GroupedMatmul) -> None:
     random = np.random.default_rng(1)
     rows, weights = random.normal(size=(300, 70)), random.normal(size=(3, 70, 130))
     for sizes in ([300, 0, 0], [129, 1, 170], [5, 200, 0]):
         got = grouped_matmul_jit(rows.astype(np.float32), weights.astype(np.float32), jnp.array(sizes), backend)
-        np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-4)
+        np.testing.assert_allclose(got, loop_over_groups(rows, weights, sizes), atol=1e-4)
 
 
-@ways
-def test_weights_are_found_in_the_stack_of_layers(backend: GroupedMatmul) -> None:
-    rows, weights = inputs()
+@every_backend
+def test_weights_are_read_from_the_stack_of_layers(backend: GroupedMatmul) -> None:
+    rows, weights = draw_inputs()
     stack = jnp.stack([jnp.full_like(weights, jnp.nan), weights, jnp.full_like(weights, jnp.nan)])
     sizes = [3, 0, 20, 1, 2]
-    got = jax.jit(grouped_matmul, static_argnames="backend")(
-        rows, weights, jnp.array(sizes), backend, StackedWeight(stack, jnp.array(1))
-    )
-    np.testing.assert_allclose(got, loop(rows, weights, sizes), atol=1e-5)
+    got = grouped_matmul_jit(rows, weights, jnp.array(sizes), backend, StackedWeight(stack, jnp.array(1)))
+    np.testing.assert_allclose(got, loop_over_groups(rows, weights, sizes), atol=1e-5)
 
 
-@ways
+@every_backend
 @pytest.mark.parametrize("kind", [WeightDtype.INT8, WeightDtype.FLOAT8])
 @pytest.mark.parametrize("blocks", [1, 3, 24])
-def test_weights_in_eight_bits_are_those_that_they_mean(backend: GroupedMatmul, kind: WeightDtype, blocks: int) -> None:
-    """Every number of either kind, beside scales of outputs and of blocks as large as a tile's inputs, and smaller."""
+def test_weights_in_eight_bits_equal_decoded_weights(backend: GroupedMatmul, kind: WeightDtype, blocks: int) -> None:
+    """Every number of either format, with one scale per output, or per block of 64 or of 8 inputs."""
     random, inputs = np.random.default_rng(0), 192
     bits = np.arange(256, dtype=np.uint8)[np.arange(256) % 128 != 127]  # float8's two NaNs
     numbers = random.permutation(np.resize(bits, 2 * GROUPS * inputs * OUTPUTS)).reshape(2, GROUPS, inputs, OUTPUTS)
@@ -100,14 +106,14 @@ def test_weights_in_eight_bits_are_those_that_they_mean(backend: GroupedMatmul, 
     got = grouped_matmul_jit(
         rows, jnp.zeros(weights.shape[1:]), jnp.array(sizes), backend, StackedWeight(stack, jnp.array(1))
     )
-    wanted = loop(rows, weights[1], sizes)
-    np.testing.assert_allclose(got, wanted, atol=2e-6 * np.abs(wanted).max())
+    expected = loop_over_groups(rows, weights[1], sizes)
+    np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
 
 
-@ways
+@every_backend
 @pytest.mark.parametrize("sizes", [[8] * 5, [0] * 5, [40, 0, 0, 0, 0], [3, 0, 20, 1, 2]])
 def test_gradients_equal_those_of_a_dense_expansion(backend: GroupedMatmul, sizes: list[int]) -> None:
-    rows, weights = inputs()
+    rows, weights = draw_inputs()
     group_of_row = np.repeat(np.arange(GROUPS), sizes)
     chosen = np.zeros((ROWS, GROUPS), np.float32)
     chosen[np.arange(len(group_of_row)), group_of_row] = 1
@@ -126,29 +132,29 @@ def test_gradients_equal_those_of_a_dense_expansion(backend: GroupedMatmul, size
 
 def test_work_grows_with_the_rows_and_not_with_the_groups() -> None:
     def visited_rows(rows: int, sizes: list[int]) -> int:
-        of_group, size = jnp.array(sizes), LoopGroupedMatmul().block_size(rows, len(sizes))
-        return int(visit_blocks(of_group, size, rows, lambda group: None, lambda *args: args[-1] + size, 0))
+        size = LoopGroupedMatmul().block_size(rows, len(sizes))
+        add = lambda *args: args[-1] + size  # noqa: E731
+        return int(loop_over_blocks(jnp.array(sizes), size, rows, lambda group: None, add, 0))
 
-    # Every group partly fills its last block: at most one block each is wasted, and idle groups cost nothing.
+    # Each group wastes at most a block, and groups without rows cost nothing.
     assert visited_rows(4096, [512] * 8) == 4096
     assert visited_rows(4096, [4096] + [0] * 127) == 4120
     assert visited_rows(4096, [0] * 128) == 0
     assert visited_rows(4096, [32] * 128) == 1.25 * 4096
     assert visited_rows(4096, [33] * 64 + [0] * 64) == 40 * 64
-    assert visited_rows(10**6, [5] * 8) == 8 * LARGEST_BLOCK
+    assert visited_rows(10**6, [5] * 8) == 8 * MAX_BLOCK
 
 
-def test_tiles_compute_hardly_more_rows_than_there_are() -> None:
+def test_tiles_compute_few_idle_rows() -> None:
     def computed(sizes: list[int]) -> int:
         size = tile_rows(sum(sizes), len(sizes))
-        spans = sum(-(-group // size) for group in sizes)
-        return spans * size
+        return size * sum(-(-group // size) for group in sizes)
 
     random = np.random.default_rng(0)
     shares = random.multinomial(2048, [1 / 16] * 16).tolist()
     assert computed(shares) <= 1.3 * 2048
     assert computed([2048] + [0] * 15) == 2048
-    assert computed([4] * 16) == 16 * SMALLEST_TILE, "the fewest that tensor cores multiply, of each group once"
+    assert computed([4] * 16) == 16 * MIN_TILE_ROWS, "each group fills one tile of the smallest size"
 
 
 @pytest.mark.parametrize("backend", [LoopGroupedMatmul(), PallasGroupedMatmul()], ids=["loop", "pallas"])

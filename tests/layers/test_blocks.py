@@ -1,4 +1,4 @@
-"""Feed-forward blocks with all combines and any counts, on some placements; `test_every_placement` has the others."""
+"""Feed-forward blocks with every combine and any counts, on some placements; `test_every_placement` has the others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from moe_jax.sharding import (
 )
 
 HIDDEN, CAPACITY = 16, 4
-# 24 experts and widths divide over every placement's sizes, six devices included.
+# 24 experts and units of width divide over the sizes of every placement, six devices included.
 ROUTED = MoEConfig(experts=24, top_k=3, width=24, router=RouterConfig(norm=1))
 SHARED = MoEConfig(experts=24, top_k=2, width=24, router=RouterConfig(), shared=SharedExpertConfig(48, gated=True))
 DENSE = DenseConfig(width=48)
@@ -51,15 +51,15 @@ def block(kind: str, where: str) -> Block:
 
 @cache
 def program(kind: str, where: str, combine: type[Combine]) -> Callable[..., jax.Array]:
-    made = block(kind, where)
-    return jax.jit(made.program(for_any_counts(combine, made.placement)))
+    layer = block(kind, where)
+    return jax.jit(layer.program(for_any_counts(combine, layer.placement)))
 
 
 def for_any_counts(combine: type[Combine], placement: Placement) -> Combine:
-    """Of one static size whatever the counts, so that each program is compiled once."""
-    everyone = CAPACITY * placement.gather_shards
+    """Make a combine of one static size for all counts, so that each program is compiled once."""
+    all_rows = CAPACITY * placement.gather_shards
     if combine is RaggedCombine:
-        return RaggedCombine(placement, base=1, overflow=everyone)
+        return RaggedCombine(placement, base=1, overflow=all_rows)
     return combine.sized(placement, [CAPACITY] * placement.size(Role.TOKENS), CAPACITY)
 
 
@@ -68,10 +68,10 @@ def random_rows(count: int, seed: int = 0) -> np.ndarray:
 
 
 def run(kind: str, where: str, combine: type[Combine], counts: list[int], x: np.ndarray, fill: float) -> np.ndarray:
-    made = block(kind, where)
-    laid_out = spread(x, counts, CAPACITY, fill)
-    rows = Rows.of(counts, made.placement, CAPACITY)
-    return np.asarray(program(kind, where, combine)(made.parameters, laid_out, rows))
+    layer = block(kind, where)
+    padded = spread(x, counts, CAPACITY, fill)
+    rows = Rows.of(counts, layer.placement, CAPACITY)
+    return np.asarray(program(kind, where, combine)(layer.parameters, padded, rows))
 
 
 def counts_like(shards: int, shape: str) -> list[int]:
@@ -86,12 +86,12 @@ def counts_like(shards: int, shape: str) -> list[int]:
 
 @pytest.mark.parametrize("where", ["single", "dp8_ep8", "two_replicas_dp4_ep4"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_combines_equal_the_unsharded_reference(kind: str, where: str) -> None:
-    made = block(kind, where)
+def test_every_combine_equals_the_unsharded_reference(kind: str, where: str) -> None:
+    layer = block(kind, where)
     for shape in ("equal", "idle", "one_heavy", "one_idle", "last_only"):
-        counts = counts_like(made.shards, shape)
+        counts = counts_like(layer.shards, shape)
         x = random_rows(sum(counts))
-        expected = np.asarray(KINDS[kind][1](x, made.weights))
+        expected = np.asarray(KINDS[kind][1](x, layer.weights))
         for combine in COMBINES:
             got = collect(run(kind, where, combine, counts, x, fill=0.0), counts, CAPACITY)
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max(initial=1))
@@ -101,10 +101,10 @@ def test_all_combines_equal_the_unsharded_reference(kind: str, where: str) -> No
 @given(data=st.data())
 @pytest.mark.parametrize("where", ["dp8_ep8", "dp4_ep4_tp2", "two_replicas_dp4_ep4"])
 def test_any_counts(where: str, data: st.DataObject) -> None:
-    made = block("shared", where)
-    counts = data.draw(st.lists(st.integers(0, CAPACITY), min_size=made.shards, max_size=made.shards))
+    layer = block("shared", where)
+    counts = data.draw(st.lists(st.integers(0, CAPACITY), min_size=layer.shards, max_size=layer.shards))
     x = random_rows(sum(counts), seed=data.draw(st.integers(0, 99)))
-    expected = np.asarray(moe(jnp.asarray(x), made.weights, SHARED))
+    expected = np.asarray(moe(jnp.asarray(x), layer.weights, SHARED))
     for combine in COMBINES:
         got = collect(run("shared", where, combine, counts, x, fill=0.0), counts, CAPACITY)
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max(initial=1))
@@ -128,20 +128,20 @@ def test_nan_in_pad_rows_changes_no_bit_and_pad_rows_come_out_zero(
 
 @pytest.mark.parametrize("combine", COMBINES)
 def test_full_rows_change_no_bit(combine: type[Combine]) -> None:
-    made = block("shared", "dp8_ep8")
-    counts = [CAPACITY] * made.shards
+    layer = block("shared", "dp8_ep8")
+    counts = [CAPACITY] * layer.shards
     x = random_rows(sum(counts))
-    got = program("shared", "dp8_ep8", combine)(made.parameters, x, Rows.full(CAPACITY))
+    got = program("shared", "dp8_ep8", combine)(layer.parameters, x, Rows.full(CAPACITY))
     np.testing.assert_array_equal(got, run("shared", "dp8_ep8", combine, counts, x, fill=0.0))
 
 
 def test_full_rows_are_not_masked() -> None:
-    made = block("shared", "dp8_ep8")
-    run_block = made.program(for_any_counts(ScatterCombine, made.placement))
-    x = random_rows(CAPACITY * made.shards)
+    layer = block("shared", "dp8_ep8")
+    run_block = layer.program(for_any_counts(ScatterCombine, layer.placement))
+    x = random_rows(CAPACITY * layer.shards)
     full, masked = (
-        str(jax.make_jaxpr(run_block)(made.parameters, x, rows)).count("select_n")
-        for rows in (Rows.full(CAPACITY), Rows.of([CAPACITY] * made.shards, made.placement))
+        str(jax.make_jaxpr(run_block)(layer.parameters, x, rows)).count("select_n")
+        for rows in (Rows.full(CAPACITY), Rows.of([CAPACITY] * layer.shards, layer.placement))
     )
-    # The choice of experts, their scores, and the partial sums of the routed and of the shared expert.
+    # Masks of the selected experts, of their scores, and of the partial sums of the routed and the shared experts.
     assert masked - full == 4

@@ -1,5 +1,7 @@
-"""Every way to give roles to axes: routed and shared experts and dense blocks against plain JAX on one device, and for
-some of them the gradients."""
+"""Routed and shared experts and dense blocks, with every assignment of roles to axes, against plain JAX on one device.
+
+Some placements compare gradients too.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from blocks import Block, by_name, collect, spread
 from flax import nnx
-from placements import legal
+from placements import all_placements
 from reference import Weights, dense, moe
 
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
@@ -22,20 +24,22 @@ from moe_jax.sharding import AllToAllCombine, Combine, Placement, Role, Rows
 from moe_jax.sharding.policy import STRATEGIES
 
 HIDDEN, CAPACITY = 8, 3
-# 24 experts and widths divide over 6 and 8 devices.
+# 24 experts and units of width divide over 6 and 8 devices.
 SHARED = MoEConfig(
     experts=24, top_k=2, width=24, router=RouterConfig(norm=1), shared=SharedExpertConfig(24, gated=True)
 )
 ROUTED = replace(SHARED, shared=None)
-EVERY = [*legal(6), *(placement for placement in legal(8) if min(placement.mesh.axis_sizes) > 1)]
-"""One axis, or two, of which one is no power of two; and three. Any other placement has the roles of one of these."""
+EVERY = [*all_placements(6), *(placement for placement in all_placements(8) if min(placement.mesh.axis_sizes) > 1)]
+"""Placements on one axis; on two, one of them no power of two; and on three. They cover the roles of all others."""
 WITH_GRADIENTS = [*range(6), *range(6, len(EVERY), 7)]
-"""They take four times as long to compile. An axis has each of its pairs of roles alone, beside a larger one, beside a
-smaller one, and beside two."""
+"""Placements that compare gradients, which take four times as long to compile.
+
+An axis has each of its pairs of roles alone, and with a larger axis, a smaller axis, and two axes.
+"""
 
 
 class Layers(nnx.Module):
-    """An MoE with a shared expert or without, and a dense block."""
+    """An MoE, with or without a shared expert, and a dense block."""
 
     def __init__(self, config: MoEConfig, rngs: nnx.Rngs) -> None:
         self.moe = MoE(config, HIDDEN, dtype=jnp.float32, rngs=rngs)
@@ -49,35 +53,34 @@ MAKE = {config: partial(Layers, config) for config in (SHARED, ROUTED)}
 
 
 def plain(config: MoEConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    parts = (
+    moe_weights, dense_weights = (
         {name[len(part) :]: w for name, w in weights.items() if name.startswith(part)} for part in ("moe.", "dense.")
     )
-    of_moe, of_dense = parts
-    y = moe(x, of_moe, config) + dense(x, of_dense)
+    y = moe(x, moe_weights, config) + dense(x, dense_weights)
     return jnp.sum(y**2), y
 
 
 @cache
 def expected(config: MoEConfig, rows: int) -> dict[str, np.ndarray]:
-    """The output and the gradients of `rows` rows."""
+    """Output and gradients of `rows` rows in plain JAX on one device."""
     weights = Block(MAKE[config], Placement.parse("data=1")).weights
     run = jax.jit(jax.value_and_grad(partial(plain, config), argnums=(0, 1), has_aux=True))
-    (_, y), (of_weights, of_x) = run(weights, drawn(rows))
-    return {"output": np.asarray(y), "rows": np.asarray(of_x)} | jax.tree.map(np.asarray, of_weights)
+    (_, y), (grad_weights, grad_x) = run(weights, random_rows(rows))
+    return {"output": np.asarray(y), "rows": np.asarray(grad_x)} | jax.tree.map(np.asarray, grad_weights)
 
 
-def drawn(rows: int) -> np.ndarray:
+def random_rows(rows: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(rows, HIDDEN)).astype(np.float32)
 
 
-def test_there_are_as_many_as_there_should_be() -> None:
-    """An axis plays one of 2 x 3 pairs of roles: one axis, two that differ in size, two or three that do not."""
-    assert [len(legal(devices)) for devices in (8, 6, 4)] == [6 + 36 + 56, 6 + 36, 6 + 21]
+def test_the_number_of_placements() -> None:
+    """An axis has one of 2 x 3 pairs of roles; swapping axes of one size gives the same placement."""
+    assert [len(all_placements(devices)) for devices in (8, 6, 4)] == [6 + 36 + 56, 6 + 36, 6 + 21]
     assert len(EVERY) == 6 + 36 + 56
 
 
 class Case:
-    """Rows spread unevenly over the token shards of a placement, and a strategy, which takes turns with the others."""
+    """Rows spread unevenly over the token shards of a placement, combined by one of the strategies in rotation."""
 
     def __init__(self, number: int) -> None:
         self.placement = EVERY[number]
@@ -86,10 +89,10 @@ class Case:
         strategy = list(STRATEGIES.values())[number % len(STRATEGIES)]
         self.strategy = strategy.sized(self.placement, self.counts, CAPACITY)
         self.config = ROUTED if strategy is AllToAllCombine else SHARED
-        made, rows = Block(MAKE[self.config], self.placement), Rows.of(self.counts, self.placement, CAPACITY)
-        program = made.program(self.strategy)
+        block, rows = Block(MAKE[self.config], self.placement), Rows.of(self.counts, self.placement, CAPACITY)
+        program = block.program(self.strategy)
         self.run: Callable[[nnx.State, jax.Array], jax.Array] = lambda parameters, x: program(parameters, x, rows)
-        self.inputs = made.parameters, spread(drawn(sum(self.counts)), self.counts, CAPACITY)
+        self.inputs = block.parameters, spread(random_rows(sum(self.counts)), self.counts, CAPACITY)
 
     def collect(self, rows: jax.Array) -> np.ndarray:
         return collect(np.asarray(rows), self.counts, CAPACITY)
@@ -97,18 +100,18 @@ class Case:
     def check(self, got: dict[str, np.ndarray]) -> None:
         wanted = expected(self.config, sum(self.counts))
         for name, value in got.items():
-            message, most = f"{name} on {self.placement} by {self.strategy}", np.abs(wanted[name]).max()
-            np.testing.assert_allclose(value, wanted[name], rtol=0, atol=2e-5 * most, err_msg=message)
+            message, largest = f"{name} on {self.placement} by {self.strategy}", np.abs(wanted[name]).max()
+            np.testing.assert_allclose(value, wanted[name], rtol=0, atol=2e-5 * largest, err_msg=message)
 
 
-@pytest.mark.usefixtures("unkept")
+@pytest.mark.usefixtures("no_cache_writes")
 @pytest.mark.parametrize("number", sorted(set(range(len(EVERY))).difference(WITH_GRADIENTS)))
 def test_blocks_equal_those_of_one_device(number: int) -> None:
     case = Case(number)
     case.check({"output": case.collect(jax.jit(case.run)(*case.inputs))})
 
 
-@pytest.mark.usefixtures("unkept")
+@pytest.mark.usefixtures("no_cache_writes")
 @pytest.mark.parametrize("number", WITH_GRADIENTS)
 def test_blocks_and_gradients_equal_those_of_one_device(number: int) -> None:
     case = Case(number)
@@ -117,7 +120,7 @@ def test_blocks_and_gradients_equal_those_of_one_device(number: int) -> None:
         y = case.run(parameters, x)
         return jnp.sum(y**2), y
 
-    (_, y), (of_parameters, of_x) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*case.inputs)
-    got = by_name(of_parameters) | {"rows": case.collect(of_x), "output": case.collect(y)}
+    (_, y), (grad_parameters, grad_x) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*case.inputs)
+    got = by_name(grad_parameters) | {"rows": case.collect(grad_x), "output": case.collect(y)}
     assert got.keys() == expected(case.config, sum(case.counts)).keys()
     case.check(got)

@@ -1,4 +1,4 @@
-"""Layers in a model of the user's own: Flax's helpers split them, `on_mesh` runs them, and errors say what to do."""
+"""Layers in a user's own model: Flax's helpers split them, `on_mesh` runs them, and errors say what to do."""
 
 from __future__ import annotations
 
@@ -90,29 +90,29 @@ def by_name(tree: nnx.State) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("make", "where"), SPLIT, ids=lambda part: getattr(part, "__name__", part))
 def test_flax_splits_parameters_as_the_placement_does(make: Callable[[nnx.Rngs], nnx.Module], where: str) -> None:
-    here, state = placement(where), nnx.state(make(nnx.Rngs(0)))
-    with nnx.logical_axis_rules(here.rules):
-        by_flax, shardings = nnx.get_partition_spec(state), nnx.get_named_sharding(state, here.mesh)
-    assert by_name(by_flax) == by_name(specs(state, here)) == SPLIT[make, where]
+    mesh_placement, state = placement(where), nnx.state(make(nnx.Rngs(0)))
+    with nnx.logical_axis_rules(mesh_placement.rules):
+        by_flax, shardings = nnx.get_partition_spec(state), nnx.get_named_sharding(state, mesh_placement.mesh)
+    assert by_name(by_flax) == by_name(specs(state, mesh_placement)) == SPLIT[make, where]
     for name, array in by_name(jax.device_put(state, shardings)).items():
         parts = len({str(shard.index) for shard in array.addressable_shards})
         axes = [axis for dim in SPLIT[make, where][name] if dim for axis in ([dim] if isinstance(dim, str) else dim)]
-        assert parts == here.devices(tuple(axes)), name
+        assert parts == mesh_placement.device_count(tuple(axes)), name
 
 
-def test_few_kv_heads_are_replicated_by_specs_and_never_split_wrongly_by_flax() -> None:
-    here, layer = placement(MIXED), attention(nnx.Rngs(0), kv_heads=2)
-    found = by_name(specs(layer, here))
+def test_specs_replicate_few_kv_heads_and_flax_refuses_to_split_them() -> None:
+    mesh_placement, layer = placement(MIXED), attention(nnx.Rngs(0), kv_heads=2)
+    found = by_name(specs(layer, mesh_placement))
     assert found["key.weight"] == found["value.weight"] == P(None, None, None)
     assert found["query.weight"] == P(None, ("expert", "tensor"), None)
-    with nnx.logical_axis_rules(here.rules):
-        shardings = nnx.get_named_sharding(nnx.state(layer), here.mesh)
+    with nnx.logical_axis_rules(mesh_placement.rules):
+        shardings = nnx.get_named_sharding(nnx.state(layer), mesh_placement.mesh)
     with pytest.raises(ValueError, match="dimension size is 2"):
         jax.device_put(nnx.state(layer), shardings)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_a_decoders_stacked_parameters_have_the_same_metadata(scan_layers: bool) -> None:
+def test_stacked_parameters_of_a_decoder_have_the_same_metadata(scan_layers: bool) -> None:
     config = Checkpoint(ADDER).config
     decoder = ShardedDecoder(config, placement(MIXED), "float32", scan_layers)
     with nnx.logical_axis_rules(decoder.placement.rules):
@@ -122,7 +122,7 @@ def test_a_decoders_stacked_parameters_have_the_same_metadata(scan_layers: bool)
     assert down == P(None, ("data", "expert"), "tensor", None)
 
 
-def test_specs_leave_variables_that_are_not_ours_to_flax() -> None:
+def test_specs_leave_variables_of_other_modules_to_flax() -> None:
     class Model(nnx.Module):
         def __init__(self) -> None:
             self.moe = moe(nnx.Rngs(0))
@@ -136,36 +136,36 @@ def test_specs_leave_variables_that_are_not_ours_to_flax() -> None:
     assert found["moe.experts.down"] == P("expert", "tensor", None)
 
 
-def test_creating_a_layer_needs_no_mesh_and_minds_none() -> None:
-    """Flax shards a variable with sharding metadata when it is created, unless it is told not to."""
-    here = placement(FOUR_BY_TWO)
-    with jax.set_mesh(here.mesh):
+def test_a_layer_can_be_created_with_or_without_a_mesh() -> None:
+    """Flax shards a variable with sharding metadata when it is created, unless `eager_sharding` is off."""
+    mesh_placement = placement(FOUR_BY_TWO)
+    with jax.set_mesh(mesh_placement.mesh):
         layer = moe(nnx.Rngs(0))
     optimizer = nnx.Optimizer(layer, optax.adam(1e-3), wrt=nnx.Param)
-    with nnx.logical_axis_rules(here.rules):
+    with nnx.logical_axis_rules(mesh_placement.rules):
         found = by_name(nnx.get_partition_spec(nnx.state(optimizer)))
     moments = [spec for name, spec in found.items() if name.endswith("experts.down")]
-    assert moments == 2 * [P("expert", "tensor", None)], "moments lie where their parameters lie"
+    assert moments == 2 * [P("expert", "tensor", None)], "moments are split as their parameters are"
 
 
 @pytest.mark.parametrize("make", [moe, dense])
 @pytest.mark.parametrize("where", [EIGHT, MIXED, FOUR_BY_TWO])
-def test_on_mesh_equals_a_shard_map_written_by_hand(make: Callable[[nnx.Rngs], nnx.Module], where: str) -> None:
-    here = placement(where)
-    block, layer = Block(make, here), make(nnx.Rngs(0))
+def test_on_mesh_equals_an_explicit_shard_map(make: Callable[[nnx.Rngs], nnx.Module], where: str) -> None:
+    mesh_placement = placement(where)
+    block, layer = Block(make, mesh_placement), make(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (block.shards * CAPACITY, HIDDEN))
     counts = [CAPACITY - shard % 2 for shard in range(block.shards)]
-    ragged = ReduceCombine.sized(here, counts, CAPACITY)
-    for combine, rows in ((None, Rows.full(CAPACITY)), (ragged, Rows.of(counts, here, CAPACITY))):
-        y, load = on_mesh(layer, here, combine)(x.reshape(-1, 2, HIDDEN), rows)
-        by_hand = jax.jit(block.program(combine or ScatterCombine(here)))(block.parameters, x, rows)
-        np.testing.assert_array_equal(y.reshape(x.shape), by_hand)
+    ragged = ReduceCombine.sized(mesh_placement, counts, CAPACITY)
+    for combine, rows in ((None, Rows.full(CAPACITY)), (ragged, Rows.of(counts, mesh_placement, CAPACITY))):
+        y, load = on_mesh(layer, mesh_placement, combine)(x.reshape(-1, 2, HIDDEN), rows)
+        explicit = jax.jit(block.program(combine or ScatterCombine(mesh_placement)))(block.parameters, x, rows)
+        np.testing.assert_array_equal(y.reshape(x.shape), explicit)
         if load is not None:
             real = x.shape[0] if rows.counts is None else sum(counts)
             assert float(load.assignments.sum()) == 2 * real
 
 
-def test_gradients_through_on_mesh_are_those_of_one_device() -> None:
+def test_gradients_through_on_mesh_equal_those_of_one_device() -> None:
     layer = moe(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2 * CAPACITY, HIDDEN))
 
@@ -200,7 +200,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("call", OUTSIDE.values(), ids=OUTSIDE)
-def test_outside_of_the_mesh_the_error_says_what_to_do(call: Callable[[], object]) -> None:
+def test_calling_a_layer_outside_of_its_mesh_is_an_error(call: Callable[[], object]) -> None:
     with pytest.raises(
         PlacementError, match=r"outside of its mesh.*y, load = moe_jax.layers.on_mesh\(layer, placement"
     ):
@@ -208,12 +208,12 @@ def test_outside_of_the_mesh_the_error_says_what_to_do(call: Callable[[], object
 
 
 def test_on_one_device_layers_need_no_mesh() -> None:
-    alone = placement("single")
-    y, _ = dense(nnx.Rngs(0))(X, Rows.full(8), ScatterCombine(alone))
-    np.testing.assert_allclose(y, on_mesh(dense(nnx.Rngs(0)), alone)(X)[0], atol=1e-6)
+    single = placement("single")
+    y, _ = dense(nnx.Rngs(0))(X, Rows.full(8), ScatterCombine(single))
+    np.testing.assert_allclose(y, on_mesh(dense(nnx.Rngs(0)), single)(X)[0], atol=1e-6)
 
 
-def test_what_does_not_divide_is_named() -> None:
+def test_errors_name_the_dimension_that_does_not_divide() -> None:
     eight, six = placement(EIGHT), placement("dp6_ep6")
     with pytest.raises(PlacementError, match=r"dimension 0 of experts.down is 8, .* 6 devices \(experts: expert=6\)"):
         specs(moe(nnx.Rngs(0)), six)

@@ -1,4 +1,4 @@
-"""Many users of one engine: streams, cancellation, ids."""
+"""AsyncLLM: streams, cancellation, and request ids."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def used_pages(llm: LLM) -> float:
     return llm.stats().cache_use
 
 
-def test_users_get_what_they_would_get_alone(llm: LLM) -> None:
+def test_concurrent_users_get_the_texts_of_each_alone(llm: LLM) -> None:
     prompts = [f"{number}+{number}=" for number in range(10)]
     alone = [output.text for output in llm.generate(prompts, GREEDY)]
 
@@ -42,7 +42,7 @@ def test_users_get_what_they_would_get_alone(llm: LLM) -> None:
     run(ask())
 
 
-def test_a_stream_is_the_whole_in_order(llm: LLM) -> None:
+def test_the_events_of_a_stream_join_to_the_output(llm: LLM) -> None:
     (whole,) = llm.generate("12+34=", GREEDY)
 
     async def ask() -> None:
@@ -55,7 +55,7 @@ def test_a_stream_is_the_whole_in_order(llm: LLM) -> None:
     run(ask())
 
 
-def test_cancelling_frees_the_pages_and_tells_the_reason(llm: LLM) -> None:
+def test_cancelling_frees_the_pages_and_gives_the_reason(llm: LLM) -> None:
     async def ask() -> None:
         async with AsyncLLM(llm) as served:
             waiting = asyncio.create_task(served.generate("1+1=", ENDLESS, request_id="mine"))
@@ -74,7 +74,7 @@ def test_cancelling_frees_the_pages_and_tells_the_reason(llm: LLM) -> None:
     run(ask())
 
 
-def test_who_stops_listening_cancels(llm: LLM) -> None:
+def test_cancelled_coroutines_and_closed_streams_cancel_their_requests(llm: LLM) -> None:
     async def ask() -> None:
         async with AsyncLLM(llm) as served:
             task = asyncio.create_task(served.generate("1+1=", ENDLESS))
@@ -91,7 +91,7 @@ def test_who_stops_listening_cancels(llm: LLM) -> None:
     run(ask())
 
 
-def test_ids_in_use_and_bad_requests_leave_the_others_alone(llm: LLM) -> None:
+def test_refused_requests_do_not_disturb_the_others(llm: LLM) -> None:
     async def ask() -> None:
         async with AsyncLLM(llm) as served:
             first = asyncio.create_task(served.generate("1+1=", ENDLESS, request_id=7))
@@ -109,7 +109,7 @@ def test_ids_in_use_and_bad_requests_leave_the_others_alone(llm: LLM) -> None:
     run(ask())
 
 
-def test_a_stream_that_nobody_reads_is_not_begun(llm: LLM) -> None:
+def test_an_unread_stream_does_not_begin(llm: LLM) -> None:
     async def ask() -> None:
         async with AsyncLLM(llm) as served:
             for _ in range(2):
@@ -123,8 +123,8 @@ def test_a_stream_that_nobody_reads_is_not_begun(llm: LLM) -> None:
     run(ask())
 
 
-def test_an_engine_that_fails_tells_everyone_who_waits(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that come while it fails too."""
+def test_a_failure_of_the_engine_reaches_all_callers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that arrive during the failure get the error, too."""
     failing = threading.Event()
 
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""Files of prompts: order, lines that cannot be served, and going on after a kill."""
+"""Batch files: order of results, lines that cannot be served, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_results_come_in_the_order_of_the_input(llm: LLM, paths: tuple[Path, Path]) -> None:
-    """Whatever order they end in."""
+def test_results_have_the_order_of_the_input(llm: LLM, paths: tuple[Path, Path]) -> None:
+    """Later prompts end earlier."""
     source, output = paths
     write(
         source,
@@ -52,7 +52,7 @@ def test_results_come_in_the_order_of_the_input(llm: LLM, paths: tuple[Path, Pat
     assert set(output.parent.iterdir()) == {source, output}
 
 
-def test_lines_that_cannot_be_served_leave_the_others_running(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_lines_that_cannot_be_served_do_not_stop_the_others(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     write(
         source,
@@ -71,7 +71,7 @@ def test_lines_that_cannot_be_served_leave_the_others_running(llm: LLM, paths: t
     generate_file(llm, source, output, GREEDY)
     results = read(output)
     expected = [
-        "this is no JSON",
+        "the line is not valid JSON",
         "must be a JSON object with a prompt",
         "the prompt is empty",
         "the prompt has 70 tokens, a sequence can have 64",
@@ -94,15 +94,15 @@ class Killed(Exception):
     pass
 
 
-def begun_in(llm: LLM, patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The prompts that begin from now on, as they do."""
-    begun: list[tuple[int, ...]] = []
+def record_started(llm: LLM, patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Record the prompts that begin from now on, in order."""
+    started: list[tuple[int, ...]] = []
     add = llm.engine.add
-    patch.setattr(llm.engine, "add", lambda generation: (begun.append(tuple(generation.prompt)), add(generation)))
-    return begun
+    patch.setattr(llm.engine, "add", lambda generation: (started.append(tuple(generation.prompt)), add(generation)))
+    return started
 
 
-def test_what_was_decoded_before_a_kill_is_not_decoded_again(
+def test_a_run_resumes_after_a_kill_without_decoding_twice(
     llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = paths
@@ -117,29 +117,27 @@ def test_what_was_decoded_before_a_kill_is_not_decoded_again(
     journal = output.with_name("out.jsonl.partial")
     with journal.open("a") as file:
         file.write('{"number": 11, "resu')  # torn
-    begun = begun_in(llm, monkeypatch)
-    with pytest.raises(RequestError, match="was begun with another input, model"):
+    started = record_started(llm, monkeypatch)
+    with pytest.raises(RequestError, match="belongs to another input, model"):
         generate_file(llm, source, output, SamplingParams(temperature=0, max_tokens=7))
     with monkeypatch.context() as patch:
         patch.setattr(llm, "identity", llm.identity.replace("float32", "bfloat16"))
-        with pytest.raises(RequestError, match="was begun with another input, model"):
+        with pytest.raises(RequestError, match="belongs to another input, model"):
             generate_file(llm, source, output, GREEDY)
     generate_file(llm, source, output, GREEDY)
-    assert len(begun) == 12 - 5
+    assert len(started) == 12 - 5
     assert [result["samples"][0]["text"] for result in read(output)] == [str(2 * n) for n in range(12)]
     assert not journal.exists()
-    with pytest.raises(RequestError, match="is there already, and complete"):
+    with pytest.raises(RequestError, match="exists already, and is complete"):
         generate_file(llm, source, output, GREEDY)
 
 
-def test_a_run_may_be_killed_again_and_again(
-    llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_can_be_killed_repeatedly(llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = paths
     prompts = [tuple(group.prompt) for group in llm.request_groups([f"{n}+{n}=" for n in range(12)], GREEDY)]
     write(source, *({"prompt": list(prompt), "id": f"sum {n}"} for n, prompt in enumerate(prompts)), "no json")
     journal = output.with_name("out.jsonl.partial")
-    had: set[int] = set()
+    finished: set[int] = set()
     for results, torn in ((4, '{"number": 11, "resu'), (9, '{"number": 10, "result": {"id": "' + "x" * 2000)):
 
         def kill(done: int, _: int, results: int = results) -> None:
@@ -147,19 +145,19 @@ def test_a_run_may_be_killed_again_and_again(
                 raise Killed
 
         with monkeypatch.context() as patch:
-            begun = begun_in(llm, patch)
+            started = record_started(llm, patch)
             with pytest.raises(Killed):
                 generate_file(llm, source, output, GREEDY, kill)
-        assert not {prompts[number] for number in had if number < 12} & set(begun)
+        assert not {prompts[number] for number in finished if number < 12} & set(started)
         numbers = [json.loads(line)["number"] for line in journal.read_text().splitlines()[1:]]
         assert len(set(numbers)) == len(numbers) == results
-        assert had < set(numbers)
-        had = set(numbers)
+        assert finished < set(numbers)
+        finished = set(numbers)
         with journal.open("a") as file:
             file.write(torn)
-    begun = begun_in(llm, monkeypatch)
+    started = record_started(llm, monkeypatch)
     assert generate_file(llm, source, output, GREEDY) == 1
-    assert sorted(begun) == sorted(prompts[number] for number in set(range(12)) - had)
+    assert sorted(started) == sorted(prompts[number] for number in set(range(12)) - finished)
     results = read(output)
     assert [result["id"] for result in results] == [*(f"sum {n}" for n in range(12)), 12]
     assert [result["samples"][0]["text"] for result in results[:12]] == [str(2 * n) for n in range(12)]
@@ -180,10 +178,8 @@ generate_file(llm, Path(sys.argv[1]), Path(sys.argv[2]), SamplingParams(temperat
 """
 
 
-def test_each_result_is_on_disk_before_the_next(
-    llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process that is killed outright writes nothing any more."""
+def test_each_result_survives_a_kill(llm: LLM, paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL leaves a process no time to write."""
     source, output = paths
     write(source, *({"prompt": f"{n}+{n}="} for n in range(6)))
     done = subprocess.run(
@@ -191,30 +187,30 @@ def test_each_result_is_on_disk_before_the_next(
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
     assert done.returncode == -signal.SIGKILL
-    begun = begun_in(llm, monkeypatch)
+    started = record_started(llm, monkeypatch)
     generate_file(llm, source, output, GREEDY)
-    assert len(begun) == 6 - 3
+    assert len(started) == 6 - 3
     assert [result["samples"][0]["text"] for result in read(output)] == [str(2 * n) for n in range(6)]
 
 
-def test_an_empty_file_has_no_results(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_an_empty_file_gives_an_empty_file(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     write(source)
     generate_file(llm, source, output, GREEDY)
     assert output.read_text() == ""
 
 
-def test_what_is_no_text_leaves_the_others_running(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_lines_that_are_not_text_do_not_stop_the_others(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     source.write_bytes(b'{"prompt": "1+\xff="}\n' + b"[" * 200_000 + b'\n{"prompt": "1+1="}\n')
     assert generate_file(llm, source, output, GREEDY) == 2
     first, second, third = read(output)
-    assert first["error"].startswith("this is no JSON")
-    assert second["error"].startswith("this is no JSON")
+    assert first["error"].startswith("the line is not valid JSON")
+    assert second["error"].startswith("the line is not valid JSON")
     assert third["samples"][0]["text"] == "2"
 
 
-def test_a_damaged_journal_is_told(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_a_damaged_journal_is_reported(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     write(source, {"prompt": "1+1="})
     output.with_name("out.jsonl.partial").write_text("{}\n{]\n")
@@ -222,19 +218,19 @@ def test_a_damaged_journal_is_told(llm: LLM, paths: tuple[Path, Path]) -> None:
         generate_file(llm, source, output, GREEDY)
 
 
-def test_two_runs_do_not_write_to_one_journal(llm: LLM, paths: tuple[Path, Path]) -> None:
+def test_two_runs_cannot_share_a_journal(llm: LLM, paths: tuple[Path, Path]) -> None:
     source, output = paths
     write(source, {"prompt": "1+1="}, {"prompt": "2+2="})
 
-    def again(done: int, wanted: int) -> None:
+    def run_again(done: int, total: int) -> None:
         with pytest.raises(RequestError, match="another run writes to"):
             generate_file(llm, source, output, GREEDY)
 
-    assert generate_file(llm, source, output, GREEDY, again) == 0
+    assert generate_file(llm, source, output, GREEDY, run_again) == 0
     assert len(output.read_text().splitlines()) == 2
 
 
-def test_bad_paths(llm: LLM, paths: tuple[Path, Path], tmp_path: Path) -> None:
+def test_bad_paths_are_refused(llm: LLM, paths: tuple[Path, Path], tmp_path: Path) -> None:
     source, _ = paths
     with pytest.raises(RequestError, match="there is no file"):
         generate_file(llm, source, tmp_path / "out", GREEDY)

@@ -1,4 +1,4 @@
-"""The public face: batches, sampling, limits, and what it says of bad input."""
+"""LLM: batches, sampling, limits, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def adder() -> LLM:
 
 @pytest.fixture(scope="module")
 def golden() -> LLM:
-    """Without a tokenizer, 64 positions, 97 tokens."""
+    """A model without a tokenizer, with 64 positions and a vocabulary of 97 tokens."""
     return LLM(GOLDEN, mesh="expert=8", dtype="float32")
 
 
-def test_it_adds(adder: LLM) -> None:
+def test_the_bundled_model_adds(adder: LLM) -> None:
     prompts = ["1+1=", "12+34=", "999+999=", "1234+5678="]
     outputs = adder.generate(prompts, SamplingParams(temperature=0))
     assert [output.text for output in outputs] == ["2", "46", "1998", "6912"]
@@ -47,7 +47,7 @@ def test_one_text_is_a_batch_of_one(adder: LLM) -> None:
     assert output.text == "4"
 
 
-def test_layers_compiled_apart_give_the_same_tokens(golden: LLM) -> None:
+def test_scan_layers_does_not_change_the_tokens(golden: LLM) -> None:
     prompts, flags = [[5, 6, 7], list(range(20, 50))], SamplingParams(temperature=0, max_tokens=12)
     apart = LLM(GOLDEN, mesh="expert=2", dtype="float32", scan_layers=False)
     for got, wanted in zip(apart.generate(prompts, flags), golden.generate(prompts, flags), strict=True):
@@ -58,7 +58,7 @@ def test_layers_compiled_apart_give_the_same_tokens(golden: LLM) -> None:
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 9999)), min_size=20, max_size=20))
 def test_answers_do_not_depend_on_the_neighbours(adder: LLM, sums: list[tuple[int, int]]) -> None:
-    """More requests than fit are decoded in waves; each gets what it gets alone."""
+    """More requests than fit into a batch get the tokens that each gets alone."""
     prompts = [f"{left}+{right}=" for left, right in sums]
     together = adder.generate(prompts, GREEDY)
     alone = [adder.generate(prompt, GREEDY)[0] for prompt in prompts[:3]]
@@ -67,7 +67,7 @@ def test_answers_do_not_depend_on_the_neighbours(adder: LLM, sums: list[tuple[in
     assert [output.text for output in backwards] == [output.text for output in together]
 
 
-def test_seeds(adder: LLM) -> None:
+def test_seeds_reproduce_samples(adder: LLM) -> None:
     hot = [SamplingParams(temperature=3.0, max_tokens=6, seed=seed, ignore_eos=True) for seed in range(6)]
     first = [output.token_ids for output in adder.generate(["1+1="] * 6, hot)]
     assert first == [output.token_ids for output in adder.generate(["1+1="] * 6, hot[::-1])][::-1]
@@ -77,7 +77,7 @@ def test_seeds(adder: LLM) -> None:
     assert len(emitted) > 1
 
 
-def test_each_prompt_its_own_parameters(adder: LLM) -> None:
+def test_each_prompt_can_have_its_own_parameters(adder: LLM) -> None:
     outputs = adder.generate(
         ["5+5=", "6+6=", "7+7=", "8+8="],
         [
@@ -101,7 +101,7 @@ def test_a_sequence_ends_where_the_cache_ends(golden: LLM) -> None:
     assert (len(longest.token_ids), len(shortest.token_ids)) == (1, 64)
 
 
-def test_long_prompts_are_prefilled_in_chunks_with_the_same_result() -> None:
+def test_chunked_prefill_does_not_change_the_result() -> None:
     prompts = [np.random.default_rng(seed).integers(0, 97, 20 + 13 * seed).tolist() for seed in range(4)]
     found = []
     for prefill_tokens in (512, 9):
@@ -121,17 +121,17 @@ def test_bfloat16_stays_close_to_float32(golden: LLM) -> None:
     assert half.logits(prompts)[0].dtype == np.float32
 
 
-def test_explain(golden: LLM) -> None:
-    said = golden.explain(batch_size=64)
-    assert said.decision.name == "ScatterCombine"
-    assert said.as_dict()["collectives_per_step"]["reduce-scatter"] == 2
+def test_explain_counts_collectives_and_bytes(golden: LLM) -> None:
+    explanation = golden.explain(batch_size=64)
+    assert explanation.decision.name == "ScatterCombine"
+    assert explanation.as_dict()["collectives_per_step"]["reduce-scatter"] == 2
     routing = 2 * (4 + 4)
-    assert said.sent_bytes_per_step == 2 * 7 * 8 * (32 * 4 + 32 * 4 + routing)
+    assert explanation.sent_bytes_per_step == 2 * 7 * 8 * (32 * 4 + 32 * 4 + routing)
     for words in ("data=1,expert=8,tensor=1", "ScatterCombine", "64 rows", "2 reduce-scatter"):
-        assert words in str(said)
+        assert words in str(explanation)
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 @pytest.mark.parametrize(
     ("case", "combine"),
     [
@@ -141,21 +141,21 @@ def test_explain(golden: LLM) -> None:
         ("mixtral_gqa8_e16_top4_sharded", "all-to-all"),
     ],
 )
-def test_what_is_reckoned_to_be_sent_is_sent(case: str, combine: str) -> None:
-    """By dense layers, shared experts and routed ones, each in its own way."""
-    said = LLM(GOLDEN.parent / case, mesh="expert=4", dtype="float32", combine=combine).explain(16).as_dict()
-    assert said["collective_bytes_per_step"] == pytest.approx(said["sent_bytes_per_step"])
+def test_estimated_bytes_are_the_bytes_of_the_compiled_collectives(case: str, combine: str) -> None:
+    """The cases have dense layers, shared experts and routed experts."""
+    explained = LLM(GOLDEN.parent / case, mesh="expert=4", dtype="float32", combine=combine).explain(16).as_dict()
+    assert explained["collective_bytes_per_step"] == pytest.approx(explained["sent_bytes_per_step"])
 
 
 @pytest.mark.parametrize(
     "mesh", [None, {"expert": 8}, make_mesh("expert=8"), Placement.parse("expert=8"), "data=1,expert=8,tensor=1"]
 )
-def test_a_mesh_may_be_given_in_many_ways(mesh: Any) -> None:
+def test_a_mesh_can_be_given_in_several_forms(mesh: Any) -> None:
     llm = LLM(GOLDEN, mesh=mesh)
     assert llm.explain(8).placement.startswith("data=1,expert=8,tensor=1")
 
 
-def test_a_strategy_of_ones_own() -> None:
+def test_combine_can_be_a_user_class() -> None:
     class Mine(ScatterCombine):
         pass
 
@@ -163,7 +163,7 @@ def test_a_strategy_of_ones_own() -> None:
     assert llm.explain(8).decision.name == "Mine"
 
 
-def test_no_prompts_no_outputs(golden: LLM) -> None:
+def test_no_prompts_give_no_outputs(golden: LLM) -> None:
     assert golden.generate([], GREEDY) == []
     assert golden.logits([]) == []
 
@@ -181,30 +181,30 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("prompts", "message"), BAD_PROMPTS)
-def test_bad_prompts(golden: LLM, prompts: Any, message: str) -> None:
+def test_bad_prompts_are_refused(golden: LLM, prompts: Any, message: str) -> None:
     for serve in (golden.generate, golden.logits):
         with pytest.raises(RequestError, match=message):
             serve(prompts)
 
 
-def test_empty_text(adder: LLM) -> None:
+def test_an_empty_text_is_refused(adder: LLM) -> None:
     with pytest.raises(RequestError, match="prompt 0 is empty"):
         adder.generate([""])
 
 
-def test_text_that_has_no_tokens(adder: LLM) -> None:
+def test_a_text_without_tokens_is_refused(adder: LLM) -> None:
     with pytest.raises(RequestError, match="prompt 1, 'one plus 1=', has text that the tokenizer has no token for"):
         adder.generate(["1+1=", "one plus 1="])
 
 
-def test_wrong_number_of_parameters(golden: LLM) -> None:
+def test_a_wrong_number_of_parameters_is_refused(golden: LLM) -> None:
     with pytest.raises(RequestError, match=r"one for each of 2 prompts, got \[Sampling"):
         golden.generate([[1], [2]], [GREEDY])
     with pytest.raises(RequestError, match=r"one for each of 1 prompts, got \[None\]"):
         golden.generate([[1]], [None])  # type: ignore[list-item]
 
 
-def test_a_step_of_nothing_cannot_be_explained(golden: LLM) -> None:
+def test_explain_needs_a_sequence(golden: LLM) -> None:
     with pytest.raises(RequestError, match="at least one sequence, got 0"):
         golden.explain(0)
 
@@ -231,9 +231,10 @@ def test_a_step_of_nothing_cannot_be_explained(golden: LLM) -> None:
         ({"max_batch_size": 0}, RequestError, "max_batch_size must be a whole number, at least 1, got 0"),
     ],
 )
-def test_bad_options(options: dict[str, Any], error: type[MoEJaxError], message: str) -> None:
+def test_bad_options_are_refused(options: dict[str, Any], error: type[MoEJaxError], message: str) -> None:
+    arguments: dict[str, Any] = {"checkpoint": GOLDEN, **options}
     with pytest.raises(error, match=message):
-        LLM(**{"checkpoint": GOLDEN, **options})
+        LLM(**arguments)
 
 
 def test_the_bundled_model_is_small_and_the_default() -> None:
@@ -242,8 +243,8 @@ def test_the_bundled_model_is_small_and_the_default() -> None:
     assert jax.device_count() == 8
 
 
-def test_after_an_interrupted_step_answers_are_as_before(golden: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was planned and never ran is not taken for computed, nor shared."""
+def test_an_interrupted_step_does_not_change_later_outputs(golden: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefix cache does not hold tokens that were planned and never computed."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -261,8 +262,10 @@ def test_after_an_interrupted_step_answers_are_as_before(golden: LLM, monkeypatc
     assert first.token_ids == second.token_ids
 
 
-def test_warm_up_between_requests(adder: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a step planned ahead still in flight; and not while requests run."""
+def test_warm_up_works_between_requests_and_is_refused_while_they_run(
+    adder: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that was planned ahead may still be in flight."""
     monkeypatch.setattr(type(adder.engine._sizes), "steps", lambda _: [])
     adder.generate("1+1=", SamplingParams(temperature=0))
     adder.warm_up()
@@ -273,14 +276,14 @@ def test_warm_up_between_requests(adder: LLM, monkeypatch: pytest.MonkeyPatch) -
     assert [event.finish_reason for event in stream][-1] == "stop"
 
 
-def test_a_stream_of_no_tokens_says_why_it_ended(adder: LLM) -> None:
+def test_a_stream_without_tokens_has_a_finish_reason(adder: LLM) -> None:
     (event,) = adder.stream("1+1=", SamplingParams(max_tokens=0))
     assert (event.text, event.token_ids, event.finish_reason) == ("", [], "length")
     (event,) = adder.stream("1+1=", SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=1))
     assert (event.text, event.token_ids, event.finish_reason) == ("", [], "length")
 
 
-def test_candidates_are_tokens_of_the_vocabulary(adder: LLM) -> None:
+def test_top_logprobs_are_tokens_of_the_vocabulary(adder: LLM) -> None:
     (output,) = adder.generate("1+1=", SamplingParams(temperature=0, logprobs=20))
-    assert output.samples[0].top_logprobs is not None
-    assert all(token >= 0 for column in output.samples[0].top_logprobs for token in column)
+    assert output.outputs[0].top_logprobs is not None
+    assert all(token >= 0 for column in output.outputs[0].top_logprobs for token in column)

@@ -1,4 +1,4 @@
-"""Several samples of one prompt: their seeds, their numbers in events, and their common end."""
+"""Several samples of one prompt: seeds, sample numbers in events, and the end of all samples."""
 
 from __future__ import annotations
 
@@ -28,28 +28,30 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 
 def tokens(output: RequestOutput) -> list[list[int]]:
-    return [sample.token_ids for sample in output.samples]
+    return [sample.token_ids for sample in output.outputs]
 
 
 def joined(events: Iterable[StreamEvent]) -> dict[tuple[int, int], list[int]]:
-    """The tokens of each prompt and sample."""
+    """Join the tokens of each sample of each prompt."""
     found: dict[tuple[int, int], list[int]] = defaultdict(list)
     for event in events:
         found[event.prompt, event.sample] += event.token_ids
     return dict(found)
 
 
-def test_samples_have_seeds_of_their_own_and_the_first_that_of_the_request(llm: LLM) -> None:
+def test_each_sample_has_its_own_seed_and_the_first_has_the_seed_of_the_request(llm: LLM) -> None:
     (three,) = llm.generate(PROMPT, THREE)
     assert len({tuple(sample) for sample in tokens(three)}) == 3
     (one,) = llm.generate(PROMPT, ONE)
     assert three.token_ids == one.token_ids
     neighbours = [tokens(output)[0] for seed in (6, 7) for output in llm.generate(PROMPT, replace(ONE, seed=seed))]
-    assert not any(sample in neighbours for sample in tokens(three)), "samples of one request are those of another"
+    assert not any(sample in neighbours for sample in tokens(three)), (
+        "each sample of a request differs from samples of other requests"
+    )
     assert tokens(llm.generate([PROMPT, PROMPT], [ONE, THREE])[1]) == tokens(three)
 
 
-def test_events_carry_the_number_of_their_sample(llm: LLM) -> None:
+def test_events_carry_the_index_of_their_sample(llm: LLM) -> None:
     prompts = [PROMPT, "1+1="]
     outputs = llm.generate(prompts, THREE)
     events = list(llm.stream(prompts, THREE))
@@ -62,7 +64,7 @@ def test_events_carry_the_number_of_their_sample(llm: LLM) -> None:
     assert sorted(ends) == [(prompt, sample) for prompt in range(2) for sample in range(3)]
 
 
-def test_closing_a_stream_ends_all_samples(llm: LLM) -> None:
+def test_dropping_a_stream_cancels_all_samples(llm: LLM) -> None:
     events = llm.stream(PROMPT, LONG)
     next(events)
     assert llm.stats().running == 3
@@ -70,14 +72,16 @@ def test_closing_a_stream_ends_all_samples(llm: LLM) -> None:
     assert (llm.stats().running, llm.stats().cache_use) == (0, 0)
 
 
-def test_a_job_is_finished_when_all_its_samples_are(llm: LLM) -> None:
-    jobs = llm.request_groups([PROMPT, "1+1="], replace(THREE, ignore_eos=False))
-    finished = [(job.number, [sample.finish_reason for sample in job.output().samples]) for job in llm.finished(jobs)]
+def test_a_group_is_finished_when_all_its_samples_have_ended(llm: LLM) -> None:
+    groups = llm.request_groups([PROMPT, "1+1="], replace(THREE, ignore_eos=False))
+    finished = [
+        (group.number, [sample.finish_reason for sample in group.output().outputs]) for group in llm.finished(groups)
+    ]
     assert sorted(number for number, _ in finished) == [0, 1]
     assert all(reason in ("stop", "length") for _, reasons in finished for reason in reasons)
 
 
-def test_users_get_all_samples(llm: LLM) -> None:
+def test_async_users_get_all_samples(llm: LLM) -> None:
     (whole,) = llm.generate(PROMPT, THREE)
 
     async def ask() -> None:
@@ -90,14 +94,14 @@ def test_users_get_all_samples(llm: LLM) -> None:
     run(ask())
 
 
-def test_cancelling_a_request_ends_all_its_samples(llm: LLM) -> None:
+def test_cancelling_a_request_cancels_all_its_samples(llm: LLM) -> None:
     async def ask() -> None:
         async with AsyncLLM(llm) as served:
             waiting = asyncio.create_task(served.generate(PROMPT, LONG, request_id="mine"))
             while llm.stats().running < 3:
                 await asyncio.sleep(0.01)
             served.cancel("mine")
-            samples = (await waiting).samples
+            samples = (await waiting).outputs
             assert [sample.finish_reason for sample in samples] == ["cancelled"] * 3
             assert all(len(sample.token_ids) < 60 for sample in samples)
             assert (llm.stats().running, llm.stats().cache_use) == (0, 0)

@@ -1,4 +1,4 @@
-"""For the processes that tests start. Most do little but import, a third of which is looking for garbage."""
+"""Garbage collection in the processes that tests start: they mostly import, and a third of that would be collection."""
 
 import atexit
 import gc

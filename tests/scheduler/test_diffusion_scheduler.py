@@ -1,7 +1,7 @@
-"""The scheduler of requests that are decoded in blocks, with a device that finds every wrong page and position.
+"""Scheduler of block-diffusion requests, on a toy device that checks every page and position it reads.
 
-Its "keys and values" of a position say the tokens up to the end of its block, or that these are not all chosen yet. How
-many steps a block takes only the device knows.
+The "keys and values" of a position are all tokens up to the end of its block, or a mark that some are not known yet.
+Only the device knows how many steps a block takes.
 """
 
 from __future__ import annotations
@@ -18,53 +18,57 @@ from moe_jax.scheduler import CacheGroup, DiffusionRequest, DiffusionScheduler, 
 
 WORKLOADS, LONGEST = 2_000, 40
 STOP = 0
-UNFINISHED = -1
+UNKNOWN = -1
+"""Content of a position in a block with masked tokens."""
 
 
-def chosen(before: Sequence[int], block: int, vocabulary: int) -> list[int]:
-    """The tokens that the toy model has for the rest of a block."""
-    begin = len(before) // block * block
-    return [hash((tuple(before), place)) % vocabulary for place in range(len(before), begin + block)]
+def block_tokens(before: Sequence[int], block: int, vocabulary: int) -> list[int]:
+    """Tokens that the toy model generates for the rest of a block."""
+    start = len(before) // block * block
+    return [hash((tuple(before), position)) % vocabulary for position in range(len(before), start + block)]
 
 
-def steps_of(before: Sequence[int]) -> int:
+def denoising_steps(before: Sequence[int]) -> int:
+    """Number of steps that the toy model takes for the next block."""
     return 1 + hash(tuple(before)) % 4
 
 
 def continuation(request: DiffusionRequest, vocabulary: int) -> list[int]:
-    """Up to the end of the block in which it stops."""
+    """Tokens that the toy model generates, up to the end of the block with a stop token."""
     known, prompt = list(request.prompt), len(request.prompt)
     while len(known) < prompt + request.max_tokens and STOP not in known[prompt:]:
-        known += chosen(known, request.block, vocabulary)
+        known += block_tokens(known, request.block, vocabulary)
     return known[prompt : prompt + request.max_tokens]
 
 
 @dataclass
-class Place:
-    """What the device remembers of a slot."""
+class SlotState:
+    """State of a slot on the device."""
 
     request: DiffusionRequest
     tokens: list[int]
-    """All that are chosen; where these end with a block, that is not known to be written."""
+    """Known tokens. If they end with a block, the cache of that block may not be written yet."""
     written: int
-    """Positions that hold what they shall."""
-    left: int
-    """Steps until the next block is chosen."""
-    is_over: bool = False
+    """Number of positions whose cache is final."""
+    steps_left: int
+    """Number of steps until the next block is generated."""
+    ended: bool = False
 
 
-class Device:
+class DiffusionDevice:
+    """Device that runs plans in order, block by block."""
+
     def __init__(self, limits: Limits, vocabulary: int) -> None:
         self.limits, self.vocabulary = limits, vocabulary
         self.memory: list[dict[int, object]] = [{} for _ in range(limits.shards)]
-        self.places: dict[tuple[int, int], Place] = {}
+        self.slots: dict[tuple[int, int], SlotState] = {}
 
     def run(self, plan: Plan) -> Mapping[Request, list[int]]:
-        given: dict[Request, list[int]] = {request: [] for decodes in plan.decodes for request in decodes.requests}
-        lines = [(request, position + steps) for decodes in plan.decodes for request, position, steps in decodes]
+        outputs: dict[Request, list[int]] = {request: [] for decodes in plan.decodes for request in decodes.requests}
+        ends = [(request, position + steps) for decodes in plan.decodes for request, position, steps in decodes]
         for _ in range(plan.steps):
-            for request, limit in lines:
-                given[request] += self.step(self.places[request.shard, request.slot], request, limit)
+            for request, end in ends:
+                outputs[request] += self.step(self.slots[request.shard, request.slot], request, end)
         for shard, chunks in enumerate(plan.chunks):
             for chunk in chunks:
                 assert isinstance(chunk.request, DiffusionRequest)
@@ -75,150 +79,167 @@ class Device:
                 self.check(request, shard, chunk.start, known)
                 if chunk.samples:
                     assert chunk.end == request.known
-                    whole = chunk.end // self.limits.block * self.limits.block
-                    self.places[shard, request.slot] = Place(request, known, whole, steps_of(known))
-        return given
+                    written = chunk.end // self.limits.block * self.limits.block
+                    self.slots[shard, request.slot] = SlotState(request, known, written, denoising_steps(known))
+        return outputs
 
-    def step(self, place: Place, request: Request, limit: int) -> list[int]:
+    def step(self, slot: SlotState, request: Request, end: int) -> list[int]:
+        """Run one denoising step, if the block lies before `end`, and return the tokens that it completes."""
         block = self.limits.block
-        assert place.request is request, "a slot is that of its own request"
-        if place.is_over or place.written + block > limit:
+        assert slot.request is request, "a slot holds the state of its own request"
+        if slot.ended or slot.written + block > end:
             return []
-        self.check(place.request, request.shard, place.written, place.tokens)
-        self.write(place.request, request.shard, place.written, place.written + block, place.tokens)
-        if len(place.tokens) == place.written + block:
-            place.written, place.left = place.written + block, steps_of(place.tokens)
+        self.check(slot.request, request.shard, slot.written, slot.tokens)
+        self.write(slot.request, request.shard, slot.written, slot.written + block, slot.tokens)
+        if len(slot.tokens) == slot.written + block:
+            slot.written, slot.steps_left = slot.written + block, denoising_steps(slot.tokens)
             return []
-        place.left -= 1
-        if place.left:
+        slot.steps_left -= 1
+        if slot.steps_left:
             return []
-        new = chosen(place.tokens, block, self.vocabulary)
-        end = len(request.prompt) + request.max_tokens
-        told = new[: end - len(place.tokens)]
-        place.tokens += new
-        place.is_over = STOP in told or len(place.tokens) >= end
-        return told
+        new = block_tokens(slot.tokens, block, self.vocabulary)
+        longest = len(request.prompt) + request.max_tokens
+        emitted = new[: longest - len(slot.tokens)]
+        slot.tokens += new
+        slot.ended = STOP in emitted or len(slot.tokens) >= longest
+        return emitted
 
     def write(self, request: DiffusionRequest, shard: int, start: int, end: int, tokens: Sequence[int]) -> None:
         for position in range(start, end):
-            last = position // self.limits.block * self.limits.block + self.limits.block
-            known = tuple(tokens[:last]) if len(tokens) >= last else UNFINISHED
-            self.memory[shard][self.cell(request, position)] = known, position
+            block_end = self.block_end(position)
+            content = tuple(tokens[:block_end]) if len(tokens) >= block_end else UNKNOWN
+            self.memory[shard][self.cell(request, position)] = content, position
 
     def check(self, request: DiffusionRequest, shard: int, end: int, tokens: Sequence[int]) -> None:
-        """What lies in the blocks before `end`."""
+        """Check the content of the positions before `end`."""
         for position in range(end):
-            last = position // self.limits.block * self.limits.block + self.limits.block
-            assert self.memory[shard][self.cell(request, position)] == (tuple(tokens[:last]), position)
+            expected = tuple(tokens[: self.block_end(position)]), position
+            assert self.memory[shard][self.cell(request, position)] == expected
+
+    def block_end(self, position: int) -> int:
+        return (position // self.limits.block + 1) * self.limits.block
 
     def cell(self, request: DiffusionRequest, position: int) -> int:
+        """Index of a position in the memory of its token shard."""
         (table,) = request.pages
-        page, within = divmod(position, self.limits.page)
-        assert page < len(table.ids), "there is a page for each position"
-        return table.ids[page] * self.limits.page + within
+        page, offset = divmod(position, self.limits.page)
+        assert page < len(table.ids), "each position has a page"
+        return table.ids[page] * self.limits.page + offset
 
 
-class Serving:
+class DiffusionSimulation:
+    """Scheduler and device, with the invariants that hold after each plan.
+
+    Args:
+      ahead: number of plans made before the tokens of the first of them are known.
+    """
+
     def __init__(self, limits: Limits, vocabulary: int, ahead: int) -> None:
-        self.scheduler, self.device = DiffusionScheduler(limits), Device(limits, vocabulary)
-        self.flight: deque[tuple[Plan, Mapping[Request, list[int]]]] = deque()
+        self.scheduler, self.device = DiffusionScheduler(limits), DiffusionDevice(limits, vocabulary)
+        self.in_flight: deque[tuple[Plan, Mapping[Request, list[int]]]] = deque()
         self.requests: list[DiffusionRequest] = []
-        self.cut: set[DiffusionRequest] = set()
+        self.cancelled: set[DiffusionRequest] = set()
         self.ahead, self.vocabulary, self.plans = ahead, vocabulary, 0
+
+    def add(self, request: DiffusionRequest) -> None:
+        self.scheduler.add(request)
+        self.requests.append(request)
 
     def step(self) -> None:
         plan = self.scheduler.plan()
         self.plans += 1
-        assert plan or self.flight
+        assert plan or self.in_flight
+        limits = self.scheduler.limits
         for chunks, rows, decodes in zip(plan.chunks, plan.rows, plan.decodes, strict=True):
-            block, limits = self.scheduler.limits.block, self.scheduler.limits
-            assert all(chunk.start % block == 0 for chunk in chunks)
-            assert rows - len(decodes) * block <= limits.rows
+            assert all(chunk.start % limits.block == 0 for chunk in chunks)
+            assert rows - len(decodes) * limits.block <= limits.rows
         if plan:
-            self.flight.append((plan, self.device.run(plan)))
-        while len(self.flight) > (self.ahead if plan else 0):
-            before, given = self.flight.popleft()
-            self.scheduler.update_from_output(before, given)
-            for request, tokens in given.items():
+            self.in_flight.append((plan, self.device.run(plan)))
+        while len(self.in_flight) > (self.ahead if plan else 0):
+            before, outputs = self.in_flight.popleft()
+            self.scheduler.update_from_output(before, outputs)
+            for request, tokens in outputs.items():
                 if STOP in tokens:
                     self.scheduler.finish(request.id)
 
     def finish(self) -> None:
-        while self.scheduler.has_work or self.flight:
+        while self.scheduler.has_work or self.in_flight:
             self.step()
             assert self.plans < 20_000
         for request in self.requests:
-            right = continuation(request, self.vocabulary)
-            assert request.tokens == (right[: len(request.tokens)] if request in self.cut else right)
+            expected = continuation(request, self.vocabulary)
+            assert request.tokens == (expected[: len(request.tokens)] if request in self.cancelled else expected)
         for shard in self.scheduler._shards:
             (pool,) = shard.pages.pools
             assert not pool.used
 
 
-def workload(seed: int) -> Serving:
-    draw = random.Random(seed)
-    block, page = draw.choice([(1, 2), (2, 4), (3, 2), (4, 4), (6, 4), (8, 4), (8, 2)])
-    whole = -(-LONGEST // block) * block
-    limits = Limits(
-        shards=draw.choice([1, 2]),
-        slots=draw.randint(1, 4),
+def random_limits(rng: random.Random) -> Limits:
+    block, page = rng.choice([(1, 2), (2, 4), (3, 2), (4, 4), (6, 4), (8, 4), (8, 2)])
+    longest = -(-LONGEST // block) * block
+    return Limits(
+        shards=rng.choice([1, 2]),
+        slots=rng.randint(1, 4),
         page=page,
-        groups=(CacheGroup(-(-whole // page) + draw.choice([0, 0, 3, 30]), None),),
-        chunk=block * draw.randint(1, 4),
-        chunks=draw.randint(1, 3),
-        rows=block * draw.randint(1, 5),
-        decode_steps=draw.choice([1, 2, 5, 8]),
-        prefix_cache=draw.random() < 0.8,
+        groups=(CacheGroup(-(-longest // page) + rng.choice([0, 0, 3, 30]), None),),
+        chunk=block * rng.randint(1, 4),
+        chunks=rng.randint(1, 3),
+        rows=block * rng.randint(1, 5),
+        decode_steps=rng.choice([1, 2, 5, 8]),
+        prefix_cache=rng.random() < 0.8,
         block=block,
     )
-    serving = Serving(limits, draw.choice([3, 40]), ahead=draw.choice([0, 1, 1, 2]))
-    root = [draw.randrange(1, 3) for _ in range(24)]
-    for number in range(draw.randint(1, 7)):
-        for _ in range(draw.choice([0, 1, 4, 20])):
-            if serving.scheduler.has_work:
-                serving.step()
-        ended = [r.sequence(0, r.known) for r in serving.requests if r.ended and r.known < LONGEST - 4]
-        begin = draw.choice(ended) if ended and draw.random() < 0.4 else root[: draw.randint(0, 24)]
-        prompt = [*begin, *(draw.randrange(3) for _ in range(draw.randint(1, 4)))]
-        most = draw.randint(1, LONGEST - len(prompt))
-        request = DiffusionRequest(number, prompt, most, draw.choice([0, 0, 1]), draw.random() < 0.9, block=block)
-        serving.scheduler.add(request)
-        serving.requests.append(request)
-        if draw.random() < 0.1:
-            other = draw.choice(serving.requests)
-            serving.cut |= {other} if serving.scheduler.finish(other.id) else set()
-    serving.finish()
-    return serving
 
 
-def test_random_workloads_end_with_the_right_tokens_and_all_pages_back() -> None:
+def random_workload(seed: int) -> DiffusionSimulation:
+    """Run requests that arrive, stop, are cancelled, and share prefixes, with too few pages."""
+    rng = random.Random(seed)
+    limits = random_limits(rng)
+    simulation = DiffusionSimulation(limits, rng.choice([3, 40]), ahead=rng.choice([0, 1, 1, 2]))
+    root = [rng.randrange(1, 3) for _ in range(24)]
+    for number in range(rng.randint(1, 7)):
+        for _ in range(rng.choice([0, 1, 4, 20])):
+            if simulation.scheduler.has_work:
+                simulation.step()
+        ended = [r.sequence(0, r.known) for r in simulation.requests if r.ended and r.known < LONGEST - 4]
+        prefix = rng.choice(ended) if ended and rng.random() < 0.4 else root[: rng.randint(0, 24)]
+        prompt = [*prefix, *(rng.randrange(3) for _ in range(rng.randint(1, 4)))]
+        max_tokens, priority = rng.randint(1, LONGEST - len(prompt)), rng.choice([0, 0, 1])
+        shares_prefix = rng.random() < 0.9
+        simulation.add(DiffusionRequest(number, prompt, max_tokens, priority, shares_prefix, block=limits.block))
+        if rng.random() < 0.1:
+            other = rng.choice(simulation.requests)
+            simulation.cancelled |= {other} if simulation.scheduler.finish(other.id) else set()
+    simulation.finish()
+    return simulation
+
+
+def test_random_workloads_generate_the_expected_tokens_and_free_all_pages() -> None:
     totals = Counter[str]()
     for seed in range(WORKLOADS):
         try:
-            serving = workload(seed)
+            simulation = random_workload(seed)
         except AssertionError as error:
             raise AssertionError(f"workload {seed}: {error}") from error
-        totals["cut short"] += len(serving.cut)
-        totals["tokens"] += sum(len(request.tokens) for request in serving.requests)
-        totals["preemptions"] += serving.scheduler.preemptions
-        totals["positions shared"] += serving.scheduler.prefix_hits
-    assert min(totals.values()) > WORKLOADS // 100, "each of these was tried"
+        totals["cancelled"] += len(simulation.cancelled)
+        totals["tokens"] += sum(len(request.tokens) for request in simulation.requests)
+        totals["preemptions"] += simulation.scheduler.preemptions
+        totals["prefix hits"] += simulation.scheduler.prefix_hits
+    assert min(totals.values()) > WORKLOADS // 100, "the workloads cover each case"
 
 
-def test_a_page_is_shared_only_with_all_of_its_last_block() -> None:
+def test_page_is_shared_only_with_all_of_its_last_block() -> None:
     limits = Limits(1, 2, 4, (CacheGroup(20, None),), 24, 2, 24, 1, True, block=8)
     for ending, shared in (([6, 7, 8], 8), ([6, 7, 9], 0)):
-        serving = Serving(limits, 40, 0)
-        for prompt in ([1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, *ending, 3]):
-            request = DiffusionRequest(len(serving.requests), prompt, 1, block=8)
-            serving.scheduler.add(request)
-            serving.requests.append(request)
-        serving.finish()
-        assert serving.scheduler.prefix_hits == shared
+        simulation = DiffusionSimulation(limits, 40, 0)
+        for number, prompt in enumerate(([1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, *ending, 3])):
+            simulation.add(DiffusionRequest(number, prompt, 1, block=8))
+        simulation.finish()
+        assert simulation.scheduler.prefix_hits == shared
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match="whole blocks of 3"):
+def test_invalid_limits_and_requests_are_refused() -> None:
+    with pytest.raises(ConfigError, match="chunk must be a multiple of the block size, 3, got 8"):
         Limits(1, 1, 4, (CacheGroup(4, None),), 8, 1, 9, 1, True, block=3)
     scheduler = DiffusionScheduler(Limits(1, 1, 4, (CacheGroup(3, None),), 8, 1, 8, 1, True, block=8))
     scheduler.add(DiffusionRequest("fits", [1] * 5, 3, block=8))

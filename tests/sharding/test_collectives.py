@@ -1,4 +1,4 @@
-"""Every way to sum twice, never, or wrongly is an error while tracing, that says what to do."""
+"""Sums over devices done twice, never or over the wrong axes are errors while tracing, with advice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from placements import placement
 
 from moe_jax.config import DenseConfig, MoEConfig, RouterConfig, SharedExpertConfig
-from moe_jax.errors import ReductionError
+from moe_jax.errors import PlacementError, ReductionError
 from moe_jax.layers import DenseMLP, MoE, parameter
 from moe_jax.sharding import (
     AllToAllCombine,
@@ -36,33 +36,33 @@ BLOCKS: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "shared": lambda rngs: MoE(MoEConfig(8, 2, 16, RouterConfig(norm=1), SHARED), HIDDEN, dtype=jnp.float32, rngs=rngs),
     "dense": lambda rngs: DenseMLP(DenseConfig(16), HIDDEN, dtype=jnp.float32, rngs=rngs),
 }
-WHERE = placement("dp4_ep4_tp2")
+PLACEMENT = placement("dp4_ep4_tp2")
 Body = Callable[[jax.Array, Rows, Combine, PartialSum, jax.Array], Any]
-"""Of own rows, their counts, the strategy, a block's partial sum, and its combined output."""
+"""Function of own rows, their counts, the strategy, a block's partial sum, and its combined output."""
 
 
-class Spy(ScatterCombine):
-    """Lets a test see the partial sum that a real block hands to its strategy."""
+class SpyCombine(ScatterCombine):
+    """Strategy that also returns the partial sum that a block passes to it."""
 
     def combine(self, gathered: Gathered, partial: PartialSum) -> Any:
         return partial, super().combine(gathered, partial)
 
 
 def trace(kind: str, body: Body) -> None:
-    """Trace `body` around a real block, on a placement that both scatters and sums."""
+    """Trace a block and then `body`, on a placement that both scatters and sums."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: BLOCKS[kind](parameter.ShapesAlone(0))))
-    parameters = parameter.placed(abstract, WHERE)
+    parameters = parameter.placed(abstract, PLACEMENT)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, parameters)
-    rows = Rows.of([CAPACITY] * 4, WHERE)
+    rows = Rows.of([CAPACITY] * 4, PLACEMENT)
 
     def run(parameters: nnx.State, x: jax.Array, rows: Rows) -> Any:
-        spy = Spy(WHERE)
+        spy = SpyCombine(PLACEMENT)
         (partial, combined), _ = nnx.merge(graph, parameters)(x, rows, spy)
         return body(x, rows, spy, partial, combined)
 
     x = jax.ShapeDtypeStruct((4 * CAPACITY, HIDDEN), jnp.float32)
     jax.eval_shape(
-        jax.shard_map(run, mesh=WHERE.mesh, in_specs=(specs, P("expert"), P()), out_specs=P("expert")),
+        jax.shard_map(run, mesh=PLACEMENT.mesh, in_specs=(specs, P("expert"), P()), out_specs=P("expert")),
         parameters,
         x,
         rows,
@@ -76,7 +76,7 @@ MISTAKES: dict[str, tuple[Body, str]] = {
         "would multiply it by 8.*reduced already",
     ),
     "combine_twice": (
-        lambda x, rows, combine, partial, y: ReduceCombine(WHERE, 4 * CAPACITY).combine(combine.gather(rows, x), y),  # type: ignore[arg-type]
+        lambda x, rows, combine, partial, y: ReduceCombine(PLACEMENT, 4 * CAPACITY).combine(combine.gather(rows, x), y),  # type: ignore[arg-type]
         "would multiply it by 8.*reduced already",
     ),
     "scatter_a_sum": (
@@ -110,7 +110,7 @@ MISTAKES: dict[str, tuple[Body, str]] = {
         "must be reduced over exactly these axes",
     ),
     "sum_heads_of_a_feed_forward": (
-        lambda x, rows, combine, partial, y: WholeResidual(WHERE).sum_heads(partial),
+        lambda x, rows, combine, partial, y: WholeResidual(PLACEMENT).sum_heads(partial),
         "must be reduced over exactly these axes",
     ),
     "add_sums_over_different_axes": (
@@ -129,79 +129,94 @@ def test_mistakes_are_errors_while_tracing(kind: str, mistake: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_the_right_way_traces(kind: str) -> None:
+def test_correct_use_traces(kind: str) -> None:
     trace(kind, lambda x, rows, combine, partial, y: x + y)
     trace(
         kind,
         lambda x, rows, combine, partial, y: (
-            x + ScatterCombine(WHERE).combine(combine.gather(rows, x), partial + partial)
+            x + ScatterCombine(PLACEMENT).combine(combine.gather(rows, x), partial + partial)
         ),
     )
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_jax_itself_refuses_what_is_unwrapped(kind: str) -> None:
+def test_jax_refuses_unwrapped_partial_sums(kind: str) -> None:
     with pytest.raises(Exception, match="unreduced"):
         trace(kind, lambda x, rows, combine, partial, y: x + partial._value[:CAPACITY])
 
 
 DISPATCHED_MISTAKES: dict[str, tuple[Callable[[Combine, Gathered, PartialSum, PartialSum], Any], str]] = {
-    "add_sums_of_other_rows": (lambda combine, every, one, other: one + other, "gathered and dispatched"),
+    "add_sums_of_other_rows": (
+        lambda combine, gathered, dispatched_sum, gathered_sum: dispatched_sum + gathered_sum,
+        "gathered and dispatched",
+    ),
     "scatter": (
-        lambda combine, every, one, other: ScatterCombine(WHERE).combine(every, one),
+        lambda combine, gathered, dispatched_sum, gathered_sum: ScatterCombine(PLACEMENT).combine(
+            gathered, dispatched_sum
+        ),
         "go.* back to their owners",
     ),
     "send_gathered_rows_back": (
-        lambda combine, every, one, other: reduce_exchanged(other, jnp.sum, exchanged=("expert",), sum_over=()),
+        lambda combine, gathered, dispatched_sum, gathered_sum: reduce_exchanged(
+            gathered_sum, jnp.sum, exchanged=("expert",), sum_over=()
+        ),
         "dispatched along.*can be sent back",
     ),
-    "forget": (lambda combine, every, one, other: one, "reduce it first"),
+    "forget": (lambda combine, gathered, dispatched_sum, gathered_sum: dispatched_sum, "reduce it first"),
 }
 
 
 @pytest.mark.parametrize("mistake", DISPATCHED_MISTAKES)
-def test_sums_of_dispatched_rows_go_back_to_their_owners_only(mistake: str) -> None:
+def test_partial_sums_of_dispatched_rows_only_go_back_to_their_owners(mistake: str) -> None:
     body, message = DISPATCHED_MISTAKES[mistake]
 
     def run(x: jax.Array, rows: Rows) -> Any:
-        combine = AllToAllCombine(WHERE)
+        combine = AllToAllCombine(PLACEMENT)
         experts, weights = jnp.zeros((CAPACITY, 1), jnp.int32), x[:, :1]
-        some, every = combine.dispatch(rows, x, experts, weights, held=2), combine.gather(rows, x)
-        one, other = (
-            gathered.partial_sum(lax.pcast(gathered.values[0], "tensor", to="varying")) for gathered in (some, every)
-        )
-        return body(combine, every, one, other)
+        dispatched, gathered = combine.dispatch(rows, x, experts, weights, held=2), combine.gather(rows, x)
+        sums = (each.partial_sum(lax.pcast(each.values[0], "tensor", to="varying")) for each in (dispatched, gathered))
+        return body(combine, gathered, *sums)
 
-    x, rows = jax.ShapeDtypeStruct((4 * CAPACITY, HIDDEN), jnp.float32), Rows.of([CAPACITY] * 4, WHERE)
+    x, rows = jax.ShapeDtypeStruct((4 * CAPACITY, HIDDEN), jnp.float32), Rows.of([CAPACITY] * 4, PLACEMENT)
     with pytest.raises(ReductionError, match=f"(?s){message}"):
-        jax.eval_shape(jax.shard_map(run, mesh=WHERE.mesh, in_specs=(P("expert"), P()), out_specs=P("expert")), x, rows)
+        jax.eval_shape(
+            jax.shard_map(run, mesh=PLACEMENT.mesh, in_specs=(P("expert"), P()), out_specs=P("expert")), x, rows
+        )
 
 
 def test_a_partial_sum_keeps_its_rules_on_one_device() -> None:
-    alone = partial_sum(jnp.ones(3), ())
+    partial = partial_sum(jnp.ones(3), ())
     with pytest.raises(ReductionError):
-        alone * 2.0  # type: ignore[operator]
+        partial * 2.0  # type: ignore[operator]
     with pytest.raises(ReductionError):
-        jax.jit(lambda: alone)()
-    np.testing.assert_array_equal(reduce(alone), np.ones(3))
+        jax.jit(lambda: partial)()
+    np.testing.assert_array_equal(reduce(partial), np.ones(3))
     with pytest.raises(ReductionError):
-        reduce(reduce(alone))  # type: ignore[arg-type]
+        reduce(reduce(partial))  # type: ignore[arg-type]
 
 
 def test_sum_devices_counts_each_device_once() -> None:
     total = jax.shard_map(
         lambda x: sum_devices({"total": x.sum()}, ("expert",))["total"],
-        mesh=WHERE.mesh,
+        mesh=PLACEMENT.mesh,
         in_specs=P("expert"),
         out_specs=P(),
     )
     assert jax.jit(total)(jnp.arange(8.0)) == 28
 
 
-def test_argsort_varies_as_its_keys_do() -> None:
+def test_argsort_varies_over_the_axes_of_its_keys() -> None:
     def gradient_of_gathered(x: jax.Array, keys: jax.Array) -> jax.Array:
         return sum_devices(x[argsort(keys)[:1]].sum(), ("expert",))
 
-    mapped = jax.shard_map(gradient_of_gathered, mesh=WHERE.mesh, in_specs=(P(), P("expert")), out_specs=P())
+    mapped = jax.shard_map(gradient_of_gathered, mesh=PLACEMENT.mesh, in_specs=(P(), P("expert")), out_specs=P())
     keys = jnp.array([0, 1, 1, 0, 0, 1, 0, 1])  # the four devices take elements 0, 1, 0 and 0
     np.testing.assert_array_equal(jax.jit(jax.grad(mapped))(jnp.ones(2), keys), [3, 1])
+
+
+def test_a_shard_map_that_is_not_compiled_is_refused() -> None:
+    mapped = jax.shard_map(
+        lambda x: sum_devices(x.sum(), ("expert",)), mesh=PLACEMENT.mesh, in_specs=P("expert"), out_specs=P()
+    )
+    with pytest.raises(PlacementError, match=r"not compiled.*write jax.jit\(jax.shard_map"):
+        mapped(jnp.arange(8.0))

@@ -1,4 +1,4 @@
-"""Rows gathered in a byte per number: what it costs in precision, and that no row touches another."""
+"""Rows gathered in one byte per number: the loss of precision, and that rows are independent."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from moe_jax.layers import MoE
 from moe_jax.sharding import AllToAllCombine, Combine, RaggedCombine, ReduceCombine, Rows, ScatterCombine, as_encoding
 from moe_jax.sharding.encoding import BLOCK, ENCODINGS, Encoding
 
-SMALL = {"float8_e4m3fn": 2**-4, "int8": 0.5 / 127}
-"""By what part of its block's largest number one is off at most; of itself, for floats of 4 significant bits."""
+MAX_ERROR = {"float8_e4m3fn": 2**-4, "int8": 0.5 / 127}
+"""Largest error of a number, relative to the largest number of its block. Floats have 4 significant bits."""
 
 
-def drawn(rows: int, width: int) -> np.ndarray:
+def random_rows(rows: int, width: int) -> np.ndarray:
     scales = 10.0 ** np.random.default_rng(1).integers(-6, 6, (rows, 1))
     return (np.random.default_rng(0).normal(size=(rows, width)) * scales).astype(np.float32)
 
 
-def there_and_back(encoding: Encoding, x: np.ndarray) -> np.ndarray:
+def round_trip(encoding: Encoding, x: np.ndarray) -> np.ndarray:
     return np.asarray(encoding.decode(*encoding.encode(jnp.asarray(x)), jnp.float32))
 
 
 @pytest.mark.parametrize("width", [24, 2 * BLOCK])
-@pytest.mark.parametrize("name", SMALL)
-def test_numbers_come_back_nearly(name: str, width: int) -> None:
-    x, encoding = drawn(6, width), as_encoding(name)
+@pytest.mark.parametrize("name", MAX_ERROR)
+def test_decoded_numbers_are_close(name: str, width: int) -> None:
+    x, encoding = random_rows(6, width), as_encoding(name)
     x[1] = 0
-    sent, scales = encoding.encode(jnp.asarray(x))
-    assert sent.nbytes + scales.nbytes == 6 * sum(encoding.row_bytes(width, "float32"))
+    encoded, scales = encoding.encode(jnp.asarray(x))
+    assert encoded.nbytes + scales.nbytes == 6 * sum(encoding.row_bytes(width, "float32"))
     blocks = x.reshape(6, scales.shape[1], -1)
-    off = np.abs(there_and_back(encoding, x).reshape(blocks.shape) - blocks)
-    assert (off <= 1.01 * SMALL[name] * np.abs(blocks).max(axis=-1, keepdims=True)).all()
+    error = np.abs(round_trip(encoding, x).reshape(blocks.shape) - blocks)
+    assert (error <= 1.01 * MAX_ERROR[name] * np.abs(blocks).max(axis=-1, keepdims=True)).all()
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_no_row_touches_another(name: str) -> None:
-    x = drawn(4, 24)
-    clean = there_and_back(as_encoding(name), x)
+@pytest.mark.parametrize("name", MAX_ERROR)
+def test_rows_are_independent(name: str) -> None:
+    x = random_rows(4, 24)
+    clean = round_trip(as_encoding(name), x)
     x[2] = np.nan
     x[3] = np.inf
-    np.testing.assert_array_equal(there_and_back(as_encoding(name), x)[:2], clean[:2])
+    np.testing.assert_array_equal(round_trip(as_encoding(name), x)[:2], clean[:2])
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_blocks_see_the_rows_that_were_sent(name: str) -> None:
-    """Every strategy gathers rows as the encoding gives them back, and sums exactly."""
+def test_blocks_compute_with_decoded_rows(name: str) -> None:
+    """Every strategy gathers decoded rows, and sums exactly."""
     config, capacity, encoding = MoEConfig(8, 2, 16, RouterConfig(norm=1)), 8, as_encoding(name)
     block = Block(lambda rngs: MoE(config, 24, dtype=jnp.float32, rngs=rngs), placement("dp8_ep8"))
     block.parameters["router"]["weight"].set_value(
@@ -65,15 +65,15 @@ def test_blocks_see_the_rows_that_were_sent(name: str) -> None:
         RaggedCombine(block.placement, 1, 8, encoding=encoding),
         AllToAllCombine(block.placement, encoding=encoding),
     ]
-    x = np.abs(drawn(sum(counts), 24))  # of one sign, so that the router chooses alike before and after
+    x = np.abs(random_rows(sum(counts), 24))  # of one sign, so that rounding does not change the routing
     rows = Rows.of(counts, block.placement, capacity)
     plain = jax.jit(block.program(ScatterCombine(block.placement)))
     expected = collect(
-        plain(block.parameters, spread(there_and_back(encoding, x), counts, capacity), rows), counts, capacity
+        plain(block.parameters, spread(round_trip(encoding, x), counts, capacity), rows), counts, capacity
     )
     for strategy in strategies:
-        laid_out = spread(x, counts, capacity, fill=np.nan)
-        got = collect(jax.jit(block.program(strategy))(block.parameters, laid_out, rows), counts, capacity)
+        spread_rows = spread(x, counts, capacity, fill=np.nan)
+        got = collect(jax.jit(block.program(strategy))(block.parameters, spread_rows, rows), counts, capacity)
         np.testing.assert_allclose(
             got,
             expected,
@@ -83,14 +83,14 @@ def test_blocks_see_the_rows_that_were_sent(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_numbers_too_small_for_a_scale_come_back_as_zero(name: str) -> None:
+@pytest.mark.parametrize("name", MAX_ERROR)
+def test_numbers_too_small_for_a_scale_become_zero(name: str) -> None:
     x = np.full((1, 24), np.finfo(np.float32).tiny, np.float32)
     x[0, 1:] = 1e-41
-    np.testing.assert_array_equal(there_and_back(as_encoding(name), x), 0)
+    np.testing.assert_array_equal(round_trip(as_encoding(name), x), 0)
 
 
 @pytest.mark.parametrize("name", ["fp4", ["int8"]])
-def test_strange_names(name: str) -> None:
+def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="gather_dtype must be exact, float8_e4m3fn, int8, got"):
         as_encoding(name)

@@ -7,16 +7,16 @@ from moe_jax.errors import PlacementError
 from moe_jax.sharding import make_mesh
 
 
-def test_axes_left_out_have_size_one() -> None:
+def test_omitted_axes_have_size_one() -> None:
     assert dict(make_mesh("data=2,expert=4").shape) == {"data": 2, "expert": 4, "tensor": 1}
     assert dict(make_mesh({"tensor": 3}).shape) == {"data": 1, "expert": 1, "tensor": 3}
 
 
-def test_all_devices_go_to_the_experts_by_default() -> None:
+def test_all_devices_are_on_expert_by_default() -> None:
     assert dict(make_mesh().shape) == {"data": 1, "expert": 8, "tensor": 1}
 
 
-def test_a_smaller_mesh_takes_the_first_devices() -> None:
+def test_a_smaller_mesh_uses_the_first_devices() -> None:
     assert make_mesh(" expert = 2 , tensor=3").devices.size == 6
     assert make_mesh("expert=2", jax.devices()[4:]).devices.flatten().tolist() == jax.devices()[4:6]
 
@@ -34,6 +34,6 @@ def test_a_smaller_mesh_takes_the_first_devices() -> None:
         ({"pipeline": 2}, "unknown mesh axes"),
     ],
 )
-def test_wrong_meshes_are_refused(sizes: str | dict[str, int], message: str) -> None:
+def test_invalid_meshes_are_refused(sizes: str | dict[str, int], message: str) -> None:
     with pytest.raises(PlacementError, match=message):
         make_mesh(sizes)

@@ -25,7 +25,7 @@ def model(heads: int = 8, kv_heads: int = 4, experts: int = 8, width: int = 16, 
     return ModelConfig(100, 16, layers, 1e-6, 64)
 
 
-def test_text_and_back() -> None:
+def test_parse_inverts_str() -> None:
     text = "data=2,expert=2,tensor=2; tokens=data; heads=expert,tensor; experts=data,expert; ffn=tensor"
     placement = Placement.parse(text)
     assert placement == Placement(
@@ -36,7 +36,7 @@ def test_text_and_back() -> None:
     assert Placement.parse("expert=2; heads=tensor; ffn=").ffn == ()
 
 
-def test_roles_decide_what_is_scattered_and_what_is_summed() -> None:
+def test_roles_determine_scatter_axes_and_sum_axes() -> None:
     placement = Placement.parse("data=2,expert=2,tensor=2; tokens=data; heads=expert,tensor; experts=data,expert")
     assert placement.axes(Role.PARTIAL) == ("data", "expert", "tensor")
     assert placement.scatter_axes == ("data",)
@@ -47,13 +47,13 @@ def test_roles_decide_what_is_scattered_and_what_is_summed() -> None:
     assert replicas.size(Role.TOKENS) == 8
 
 
-def test_axes_of_size_one_drop_out() -> None:
+def test_axes_of_size_one_are_left_out() -> None:
     placement = Placement.parse("expert=8")
     assert placement.axes(Role.TOKENS) == ("expert",)
     assert placement.spec((Role.TOKENS, Role.HEADS, None), (8, 4, 4)) == P(("expert",), None, None)
 
 
-def test_leading_layers_are_not_split_and_few_kv_heads_are_replicated() -> None:
+def test_layer_dimensions_are_not_split_and_few_kv_heads_are_replicated() -> None:
     placement = Placement.parse("expert=2,tensor=4")
     assert placement.spec((Role.EXPERTS, None, Role.FFN), (12, 8, 16, 32)) == P(None, ("expert",), None, ("tensor",))
     assert placement.spec((None, Role.KV_HEADS, None), (16, 4, 8)) == P(None, ("tensor",), None)
@@ -71,12 +71,12 @@ def test_leading_layers_are_not_split_and_few_kv_heads_are_replicated() -> None:
         ("expert=8; tokens", "cannot read 'tokens'"),
     ],
 )
-def test_wrong_roles_are_refused(text: str, message: str) -> None:
+def test_invalid_roles_are_refused(text: str, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
         Placement.parse(text)
 
 
-def test_other_meshes_are_refused() -> None:
+def test_meshes_with_other_axes_are_refused() -> None:
     for mesh in (jax.make_mesh((8,), ("x",)), jax.make_mesh((2, 2, 2), ("data", "expert", "tensor"))):
         with pytest.raises(PlacementError, match=r"needs the axes data, expert, tensor, all of type Auto"):
             as_placement(mesh)
@@ -101,12 +101,12 @@ def test_other_meshes_are_refused() -> None:
         ),
     ],
 )
-def test_models_that_do_not_fit_are_refused_with_their_numbers(text: str, config: ModelConfig, message: str) -> None:
+def test_models_that_do_not_divide_are_refused_with_the_numbers(text: str, config: ModelConfig, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
         check_divisibility(config, Placement.parse(text))
 
 
-def test_all_misfits_are_named_at_once() -> None:
+def test_all_sizes_that_do_not_divide_are_named_at_once() -> None:
     with pytest.raises(PlacementError) as caught:
         check_divisibility(
             model(heads=6, kv_heads=3, experts=5, width=6, shared=6), Placement.parse("expert=2,tensor=4")
@@ -126,7 +126,7 @@ def test_all_misfits_are_named_at_once() -> None:
         (1, 4, 1, "data=1,expert=4,tensor=2; tokens=data; heads=expert,tensor; experts=expert; ffn=tensor"),
     ],
 )
-def test_sizes_that_other_engines_ask_for(attention_dp: int, ep: int, replicas: int, text: str) -> None:
+def test_placements_from_parallelism_sizes(attention_dp: int, ep: int, replicas: int, text: str) -> None:
     placement = Placement.from_sizes(8, attention_dp, ep, replicas)
     assert str(placement) == text
     assert placement.size(Role.TOKENS) == attention_dp * replicas
@@ -137,16 +137,16 @@ def test_sizes_that_other_engines_ask_for(attention_dp: int, ep: int, replicas: 
     ("attention_dp", "ep", "replicas"),
     [(3, 4, 1), (4, 6, 1), (4, 4, 3), (16, 4, 1), (0, 4, 1), (4, 4, 0), (4, 4, -1)],
 )
-def test_impossible_sizes(attention_dp: int, ep: int, replicas: int) -> None:
+def test_impossible_sizes_are_refused(attention_dp: int, ep: int, replicas: int) -> None:
     with pytest.raises(PlacementError, match=rf"8 devices, {replicas} replicas, attention_dp={attention_dp}, ep={ep}"):
         Placement.from_sizes(8, attention_dp, ep, replicas)
 
 
-def test_sizes_for_more_devices_than_there_are() -> None:
+def test_more_devices_than_there_are_are_refused() -> None:
     with pytest.raises(PlacementError, match="needs 16 devices, there are 8"):
         Placement.from_sizes(16, 8, 8)
 
 
-def test_roles_that_are_no_tuples() -> None:
+def test_roles_must_be_tuples() -> None:
     with pytest.raises(PlacementError, match="tokens must be a tuple of axis names, got 'expert'"):
         Placement(Placement.parse("expert=2").mesh, tokens="expert")  # type: ignore[arg-type]

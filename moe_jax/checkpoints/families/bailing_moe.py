@@ -69,7 +69,7 @@ def read_model(
     attn = attention(fields, theta=theta, fraction=fields.take("rotary_dim", int, head_dim) / head_dim, qk_norm=norm)
     first, moe = DenseConfig(fields.take("intermediate_size", int)), _moe(fields, biased, scale)
     layers = [LayerConfig(attn, first if is_dense else moe) for is_dense in dense_layers(fields, dense)]
-    return model(fields, layers, eps=1e-6, unit_head=fields.take("norm_head", bool, False))
+    return model(fields, layers, eps=1e-6, norm_head=fields.take("norm_head", bool, False))
 
 
 def _moe(fields: Fields, biased: bool, scale: float) -> MoEConfig:

@@ -41,7 +41,7 @@ def read(fields: Fields) -> ModelConfig:
         has_norm,
         fields.take("group_norm_size", int),
         scale=1 + 1 / gaps + 1e-5,
-        fall=1 / gaps,
+        scale_decrement=1 / gaps,
     )
     mixers = [lightning if recurrent else full for recurrent in recurrent_layers(fields, "layer_group_size", 1)]
     return model(fields, map(LayerConfig, mixers, ffns), eps=1e-6)

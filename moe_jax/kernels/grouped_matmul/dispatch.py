@@ -1,11 +1,10 @@
-"""A matmul per group of rows, with work that grows with the rows and not with the number of groups.
+"""Grouped matmuls: the choice of a backend, and the gradient that all backends share.
 
 M  rows, group after group     G  groups     D  inputs     F  outputs
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,52 +14,42 @@ from jaxtyping import Array, Float, Int32
 
 from moe_jax.kernels.grouped_matmul.loop import LoopGroupedMatmul
 from moe_jax.kernels.grouped_matmul.pallas import PallasGroupedMatmul
+from moe_jax.kernels.grouped_matmul.ragged_dot import RaggedDotGroupedMatmul
 from moe_jax.kernels.stacked_weight import StackedWeight
 from moe_jax.sharding.collectives import vary_alike
 from moe_jax.sharding.mesh import Device
 
 
 class GroupedMatmul(Protocol):
-    """How a kind of device does it. Rows beyond the groups may hold anything, and come out as anything."""
+    """Backend of `grouped_matmul`. Rows beyond the groups may hold anything, and so may their outputs."""
 
     def product(
         self, rows: Float[Array, "M D"], weights: StackedWeight, sizes: Int32[Array, "G"]
     ) -> Float[Array, "M F"]:
-        """`rows @ weights.part(g)` for the rows of each group g."""
+        """Compute `rows @ weights.group(g)` for the rows of each group g."""
         ...
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
     ) -> Float[Array, "G D F"]:
-        """`rows[g].T @ grad[g]` for each group g."""
+        """Compute `rows[g].T @ grad[g]` for each group g."""
         ...
 
 
-@dataclass(frozen=True)
-class RaggedDotGroupedMatmul:
-    """By XLA, whose TPU backend has kernels for it; its others multiply every row with every group's weights."""
-
-    def product(self, rows: Array, weights: StackedWeight, sizes: Array) -> Array:
-        return jax.lax.ragged_dot(rows, weights.whole(), sizes)
-
-    def outer(self, rows: Array, grad: Array, sizes: Array) -> Array:
-        contracting = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-        return jax.lax.ragged_dot_general(rows, grad, sizes, contracting)
-
-
-def grouped_matmul_on(device: Device, expected: int = 1) -> GroupedMatmul:
-    """The way to do it in programs compiled for a device, whether or not there is one.
+def grouped_matmul_on(device: Device, shards: int = 1) -> GroupedMatmul:
+    """Choose the backend for programs compiled for a device, which need not be attached.
 
     Args:
-      expected: one row in so many is thought to belong to a group; the others lie beyond them.
+      shards: number of devices that the groups are split over: about one row in `shards` belongs to a group held here,
+        and the others lie beyond the groups.
     """
     match device.platform:
         case "cpu":
-            return LoopGroupedMatmul(expected)
+            return LoopGroupedMatmul(shards)
         case "tpu":
             return RaggedDotGroupedMatmul()
         case _:
-            return PallasGroupedMatmul(expected)
+            return PallasGroupedMatmul(shards)
 
 
 def grouped_matmul(
@@ -70,13 +59,13 @@ def grouped_matmul(
     backend: GroupedMatmul,
     stacked: StackedWeight | None = None,
 ) -> Float[Array, "M F"]:
-    """`rows @ weights[g]` for the rows of each group g, which follow each other in order.
+    """Compute `rows @ weights[g]` for the rows of each group g, which follow each other in order.
 
     Rows beyond the sum of `group_sizes` may hold anything; their output is zero. Differentiable in rows and weights.
 
     Args:
-      by: how to, as `grouped_matmul_on` the device says that the program is compiled for.
-      in_place: the same weights in their stack, from which they need not be cut then.
+      backend: implementation, as `grouped_matmul_on` chooses it.
+      stacked: the same weights in their stack of layers, so that the layer need not be copied out of it.
     """
     rows, weights, group_sizes = vary_alike(rows, weights, group_sizes)
     return _grouped_matmul(backend, rows, weights, group_sizes, stacked or StackedWeight.of_one(weights))
@@ -86,6 +75,7 @@ def grouped_matmul(
 def _grouped_matmul(
     backend: GroupedMatmul, rows: Array, weights: Array, group_sizes: Array, stacked: StackedWeight
 ) -> Array:
+    """Compute the products of inputs that vary over the same mesh axes, as a custom gradient needs them."""
     del weights
     out = vary_alike(backend.product(rows, stacked, group_sizes), rows)[0]
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None], out, 0)

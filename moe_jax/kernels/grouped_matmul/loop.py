@@ -1,4 +1,4 @@
-"""Grouped matmuls as XLA's CPU backend does them well: block by block.
+"""Grouped matmuls on CPUs: a loop over blocks of rows.
 
 M  rows, group after group     G  groups     D  inputs     F  outputs     B  rows of a block
 """
@@ -17,22 +17,23 @@ from jaxtyping import Array, Bool, Float, Int32
 from moe_jax.kernels.stacked_weight import StackedWeight
 from moe_jax.sharding.collectives import argsort, vary_alike
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 8, 64
+MIN_BLOCK, MAX_BLOCK = 8, 64
+"""Limits of the rows of a block."""
 
-Part = TypeVar("Part")
+Weights = TypeVar("Weights")
 Carry = TypeVar("Carry")
 
 
 @dataclass(frozen=True)
 class LoopGroupedMatmul:
-    """A loop over blocks of rows of one group each (as MegaBlocks has them, arXiv:2211.15841), as many as the sizes
-    leave at run time. `jax.lax.ragged_dot` multiplies every row with every group's weights on a CPU.
+    """Loop over blocks of rows of one group each (MegaBlocks, arXiv:2211.15841), for group sizes known at run time.
 
-    Where such a loop ends, XLA's GPU programs are said to ask the host each round (not measured): see `grouped_tiles`.
+    On a CPU, `jax.lax.ragged_dot` would multiply every row with every group's weights. On a GPU, XLA is said to ask the
+    host in each round whether such a loop has ended (not measured); see `pallas`.
     """
 
-    expected: int = 1
-    """One row in so many is thought to belong to a group."""
+    shards: int = 1
+    """Number of devices that the groups are split over, as in `grouped_matmul_on`."""
 
     def product(
         self, rows: Float[Array, "M D"], weights: StackedWeight, sizes: Int32[Array, "G"]
@@ -40,13 +41,13 @@ class LoopGroupedMatmul:
         count = rows.shape[0]
         size = self.block_size(count, len(sizes))
 
-        def visit(weight: Array, first: Array, own: Array, out: Array) -> Array:
+        def multiply(weight: Array, first: Array, valid: Array, out: Array) -> Array:
             product = lax.dynamic_slice_in_dim(rows, first, size) @ weight
             before = lax.dynamic_slice_in_dim(out, first, size)
-            return lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], product, before), first, 0)
+            return lax.dynamic_update_slice_in_dim(out, jnp.where(valid[:, None], product, before), first, 0)
 
         out = _zeros((count, weights.stack.shape[-1]), rows)
-        return visit_blocks(sizes, size, count, weights.part, visit, out)
+        return loop_over_blocks(sizes, size, count, weights.group, multiply, out)
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
@@ -54,47 +55,54 @@ class LoopGroupedMatmul:
         count, groups = rows.shape[0], sizes.shape[0]
         size = self.block_size(count, groups)
 
-        def visit(group: Array, first: Array, own: Array, out: Array) -> Array:
+        def add(group: Array, first: Array, valid: Array, out: Array) -> Array:
             inputs, outputs = (
-                jnp.where(own[:, None], lax.dynamic_slice_in_dim(x, first, size), 0) for x in (rows, grad)
+                jnp.where(valid[:, None], lax.dynamic_slice_in_dim(x, first, size), 0) for x in (rows, grad)
             )
             return out.at[group].add(inputs.T @ outputs)
 
         zeros = _zeros((groups, rows.shape[1], grad.shape[1]), rows)
-        return visit_blocks(sizes, size, count, lambda group: group, visit, zeros)
+        return loop_over_blocks(sizes, size, count, lambda group: group, add, zeros)
 
     def block_size(self, rows: int, groups: int) -> int:
-        """A quarter more than an even share of the rows, so that few groups need two; within the limits."""
-        smallest_blocks = math.ceil(1.25 * rows / (groups * self.expected) / SMALLEST_BLOCK)
-        return min(max(smallest_blocks, 1) * SMALLEST_BLOCK, LARGEST_BLOCK, rows)
+        """Choose the rows of a block: a quarter more than an even share, so that few groups need two blocks."""
+        blocks = math.ceil(1.25 * rows / (groups * self.shards) / MIN_BLOCK)
+        return min(max(blocks, 1) * MIN_BLOCK, MAX_BLOCK, rows)
 
 
-def visit_blocks(
+def loop_over_blocks(
     sizes: Int32[Array, "G"],
     size: int,
     rows: int,
-    part: Callable[[Array], Part],
-    visit: Callable[[Part, Int32[Array, ""], Bool[Array, "B"], Carry], Carry],
+    weights_of: Callable[[Array], Weights],
+    compute: Callable[[Weights, Int32[Array, ""], Bool[Array, "B"], Carry], Carry],
     carry: Carry,
 ) -> Carry:
-    """`visit(part(g), first, own, carry)` for each block of `size` rows of each group g: the first of the rows to read,
-    moved up to fit into all `rows`, and which of them are the block's own. Groups without rows cost nothing, and the
-    others' part is made once."""
-    with_rows, lasts = argsort(sizes == 0), jnp.cumsum(sizes)
+    """Update `carry` by each block of rows of each group. Groups without rows cost nothing.
 
-    def of_group(i: Array, carry: Carry) -> Carry:
-        group = with_rows[i]
-        start, last, own_part = lasts[group] - sizes[group], lasts[group], part(group)
+    Args:
+      sizes: rows of each group.
+      size: rows of a block.
+      rows: number of all rows.
+      weights_of: reads a group's weights, once per group.
+      compute: `(weights, first, valid, carry) -> carry`, where the block is the rows from `first` on, moved up so that
+        it ends within all rows, and `valid` marks those of its rows that belong to it.
+    """
+    nonempty_groups, ends = argsort(sizes == 0), jnp.cumsum(sizes)
 
-        def block(b: Array, carry: Carry) -> Carry:
-            begin = start + b * size
+    def group_body(i: Array, carry: Carry) -> Carry:
+        group = nonempty_groups[i]
+        start, end, weights = ends[group] - sizes[group], ends[group], weights_of(group)
+
+        def block_body(block: Array, carry: Carry) -> Carry:
+            begin = start + block * size
             first = jnp.minimum(begin, rows - size)
             row = first + jnp.arange(size)
-            return visit(own_part, first, (row >= begin) & (row < last), carry)
+            return compute(weights, first, (row >= begin) & (row < end), carry)
 
-        return lax.fori_loop(0, (last - start + size - 1) // size, block, carry)
+        return lax.fori_loop(0, (end - start + size - 1) // size, block_body, carry)
 
-    return lax.fori_loop(0, jnp.sum(sizes > 0), of_group, carry)
+    return lax.fori_loop(0, jnp.sum(sizes > 0), group_body, carry)
 
 
 def _zeros(shape: tuple[int, ...], like: Array) -> Array:

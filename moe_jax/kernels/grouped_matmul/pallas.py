@@ -1,11 +1,12 @@
-"""Grouped matmuls on GPUs, by kernels whose programs each compute a tile of one group's rows.
+"""Grouped matmuls on GPUs: a Pallas kernel whose programs each compute a tile of one group's rows.
 
-    M  rows, group after group     G  groups     D  inputs     F  outputs     B  rows of a tile     T  tiles, at most
+    M  rows, group after group     G  groups     D  inputs     F  outputs
+    B  rows of a tile              T  row tiles, at most
 
-Written for Pallas' Triton backend, which serves every NVIDIA GPU since Ampere, every dtype and size, and needs no GPU
-to be compiled for one. Later versions of JAX mean to move it to a package of its own (`jax_triton`). JAX's own kernel
-for Hopper (`jax.experimental.pallas.ops.gpu.ragged_dot_mgpu`) takes two-byte numbers and sizes that divide only, and
-XLA did not finish compiling a decode step with it within four minutes (jax 0.10.2).
+The kernel is written for Pallas' Triton backend, which serves every NVIDIA GPU since Ampere, takes every dtype and
+size, and compiles without a GPU. JAX means to move that backend to a package of its own (`jax_triton`). JAX's kernel
+for Hopper (`jax.experimental.pallas.ops.gpu.ragged_dot_mgpu`) takes two-byte dtypes and sizes that divide only, and XLA
+did not compile a decode step with it within four minutes (jax 0.10.2).
 """
 
 from __future__ import annotations
@@ -27,45 +28,53 @@ from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.kernels.stacked_weight import StackedWeight
 from moe_jax.sharding.collectives import vary_alike
 
-SMALLEST_TILE, LARGEST_TILE = 16, 64
-"""Of rows; the tensor cores multiply no fewer than 16."""
-OUTPUTS, INPUTS = 128, 64
-"""Of a tile; the inputs are those of one step of its loop."""
+MIN_TILE_ROWS, MAX_TILE_ROWS = 16, 64
+"""Limits of the rows of a tile: tensor cores multiply at least 16."""
+TILE_OUTPUTS, TILE_INPUTS = 128, 64
+"""Outputs of a tile, and inputs that one step of a program's loop multiplies."""
 
 
 @dataclass(frozen=True)
 class PallasGroupedMatmul:
-    """Each tile of rows reads its group's weights once, straight from where they lie; nothing is expanded or sorted.
-    Rows beyond the groups cost nothing and are not written."""
+    """Triton kernels that read a group's weights once for each tile of rows, straight from the stack of layers.
 
-    expected: int = 1
-    """One row in so many is thought to belong to a group."""
+    Nothing is expanded or sorted. Rows beyond the groups cost nothing, and their outputs are not written.
+    """
+
+    shards: int = 1
+    """Number of devices that the groups are split over, as in `grouped_matmul_on`."""
     interpret: bool = False
-    """Run the kernels step by step on any device: slow, for tests."""
+    """Interpret the kernels on any device: slow, for tests."""
 
     def product(
         self, rows: Float[Array, "M D"], weights: StackedWeight, sizes: Int32[Array, "G"]
     ) -> Float[Array, "M F"]:
-        """Weights in eight bits are converted tile by tile, and scales applied to the products."""
+        """Weights in eight bits are converted tile by tile; their scales multiply the products."""
         (count, inputs), (_, groups, _, outputs) = rows.shape, weights.stack.shape
-        size = tile_rows(count // self.expected, groups)
-        most = count // size + min(groups, count)
-        kernel = partial(_product, size=size, inputs=inputs, outputs=outputs)
-        arrays = jax.tree.leaves(weights.stack)
+        size = tile_rows(count // self.shards, groups)
+        max_tiles = count // size + min(groups, count)
+        tile = _Tile(size, inputs, outputs)
         if isinstance(stack := weights.stack, QuantizedWeight):
             block = inputs // stack.scales.shape[2]
-            step = INPUTS if block == inputs else math.gcd(INPUTS, block)
-            kernel = partial(kernel, kind=stack.kind, block=block, step=step)
-        grid, layer = (most, pl.cdiv(outputs, OUTPUTS)), vary_alike(weights.layer[None], rows)[0]
-        return self._call(kernel, grid, (count, outputs), rows, *_spans(sizes, size, most), layer, rows, *arrays)
+            tile = _Tile(
+                size,
+                inputs,
+                outputs,
+                stack.kind,
+                block,
+                TILE_INPUTS if block == inputs else math.gcd(TILE_INPUTS, block),
+            )
+        grid, layer = (max_tiles, pl.cdiv(outputs, TILE_OUTPUTS)), vary_alike(weights.layer[None], rows)[0]
+        arrays = *_tile_metadata(sizes, size, max_tiles), layer, rows, *jax.tree.leaves(weights.stack)
+        return self._call(partial(_product_kernel, tile=tile), grid, (count, outputs), rows, *arrays)
 
     def outer(
         self, rows: Float[Array, "M D"], grad: Float[Array, "M F"], sizes: Int32[Array, "G"]
     ) -> Float[Array, "G D F"]:
         inputs, outputs = rows.shape[1], grad.shape[1]
         ends = jnp.cumsum(sizes)
-        kernel = partial(_outer, inputs=inputs, outputs=outputs)
-        grid = (len(sizes), pl.cdiv(inputs, INPUTS), pl.cdiv(outputs, OUTPUTS))
+        kernel = partial(_outer_kernel, inputs=inputs, outputs=outputs)
+        grid = (len(sizes), pl.cdiv(inputs, TILE_INPUTS), pl.cdiv(outputs, TILE_OUTPUTS))
         return self._call(kernel, grid, (len(sizes), inputs, outputs), grad, ends - sizes, ends, rows, grad)
 
     def _call(self, kernel: Any, grid: tuple[int, ...], shape: tuple[int, ...], like: Array, *args: Array) -> Array:
@@ -75,93 +84,97 @@ class PallasGroupedMatmul:
 
 
 def tile_rows(rows: int, groups: int) -> int:
-    """A power of two near half of an even share: of the last tile of each group, half is idle."""
+    """Choose the rows of a tile: a power of two near half of an even share, as half of a group's last tile is idle."""
     half = max(rows // groups // 2, 1)
-    return min(max(1 << (half - 1).bit_length(), SMALLEST_TILE), LARGEST_TILE)
+    return min(max(1 << (half - 1).bit_length(), MIN_TILE_ROWS), MAX_TILE_ROWS)
 
 
-def _spans(
-    sizes: Int32[Array, "G"], size: int, most: int
+@dataclass(frozen=True)
+class _Tile:
+    """Sizes of one program of the product kernel."""
+
+    rows: int
+    inputs: int
+    """Inputs of the matrices (D)."""
+    outputs: int
+    """Outputs of the matrices (F)."""
+    kind: WeightDtype = WeightDtype.EXACT
+    scale_block: int = 1
+    """Inputs that share a scale."""
+    step: int = TILE_INPUTS
+    """Inputs of one step of the loop; they share a scale."""
+
+
+def _tile_metadata(
+    sizes: Int32[Array, "G"], size: int, max_tiles: int
 ) -> tuple[Int32[Array, "T"], Int32[Array, "T"], Int32[Array, "T"]]:
-    """Of each tile its group, its first row, and the row after its last; no rows for a tile beyond the last."""
+    """Each row tile's group, first row, and end; a tile beyond the last has no rows."""
     ends, tiles_of = jnp.cumsum(sizes), (sizes + size - 1) // size
-    tile_ends, tile = jnp.cumsum(tiles_of), jnp.arange(most)
+    tile_ends, tile = jnp.cumsum(tiles_of), jnp.arange(max_tiles)
     group = jnp.minimum(jnp.sum(tile_ends <= tile[:, None], axis=1), len(sizes) - 1)
     first = ends[group] - sizes[group] + (tile - tile_ends[group] + tiles_of[group]) * size
     return group, first, jnp.minimum(first + size, ends[group])
 
 
-def _product(
-    groups: Any,
-    firsts: Any,
-    ends: Any,
-    layer: Any,
-    rows: Any,
-    weights: Any,
-    *refs: Any,
-    size: int,
-    inputs: int,
-    outputs: int,
-    kind: WeightDtype = WeightDtype.EXACT,
-    block: int = 1,
-    step: int = INPUTS,
+def _product_kernel(
+    groups: Any, firsts: Any, ends: Any, layer: Any, rows: Any, weights: Any, *refs: Any, tile: _Tile
 ) -> None:
-    """One tile of the products: `size` rows of one group, and OUTPUTS columns.
+    """Compute one tile of the products: `tile.rows` rows of one group, and `TILE_OUTPUTS` outputs.
 
-    Weights in eight bits, of a `kind`, are followed by their scales, one for each `block` of inputs, into which a
-    `step` falls whole.
+    `refs` are the scales of weights in eight bits, if these are, and the output.
     """
     *scales, out = refs
-    width = max(step, SMALLEST_TILE)
-    tile, column = pl.program_id(0), pl.program_id(1) * OUTPUTS
-    group, first, end = groups[tile], firsts[tile], ends[tile]
-    own = first + jnp.arange(size) < end
-    columns = column + jnp.arange(OUTPUTS) < outputs
+    width = max(tile.step, MIN_TILE_ROWS)
+    row_tile, output = pl.program_id(0), pl.program_id(1) * TILE_OUTPUTS
+    group, first, end = groups[row_tile], firsts[row_tile], ends[row_tile]
+    row_mask = first + jnp.arange(tile.rows) < end
+    output_mask = output + jnp.arange(TILE_OUTPUTS) < tile.outputs
 
     @pl.when(first < end)
     def compute() -> None:
-        def add(number: Array, total: Array) -> Array:
-            at = number * step
-            within = (jnp.arange(width) < step) & (at + jnp.arange(width) < inputs)
-            x = _load(rows.at[pl.ds(first, size), pl.ds(at, width)], own, within)
-            w = _load(weights.at[layer[0], group, pl.ds(at, width), pl.ds(column, OUTPUTS)], within, columns)
-            part = jnp.dot(x, _converted(w, kind, x.dtype), preferred_element_type=jnp.float32)
-            for of_blocks in scales:
-                part *= _row(of_blocks.at[layer[0], group, at // block, pl.ds(column, OUTPUTS)], columns)
+        def add(step: Array, total: Array) -> Array:
+            at = step * tile.step
+            input_mask = (jnp.arange(width) < tile.step) & (at + jnp.arange(width) < tile.inputs)
+            x = _load(rows.at[pl.ds(first, tile.rows), pl.ds(at, width)], row_mask, input_mask)
+            w = _load(
+                weights.at[layer[0], group, pl.ds(at, width), pl.ds(output, TILE_OUTPUTS)], input_mask, output_mask
+            )
+            part = jnp.dot(x, _converted(w, tile.kind, x.dtype), preferred_element_type=jnp.float32)
+            for scale in scales:
+                block = scale.at[layer[0], group, at // tile.scale_block, pl.ds(output, TILE_OUTPUTS)]
+                part *= triton.load(block, mask=output_mask, other=0.0)[None, :]
             return total + part
 
-        total = lax.fori_loop(0, pl.cdiv(inputs, step), add, jnp.zeros((size, OUTPUTS), jnp.float32))
-        _store(out.at[pl.ds(first, size), pl.ds(column, OUTPUTS)], total, own, columns)
+        steps, zeros = pl.cdiv(tile.inputs, tile.step), jnp.zeros((tile.rows, TILE_OUTPUTS), jnp.float32)
+        total = lax.fori_loop(0, steps, add, zeros)
+        _store(out.at[pl.ds(first, tile.rows), pl.ds(output, TILE_OUTPUTS)], total, row_mask, output_mask)
 
 
-def _outer(starts: Any, ends: Any, rows: Any, grad: Any, out: Any, **sizes: int) -> None:
-    """One tile of the sums: of one group, INPUTS by OUTPUTS."""
-    group, at, column = pl.program_id(0), pl.program_id(1) * INPUTS, pl.program_id(2) * OUTPUTS
+def _outer_kernel(starts: Any, ends: Any, rows: Any, grad: Any, out: Any, *, inputs: int, outputs: int) -> None:
+    """Compute one tile of the outer products of one group: `TILE_INPUTS` by `TILE_OUTPUTS`."""
+    group, at, output = pl.program_id(0), pl.program_id(1) * TILE_INPUTS, pl.program_id(2) * TILE_OUTPUTS
     start, end = starts[group], ends[group]
-    within = at + jnp.arange(INPUTS) < sizes["inputs"]
-    columns = column + jnp.arange(OUTPUTS) < sizes["outputs"]
+    input_mask = at + jnp.arange(TILE_INPUTS) < inputs
+    output_mask = output + jnp.arange(TILE_OUTPUTS) < outputs
 
     def add(step: Array, total: Array) -> Array:
-        first = start + step * LARGEST_TILE
-        own = first + jnp.arange(LARGEST_TILE) < end
-        x = _load(rows.at[pl.ds(first, LARGEST_TILE), pl.ds(at, INPUTS)], own, within)
-        y = _load(grad.at[pl.ds(first, LARGEST_TILE), pl.ds(column, OUTPUTS)], own, columns)
+        first = start + step * MAX_TILE_ROWS
+        row_mask = first + jnp.arange(MAX_TILE_ROWS) < end
+        x = _load(rows.at[pl.ds(first, MAX_TILE_ROWS), pl.ds(at, TILE_INPUTS)], row_mask, input_mask)
+        y = _load(grad.at[pl.ds(first, MAX_TILE_ROWS), pl.ds(output, TILE_OUTPUTS)], row_mask, output_mask)
         return total + jnp.dot(x.T, y, preferred_element_type=jnp.float32)
 
-    steps = pl.cdiv(end - start, LARGEST_TILE)
-    total = lax.fori_loop(0, steps, add, jnp.zeros((INPUTS, OUTPUTS), jnp.float32))
-    _store(out.at[group, pl.ds(at, INPUTS), pl.ds(column, OUTPUTS)], total, within, columns)
-
-
-def _load(part: Any, first: Array, second: Array) -> Array:
-    """A rectangle of an array, zero where either dimension's mask is off."""
-    zero = 0 if jnp.issubdtype(part.dtype, jnp.integer) else 0.0
-    return triton.load(part, mask=first[:, None] & second[None, :], other=zero)
+    steps = pl.cdiv(end - start, MAX_TILE_ROWS)
+    total = lax.fori_loop(0, steps, add, jnp.zeros((TILE_INPUTS, TILE_OUTPUTS), jnp.float32))
+    _store(out.at[group, pl.ds(at, TILE_INPUTS), pl.ds(output, TILE_OUTPUTS)], total, input_mask, output_mask)
 
 
 def _converted(weights: Array, kind: WeightDtype, dtype: Any) -> Array:
-    """Triton converts float8_e4m3fn on GPUs since Hopper only, but its bits are those of a float16 with fewer: a sign,
-    four of the five of the exponent, whose zero is 8 less, and three of the ten after it."""
+    """Convert a tile of weights to the dtype of the rows, without their scales.
+
+    Triton converts float8_e4m3fn on GPUs since Hopper only. Its bits are those of a float16 with fewer: the sign, four
+    of the five bits of the exponent, whose bias is 8 less, and three of the ten bits of the mantissa.
+    """
     if kind is not WeightDtype.FLOAT8:
         return weights.astype(dtype)
     bits = weights.astype(jnp.int16)
@@ -169,9 +182,11 @@ def _converted(weights: Array, kind: WeightDtype, dtype: Any) -> Array:
     return (half.astype(jnp.float32) * 2**8).astype(dtype)
 
 
-def _row(part: Any, mask: Array) -> Array:
-    return triton.load(part, mask=mask, other=0.0)[None, :]
+def _load(block: Any, first_mask: Array, second_mask: Array) -> Array:
+    """Load a rectangle of an array, zero where either dimension's mask is off."""
+    zero = 0 if jnp.issubdtype(block.dtype, jnp.integer) else 0.0
+    return triton.load(block, mask=first_mask[:, None] & second_mask[None, :], other=zero)
 
 
-def _store(part: Any, value: Array, first: Array, second: Array) -> None:
-    triton.store(part, value.astype(part.dtype), mask=first[:, None] & second[None, :])
+def _store(block: Any, value: Array, first_mask: Array, second_mask: Array) -> None:
+    triton.store(block, value.astype(block.dtype), mask=first_mask[:, None] & second_mask[None, :])

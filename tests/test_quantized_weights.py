@@ -1,4 +1,4 @@
-"""Models with weights in eight bits are those whose weights were rounded beforehand, on every placement."""
+"""Quantized weights: logits on every placement, sizes, numbers, errors."""
 
 from __future__ import annotations
 
@@ -51,34 +51,37 @@ INT8 = Quantization(WeightDtype.INT8)
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8]]
 MATRICES = re.compile(r"model\.layers\..*(proj\w*|experts\.\d+\.w\d)\.weight")
 DTYPES = {"int8": (127, np.int8), "float8_e4m3fn": (448, ml_dtypes.float8_e4m3fn)}
+"""Largest number and NumPy dtype of each format."""
 
 
 def rounded(weight: np.ndarray, dtype: str) -> np.ndarray:
-    """`[outputs, inputs]`, each output rounded to numbers of its own scale."""
-    largest, eight = DTYPES[dtype]
-    meant = np.empty(weight.shape, np.float32)
+    """Quantize and dequantize a weight `[outputs, inputs]` with one scale per output."""
+    largest, stored_dtype = DTYPES[dtype]
+    dequantized = np.empty(weight.shape, np.float32)
     for output, row in enumerate(weight.astype(np.float32)):
         scale = np.abs(row).max() / np.float32(largest)
-        units = row / scale
-        meant[output] = (np.round(units) if dtype == "int8" else units).astype(eight).astype(np.float32) * scale
-    return meant
+        units = np.round(row / scale) if dtype == "int8" else row / scale
+        dequantized[output] = units.astype(stored_dtype).astype(np.float32) * scale
+    return dequantized
 
 
 @cache
 def rounded_checkpoint(case: str, dtype: str) -> Path:
+    """Copy a golden checkpoint, with its matrices rounded."""
     path = Path(shutil.copytree(GOLDENS / case, Path(mkdtemp()) / case))
     (file,) = path.glob("*.safetensors")
-    held = load_file(file)
-    names = [name for name in held if MATRICES.fullmatch(name)]
-    save_file(held | {name: rounded(held[name], dtype) for name in names}, file)
+    tensors = load_file(file)
+    names = [name for name in tensors if MATRICES.fullmatch(name)]
+    save_file(tensors | {name: rounded(tensors[name], dtype) for name in names}, file)
     return path
 
 
 def logits(path: Path, mesh: str, weight_dtype: str = "exact") -> np.ndarray:
-    """After each token of the prompts, which the first token shard has."""
+    """Logits after each token of the prompts, which run on the first token shard."""
     checkpoint, placement = Checkpoint(path), as_placement(mesh)
-    there = ShardedDecoder(checkpoint.config, placement, "float32", quantization=checkpoint.quantization(weight_dtype))
-    shards, pages = placement.size(Role.TOKENS), dict.fromkeys(there.windows, 2)
+    quantization = checkpoint.quantization(weight_dtype)
+    sharded = ShardedDecoder(checkpoint.config, placement, "float32", quantization=quantization)
+    shards, pages = placement.size(Role.TOKENS), dict.fromkeys(sharded.windows, 2)
     segments = Segments.of(
         [Segment(0, prompt, [PageRange(0, array("i", [page]))] * len(pages)) for page, prompt in enumerate(PROMPTS)],
         tables=len(pages),
@@ -86,15 +89,15 @@ def logits(path: Path, mesh: str, weight_dtype: str = "exact") -> np.ndarray:
     shape = BatchShape((QueryLayout(2, 8),), 16, tuple((window, 1) for window in pages))
     batch, first_rows = pack([[segments]] + [[Segments(len(pages))]] * (shards - 1), shape, placement)
     route = Route.whole(ScatterCombine(placement))
-    run = jax.jit(lambda parameters, caches, batch: there.all_logits(parameters, caches, batch, route)[0])
-    found = np.asarray(run(checkpoint.load(there), there.empty_caches(pages, 8, 2), batch))
+    run = jax.jit(lambda parameters, caches, batch: sharded.all_logits(parameters, caches, batch, route)[0])
+    rows = np.asarray(run(checkpoint.load(sharded), sharded.empty_caches(pages, 8, 2), batch))
     return np.concatenate(
-        [found[first : first + len(prompt)] for first, prompt in zip(first_rows, PROMPTS, strict=True)]
+        [rows[first : first + len(prompt)] for first, prompt in zip(first_rows, PROMPTS, strict=True)]
     )
 
 
 @cache
-def expected(case: str, dtype: str) -> np.ndarray:
+def expected_logits(case: str, dtype: str) -> np.ndarray:
     return logits(rounded_checkpoint(case, dtype), "data=1")
 
 
@@ -112,60 +115,62 @@ WIDE = "expert=2,tensor=4; tokens=; heads=expert,tensor; experts=; ffn=expert,te
         ("qwen2_moe_gqa2_e8_top4_sparse_step", WIDE, "float8_e4m3fn"),
     ],
 )
-def test_logits_are_those_of_weights_rounded_beforehand(case: str, mesh: str, dtype: str) -> None:
-    wanted = expected(case, dtype)
-    assert np.abs(logits(GOLDENS / case, mesh, dtype) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+def test_quantized_weights_give_the_logits_of_rounded_weights(case: str, mesh: str, dtype: str) -> None:
+    expected = expected_logits(case, dtype)
+    assert np.abs(logits(GOLDENS / case, mesh, dtype) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_blocks_that_files_hold_are_kept_to_the_bit_however_they_are_split(tmp_path: Path) -> None:
-    held, numbers = both()
-    eight, meant = write(tmp_path / "eight", held, quantization_config=CONFIG), write(tmp_path / "meant", numbers)
-    checkpoint = Checkpoint(eight)
+def test_quantized_blocks_of_files_are_loaded_bit_for_bit_on_every_placement(tmp_path: Path) -> None:
+    stored, numbers = both()
+    quantized = write(tmp_path / "quantized", stored, quantization_config=CONFIG)
+    dequantized = write(tmp_path / "dequantized", numbers)
+    checkpoint = Checkpoint(quantized)
     quantization = checkpoint.quantization("float8_e4m3fn")
     assert quantization == Quantization(WeightDtype.FLOAT8, block=12)
-    exact = load(meant)
+    exact = load(dequantized)
     for mesh in ("data=1", "expert=2,tensor=4; tokens=; heads=expert,tensor"):
-        there = ShardedDecoder(checkpoint.config, as_placement(mesh), "float32", quantization=quantization)
-        assert_equal(checkpoint.load(there), exact)
-    wanted = logits(meant, "data=1")
-    assert np.abs(logits(eight, SPLIT, "float8_e4m3fn") - wanted).max() <= 1e-5 * np.abs(wanted).max()
+        sharded = ShardedDecoder(checkpoint.config, as_placement(mesh), "float32", quantization=quantization)
+        assert_equal(checkpoint.load(sharded), exact)
+    expected = logits(dequantized, "data=1")
+    assert np.abs(logits(quantized, SPLIT, "float8_e4m3fn") - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_blocks_of_weights_that_files_hold_exact_have_the_scale_of_their_output(tmp_path: Path) -> None:
+def test_exact_weights_are_quantized_with_one_scale_per_output_in_every_block(tmp_path: Path) -> None:
     path = write(tmp_path / "exact", tensors(GOLDENS / CASE), quantization_config=CONFIG)
     checkpoint = Checkpoint(path)
     one, blocks = Quantization(WeightDtype.FLOAT8), Quantization(WeightDtype.FLOAT8, block=12)
-    there = ShardedDecoder(checkpoint.config, as_placement(SPLIT), "float32", quantization=one)
-    assert_equal(checkpoint.load(there), checkpoint.load(replace(there, quantization=blocks)))
+    sharded = ShardedDecoder(checkpoint.config, as_placement(SPLIT), "float32", quantization=one)
+    assert_equal(checkpoint.load(sharded), checkpoint.load(replace(sharded, quantization=blocks)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numbers_are_the_nearest_and_the_largest_is_hit(dtype: str) -> None:
+def test_numbers_are_rounded_to_nearest_and_the_largest_is_exact(dtype: str) -> None:
     weights = np.random.default_rng(0).normal(size=(3, 64, 5)).astype(np.float32)
     weights[1, :, 2], weights[0, 7, 0] = 0, 50
     quantization = Quantization(WeightDtype(dtype))
     numbers, scales = quantize(weights, (1,), quantization)
     assert scales.shape == (3, 1, 5)
-    meant = np.asarray(QuantizedWeight(jnp.asarray(numbers), jnp.asarray(scales), WeightDtype(dtype), "float32")[...])
+    weight = QuantizedWeight(jnp.asarray(numbers), jnp.asarray(scales), WeightDtype(dtype), "float32")
+    dequantized = np.asarray(weight[...])
     step = scales / 2 if dtype == "int8" else np.maximum(np.abs(weights) / 16, scales * 2**-10)
-    assert (np.abs(meant - weights) <= step * 1.0001).all()
-    assert (meant[1, :, 2] == 0).all()
+    assert (np.abs(dequantized - weights) <= step * 1.0001).all()
+    assert (dequantized[1, :, 2] == 0).all()
     largest = np.abs(weights) == np.abs(weights).max(1, keepdims=True)
-    np.testing.assert_allclose(meant[largest], weights[largest], rtol=1e-6)
+    np.testing.assert_allclose(dequantized[largest], weights[largest], rtol=1e-6)
 
 
-def test_a_device_holds_a_byte_for_each_number_of_a_matrix() -> None:
+def test_quantized_matrices_take_one_byte_per_number() -> None:
     placement = as_placement("expert=4,tensor=2")
     exact = ShardedDecoder(published("Qwen3-30B-A3B"), placement, "bfloat16")
     for quantization in (Quantization(WeightDtype.INT8), Quantization(WeightDtype.FLOAT8, block=128)):
-        eight = replace(exact, quantization=quantization)
-        pairs = list(zip(values(exact), values(eight), strict=True))
-        matrices = [(whole, value) for whole, value in pairs if isinstance(value, QuantizedWeight)]
+        quantized = replace(exact, quantization=quantization)
+        pairs = list(zip(values(exact), values(quantized), strict=True))
+        matrices = [(before, after) for before, after in pairs if isinstance(after, QuantizedWeight)]
         assert held_bytes(matrices[0][0]) == 2 * held_bytes(matrices[0][1].numbers)
-        halves = sum(held_bytes(value) / held_bytes(whole) for whole, value in matrices) / len(matrices)
-        assert 0.5 < halves < 0.52
-        assert 0.5 < held_bytes(eight.parameters) / held_bytes(exact.parameters) < 0.6
-        assert sum(held_bytes(whole) for whole, _ in matrices) > 0.8 * held_bytes(exact.parameters)
+        mean_ratio = sum(held_bytes(after) / held_bytes(before) for before, after in matrices) / len(matrices)
+        assert 0.5 < mean_ratio < 0.52
+        assert 0.5 < held_bytes(quantized.parameters) / held_bytes(exact.parameters) < 0.6
+        assert sum(held_bytes(before) for before, _ in matrices) > 0.8 * held_bytes(exact.parameters)
 
 
 def values(decoder: ShardedDecoder) -> list[Any]:
@@ -173,64 +178,66 @@ def values(decoder: ShardedDecoder) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", ["jamba_e8_top2", "qwen3_next_e8_top2", "deepseek_v3_e8_top2_groups_yarn"])
-def test_all_but_matrices_and_small_parameters_of_recurrences_are_in_eight_bits(case: str) -> None:
-    there = ShardedDecoder(Checkpoint(GOLDENS / case).config, as_placement("data=1"), "float32", quantization=INT8)
-    found = {
-        path[4:]: isinstance(param.get_value(), QuantizedWeight) for path, param in nnx.to_flat_state(there.parameters)
+def test_matrices_are_quantized_except_small_ones_of_recurrences(case: str) -> None:
+    sharded = ShardedDecoder(Checkpoint(GOLDENS / case).config, as_placement("data=1"), "float32", quantization=INT8)
+    is_quantized = {
+        path[4:]: isinstance(param.get_value(), QuantizedWeight)
+        for path, param in nnx.to_flat_state(sharded.parameters)
     }
-    exact = {name for name, in_eight_bits in found.items() if not in_eight_bits and name}
+    exact = {name for name, quantized in is_quantized.items() if not quantized and name}
     recurrent = ("convolution", "decay", "strength", "select", "step", "log_rates", "skip")
     small = ("norm", "router", "bias", *recurrent)
     for name in exact:
         assert any(str(part).endswith(small) or name == ("ffn", "shared", "gate") for part in name), name
-    assert {name[:2] for name in found if found[name]} >= {("ffn", "experts")}
-    assert not any(found[name] for name in found if set(name) & {"router", "decay", "strength", "select", "step"})
+    assert {name[:2] for name, quantized in is_quantized.items() if quantized} >= {("ffn", "experts")}
+    never = {"router", "decay", "strength", "select", "step"}
+    assert not any(quantized for name, quantized in is_quantized.items() if set(name) & never)
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("fresh_compilation")
 @pytest.mark.parametrize("quantization", [INT8, Quantization(WeightDtype.FLOAT8, block=64)], ids=str)
-def test_a_program_holds_no_copy_of_the_weights(quantization: Quantization) -> None:
+def test_programs_do_not_copy_quantized_weights(quantization: Quantization) -> None:
     attention = AttentionConfig(heads=8, kv_heads=2, head_dim=32, rope=RopeConfig(1e4))
     experts = MoEConfig(8, 2, 256, router=RouterConfig(norm=1), shared=SharedExpertConfig(256, gated=False))
     model = ModelConfig(128, 256, (LayerConfig(attention, experts),) * 24, 1e-6, 64)
     placement = as_placement("expert=2")
-    there = ShardedDecoder(model, placement, "bfloat16", quantization=quantization)
-    memory = Programs(there).decode_step(8, 64, Route.whole(ScatterCombine(placement))).memory_analysis()
+    sharded = ShardedDecoder(model, placement, "bfloat16", quantization=quantization)
+    memory = Programs(sharded).decode_step(8, 64, Route.whole(ScatterCombine(placement))).memory_analysis()
     assert memory is not None
-    assert memory.temp_size_in_bytes < 0.3 * held_bytes(there.parameters)
+    assert memory.temp_size_in_bytes < 0.3 * held_bytes(sharded.parameters)
 
 
-def test_there_is_no_gradient(tmp_path: Path) -> None:
+def test_gradients_of_quantized_weights_are_refused() -> None:
     value = QuantizedWeight(jnp.ones((2, 3), jnp.int8), jnp.ones((1, 3)), WeightDtype.INT8, "float32")
     x = jnp.ones((4, 2))
-    assert jax.grad(lambda x: value.product("nd,df->nf", x).sum())(x).shape == x.shape
-    for read in (lambda value: value[...].sum(), lambda value: value.product("nd,df->nf", x).sum()):
+    assert jax.grad(lambda x: value.einsum("nd,df->nf", x).sum())(x).shape == x.shape
+    for read in (lambda value: value[...].sum(), lambda value: value.einsum("nd,df->nf", x).sum()):
         with pytest.raises(ConfigError, match="no gradient: train with exact weights"):
             jax.grad(lambda scales, read=read: read(replace(value, scales=scales)))(value.scales)
     placement = as_placement("data=1")
-    there = ShardedDecoder(Checkpoint(ADDER).config, placement, "float32", quantization=INT8)
+    sharded = ShardedDecoder(Checkpoint(ADDER).config, placement, "float32", quantization=INT8)
     with pytest.raises(ConfigError, match="no gradient: train with exact weights"):
-        Trainer(there, optax.sgd(1.0), lambda _: None, Route.whole(ScatterCombine(placement)))  # type: ignore[arg-type,return-value]
+        Trainer(sharded, optax.sgd(1.0), lambda _: None, Route.whole(ScatterCombine(placement)))  # type: ignore[arg-type,return-value]
 
 
-def test_they_are_neither_saved_nor_read_from_orbax(tmp_path: Path) -> None:
+def test_quantized_weights_are_neither_saved_nor_read_from_orbax(tmp_path: Path) -> None:
     checkpoint = Checkpoint(GOLDENS / CASE)
     exact = decoder(checkpoint, "data=1")
-    eight = replace(exact, quantization=INT8)
-    loaded = checkpoint.load(eight)
+    quantized = replace(exact, quantization=INT8)
+    loaded = checkpoint.load(quantized)
     with pytest.raises(CheckpointError, match="cannot be saved: load the checkpoint"):
         checkpoint.save_orbax(tmp_path / "out", loaded)
     with pytest.raises(CheckpointError, match="cannot be saved: load the checkpoint"):
-        checkpoint.save_hugging_face(tmp_path / "out", eight, loaded)
+        checkpoint.save_hugging_face(tmp_path / "out", quantized, loaded)
     checkpoint.save_orbax(tmp_path / "out", checkpoint.load(exact))
     with pytest.raises(CheckpointError, match="cannot be read in eight bits"):
-        Checkpoint(tmp_path / "out").load(eight)
+        Checkpoint(tmp_path / "out").load(quantized)
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    held, _ = both()
+def test_nan_and_infinite_weights_are_errors_that_name_the_tensor(tmp_path: Path) -> None:
+    stored, _ = both()
     for value, quantized in ((np.nan, True), (np.inf, False)):
-        broken = held if quantized else tensors(GOLDENS / CASE)
+        broken = stored if quantized else tensors(GOLDENS / CASE)
         broken = {name: tensor.copy() for name, tensor in broken.items()}
         broken[SOME][3, 1] = value
         path = write(tmp_path / str(value), broken, **({"quantization_config": CONFIG} if quantized else {}))
@@ -238,7 +245,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
             logits(path, "data=1", "float8_e4m3fn")
 
 
-def test_other_dtypes_are_refused_in_words() -> None:
+def test_invalid_quantizations_are_errors() -> None:
     with pytest.raises(ConfigError, match="weight_dtype must be one of exact, float8_e4m3fn, int8, got 'int4'"):
         LLM(weight_dtype="int4")
     with pytest.raises(ConfigError, match="say None"):
@@ -247,9 +254,9 @@ def test_other_dtypes_are_refused_in_words() -> None:
         Quantization(WeightDtype.INT8, block=0)
 
 
-def test_what_is_drawn_is_held_in_eight_bits_too() -> None:
-    there = ShardedDecoder(Checkpoint(ADDER).config, as_placement("data=1"), "float32", quantization=INT8)
-    for path, param in nnx.to_flat_state(there.init(0)):
+def test_random_weights_are_quantized_too() -> None:
+    sharded = ShardedDecoder(Checkpoint(ADDER).config, as_placement("data=1"), "float32", quantization=INT8)
+    for path, param in nnx.to_flat_state(sharded.init(0)):
         if isinstance(value := param.get_value(), QuantizedWeight):
-            over = tuple(dim for dim, size in enumerate(value.scales.shape) if size == 1)
-            assert (np.abs(value.numbers).max(axis=over) == 127).all(), path
+            scaled_dims = tuple(dim for dim, size in enumerate(value.scales.shape) if size == 1)
+            assert (np.abs(value.numbers).max(axis=scaled_dims) == 127).all(), path
