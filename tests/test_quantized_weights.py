@@ -21,7 +21,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_checkpoint import assert_equal, decoder, load, tensors
 from test_goldens import GOLDENS
-from test_quantization import CASE, CONFIG, SOME, both, write
+from test_quantization import CASE, CONFIG, QUANTIZED, checkpoints, write
 
 from bench.published import config as published
 from moe_jax import LLM
@@ -121,7 +121,7 @@ def test_quantized_weights_give_the_logits_of_rounded_weights(case: str, mesh: s
 
 
 def test_quantized_blocks_of_files_are_loaded_bit_for_bit_on_every_placement(tmp_path: Path) -> None:
-    stored, numbers = both()
+    stored, numbers = checkpoints()
     quantized = write(tmp_path / "quantized", stored, quantization_config=CONFIG)
     dequantized = write(tmp_path / "dequantized", numbers)
     checkpoint = Checkpoint(quantized)
@@ -235,13 +235,13 @@ def test_quantized_weights_are_neither_saved_nor_read_from_orbax(tmp_path: Path)
 
 
 def test_nan_and_infinite_weights_are_errors_that_name_the_tensor(tmp_path: Path) -> None:
-    stored, _ = both()
+    stored, _ = checkpoints()
     for value, quantized in ((np.nan, True), (np.inf, False)):
         broken = stored if quantized else tensors(GOLDENS / CASE)
         broken = {name: tensor.copy() for name, tensor in broken.items()}
-        broken[SOME][3, 1] = value
+        broken[QUANTIZED][3, 1] = value
         path = write(tmp_path / str(value), broken, **({"quantization_config": CONFIG} if quantized else {}))
-        with pytest.raises(CheckpointError, match=f"NaN or infinite in {SOME}"):
+        with pytest.raises(CheckpointError, match=f"NaN or infinite in {QUANTIZED}"):
             logits(path, "data=1", "float8_e4m3fn")
 
 

@@ -116,7 +116,7 @@ def regions(decoder: ShardedDecoder, sources: Mapping[str, Source]) -> Iterator[
                 source = sources[".".join(map(str, rest))]
                 rows = _joined_rows(source, path[: -len(rest)], path, shapes)
                 for repeat in range(groups[group].repeats):
-                    layer = groups[group].layer(repeat, block)
+                    layer = groups[group].layer_index(repeat, block)
                     yield from _regions(source, path, shape, repeat, layer, rows)
             case ("embedding" | "head", _):
                 (name,), (_, *rest) = sources[".".join(map(str, path))].names, shape
