@@ -36,7 +36,7 @@ from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.models import Parameters, ShardedDecoder
 
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
-DESCRIPTIONS = (".json", ".jinja", ".txt", ".model", ".md")
+KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
 """Suffixes of the files that a converted checkpoint keeps: configs, tokenizers, chat templates, licences."""
 
 
@@ -56,7 +56,7 @@ class Checkpoint:
         raw = _read_json(self.path / CONFIG)
         if raw is None:
             raise CheckpointError(f"{self.path / CONFIG} is missing: give a directory in Hugging Face layout")
-        self._raw, self._of_text = raw, _of_text(raw)
+        self._raw, self._merged = raw, _merged(raw)
         self.family = family_of(raw)
         self._scales, self.config = Fields(raw).read(
             lambda fields: (read_quantization(fields), self.family.read(fields))
@@ -81,7 +81,7 @@ class Checkpoint:
     def _eos_token_ids(self) -> frozenset[int]:
         """Read the tokens that end a sequence."""
         ids = (_read_json(self.path / GENERATION) or {}).get("eos_token_id")
-        ids = self._of_text.get("eos_token_id") if ids is None else ids
+        ids = self._merged.get("eos_token_id") if ids is None else ids
         listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if not all(type(token) is int for token in listed):
             raise CheckpointError(f"{self.path}: eos_token_id must be a token id or a list of them, got {ids!r}")
@@ -89,8 +89,8 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype that the weights were saved in, as config.json says."""
-        return str(self._of_text.get("dtype") or "bfloat16")
+        """The dtype of the saved weights, from config.json."""
+        return str(self._merged.get("dtype") or "bfloat16")
 
     def quantization(self, weight_dtype: str) -> Quantization | None:
         """Return the quantization for a weight dtype; `None` for `"exact"`.
@@ -130,10 +130,10 @@ class Checkpoint:
             sources = self.family.sources_in(files.shapes())
             needed = list(regions(decoder, sources))
             tensors = files if self._scales is None else DequantizedTensors(files, self._scales)
-            loading.check(needed, tensors, self._is_unused)
+            loading.check(needed, tensors, self._is_ignored)
             return loading.load(decoder.parameters, needed, tensors, decoder.quantization)
 
-    def _is_unused(self, tensor: str) -> bool:
+    def _is_ignored(self, tensor: str) -> bool:
         """Return True for a tensor that files may hold though the model does not read it.
 
         Examples are a tied head and multi-token-prediction layers, which follow the last layer.
@@ -143,7 +143,7 @@ class Checkpoint:
         if tensor.startswith(self.family.ignored_prefixes):
             return True
         layer = re.match(r"model\.layers\.(\d+)\.", tensor)
-        has_mtp = any(self._of_text.get(name) for name in ("num_mtp_layers", "num_nextn_predict_layers"))
+        has_mtp = any(self._merged.get(name) for name in ("num_mtp_layers", "num_nextn_predict_layers"))
         return bool(has_mtp and layer and int(layer[1]) >= len(self.config.layers))
 
     def save_orbax(self, path: str | Path, parameters: Parameters) -> None:
@@ -176,7 +176,7 @@ class Checkpoint:
     def _new_directory(self, path: str | Path) -> Iterator[Path]:
         with new_directory(path) as new:
             for file in self.path.iterdir():
-                if file.suffix in DESCRIPTIONS and file.name != INDEX:
+                if file.suffix in KEPT_SUFFIXES and file.name != INDEX:
                     shutil.copy(file, new / file.name)
             if self._scales is not None:  # exported weights are dequantized
                 raw = {name: value for name, value in self._raw.items() if name != FIELD}
@@ -184,14 +184,17 @@ class Checkpoint:
             yield new
 
 
-def _of_text(raw_config: dict[str, Any]) -> dict[str, Any]:
-    """The fields, those of the part for text before those around it; `torch_dtype` is the older name of `dtype`."""
+def _merged(raw_config: dict[str, Any]) -> dict[str, Any]:
+    """Merge the outer fields and those of `text_config`, which take precedence.
+
+    `torch_dtype` is the older name of `dtype`.
+    """
     inner = raw_config.get(TEXT)
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for part in (raw_config, inner if isinstance(inner, dict) else {}):
-        said = {name: value for name, value in part.items() if value is not None}
-        found |= {"dtype": said["torch_dtype"], **said} if "torch_dtype" in said else said
-    return found
+        present = {name: value for name, value in part.items() if value is not None}
+        merged |= {"dtype": present["torch_dtype"], **present} if "torch_dtype" in present else present
+    return merged
 
 
 def family_of(raw_config: dict[str, Any]) -> Family:

@@ -34,11 +34,11 @@ SMALL = 2**22
 """Largest parameter, in bytes, that is assembled on the host. A larger one needs a program compiled for its shape."""
 
 
-def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], bool]) -> None:
+def check(regions: Iterable[Region], files: Tensors, is_ignored: Callable[[str], bool]) -> None:
     """Check that the files hold the tensors of all regions, and no others.
 
     Args:
-      is_unused: return True for the name of a tensor that the files may hold though no region reads it.
+      is_ignored: return True for the name of a tensor that the files may hold though no region reads it.
 
     Raises:
       CheckpointError: tensors are missing, left over, or of the wrong shape or dtype; the message names them.
@@ -53,7 +53,7 @@ def check(regions: Iterable[Region], files: Tensors, is_unused: Callable[[str], 
             problems.append(f"{entry.name} has shape {list(shape)}, config.json implies {list(entry.shape)}")
         elif dtype not in FLOATS:
             problems.append(f"{entry.name} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
-    problems += [f"{name} is not used by this model" for name in sorted(set(found) - expected) if not is_unused(name)]
+    problems += [f"{name} is not used by this model" for name in sorted(set(found) - expected) if not is_ignored(name)]
     problems = list(dict.fromkeys(problems))
     if problems:
         hidden = len(problems) - MAX_PROBLEMS_SHOWN

@@ -134,7 +134,7 @@ def test_lightning_attention() -> None:
         (
             "qwen3_next",
             {"layer_types": ["linear_attention"]},
-            "layer_types must say linear_attention or full_attention",
+            "layer_types must hold linear_attention or full_attention",
         ),
         ("qwen3_next", {"linear_num_key_heads": 5}, "32 heads cannot share 5 key heads evenly"),
         ("qwen3_next", {"attention_bias": True}, "attention_bias=True is not supported"),

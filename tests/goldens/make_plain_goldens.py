@@ -75,11 +75,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SCHEDULES = {"llada2_moe_gqa4_e8_top2_groups": (0.6, 8), "sdar_moe_gqa2_e8_top3": (0.6, 4)}
-"""Threshold and steps at which blocks are decoded, by case."""
+"""Confidence threshold and denoising steps of each case."""
 
 
 def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of all tensors."""
+    """Yield the name and shape of each tensor."""
     hidden, latent, apart = (
         config["hidden_size"],
         *(config["model_type"] == kind for kind in ("sarvam_mla", "sdar_moe")),

@@ -75,7 +75,7 @@ def dense_layers(fields: Fields, dense: int) -> list[bool]:
     layers, first = fields.take("num_hidden_layers", int), fields.get("first_k_dense_replace", dense)
     kinds = fields.take_list("mlp_layer_types", str)
     if kinds and (len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}):
-        fields.problem(f"mlp_layer_types must say dense or sparse for each of {layers} layers, got {kinds}")
+        fields.problem(f"mlp_layer_types must hold dense or sparse for each of {layers} layers, got {kinds}")
         kinds = []
     if type(first) is not int or first < 0:
         fields.problem(f"first_k_dense_replace must be a number of layers, got {first!r}")

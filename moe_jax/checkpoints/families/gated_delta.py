@@ -54,6 +54,6 @@ def recurrent_layers(fields: Fields, interval: str, default: int) -> list[bool]:
     layers, every = fields.take("num_hidden_layers", int), fields.take(interval, int, default)
     kinds = fields.take_list("layer_types", str)
     if kinds and (len(kinds) != layers or not set(kinds) <= {"linear_attention", "full_attention"}):
-        fields.problem(f"layer_types must say linear_attention or full_attention for each of {layers} layers")
+        fields.problem(f"layer_types must hold linear_attention or full_attention for each of {layers} layers")
         kinds = []
     return [kind == "linear_attention" for kind in kinds] or [(layer + 1) % every > 0 for layer in range(layers)]

@@ -91,6 +91,6 @@ def _rope_layers(fields: Fields, layers: int) -> list[bool]:
     interval = fields.take("no_rope_layer_interval", int, 4)
     listed = fields.take_list("no_rope_layers", int) or [int((layer + 1) % interval > 0) for layer in range(layers)]
     if len(listed) != layers or set(listed) - {0, 1}:
-        fields.problem(f"no_rope_layers must say 0 or 1 for each of {layers} layers, got {listed}")
+        fields.problem(f"no_rope_layers must hold 0 or 1 for each of {layers} layers, got {listed}")
         return [True] * layers
     return [bool(rope) for rope in listed]

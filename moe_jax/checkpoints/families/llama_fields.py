@@ -87,6 +87,6 @@ def layer_kinds(fields: Fields, layers: int, pattern: list[str], local: str = SL
     if isinstance(mtp_layers, int) and len(kinds) == layers + mtp_layers:
         kinds = kinds[:layers]
     if len(kinds) != layers or not set(kinds) <= {local, FULL}:
-        fields.problem(f"layer_types must say {local} or {FULL} for each of {layers} layers")
+        fields.problem(f"layer_types must hold {local} or {FULL} for each of {layers} layers")
         return [FULL] * layers
     return kinds

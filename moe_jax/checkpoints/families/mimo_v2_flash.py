@@ -28,7 +28,7 @@ def read(fields: Fields) -> ModelConfig:
     kinds = layer_kinds(fields, layers, kinds or [SLIDING if i and (i + 1) % 6 else FULL for i in range(layers)])
     is_moe = _flags(fields, "moe_layer_freq") or [not is_dense for is_dense in dense_layers(fields, dense=1)]
     if len(is_moe) != layers:
-        fields.problem(f"moe_layer_freq must say 0 or 1 for each of {layers} layers, got {len(is_moe)} of them")
+        fields.problem(f"moe_layer_freq must hold 0 or 1 for each of {layers} layers, got {len(is_moe)} of them")
     ffns = [moe if routed else dense for routed in is_moe]
     eps = fields.take("layernorm_epsilon", float, 1e-5)
     return model(fields, [LayerConfig(attn[kind], ffn) for kind, ffn in zip(kinds, ffns, strict=False)], eps=eps)
@@ -69,5 +69,5 @@ def _flags(fields: Fields, name: str) -> list[bool]:
     """Read a field that holds 0 or 1 for each layer, as booleans; `[]` if it is missing."""
     values = fields.take_list(name, int)
     if set(values) - {0, 1}:
-        fields.problem(f"{name} must say 0 or 1 for each layer, got {values}")
+        fields.problem(f"{name} must hold 0 or 1 for each layer, got {values}")
     return [bool(value) for value in values]

@@ -165,7 +165,7 @@ def _each(fields: Fields, name: str, layers: int, default: Any) -> list[Any]:
     value = fields.get(name, default)
     values = value[:layers] if isinstance(value, list) and value else [value or default] * layers
     if len(values) < layers or not all(each is None or _is_valid(each) for each in values):
-        fields.problem(f"{name} must say a number for each of {layers} layers, got {value!r}")
+        fields.problem(f"{name} must hold a number for each of {layers} layers, got {value!r}")
         return [default] * layers
     return [each or default for each in values]
 
