@@ -28,10 +28,7 @@ def make_request_groups(
     """Make a request group for each prompt.
 
     Args:
-      checkpoint: the checkpoint with the tokenizer, the vocabulary and the EOS tokens.
       max_length: maximum positions of a sequence.
-      prompts: one text, or a sequence of prompts.
-      params: sampling parameters for all prompts, or for each.
       wants_logits: return the logits after each prompt token.
 
     Raises:

@@ -115,7 +115,7 @@ TestCrowd.settings = settings(
 
 
 def test_the_crowded_engine_preempts_and_shares_prefixes() -> None:
-    """The cases that the state machine above is for do occur."""
+    """Preemption and shared prefixes occur, so the state machine above covers them."""
     llm, params = crowded(), PARAMS[0]
     prompts = [*PROMPTS, *PROMPTS, *([number, *TOKENS[:39]] for number in range(8))]
     outputs = [output.token_ids for output in llm.generate(prompts, params)]

@@ -23,7 +23,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def serve(engine: Engine, numbers: range) -> Iterator[Generation]:
-    """Serve requests of many lengths, of which at most a hundred wait; yield each when it ends."""
+    """Serve requests of many lengths, at most a hundred waiting; yield each when it ends."""
     queue, remaining = OutputQueue(), iter(numbers)
     while True:
         while engine.waiting < 100 and (number := next(remaining, None)) is not None:

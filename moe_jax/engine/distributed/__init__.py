@@ -4,7 +4,7 @@ Process 0 is the driver: it takes requests, and broadcasts each step to the work
 worker runs the same steps in the same order.
 
 process_group.py   the interface, and a process without others
-member.py          what driver and workers share: how a process leaves, and how it fails
+member.py          base of driver and worker: the end of a process, and its failure
 driver.py          process 0
 worker.py          the other processes
 initialize.py      `join`: connect the processes

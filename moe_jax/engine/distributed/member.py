@@ -1,4 +1,4 @@
-"""How one of several processes leaves, and how it fails.
+"""One of several processes: its end, and its failure.
 
 The processes talk over sockets, which also report deaths: the kernel closes the sockets of a process that is killed. A
 thread of each process waits for that, since the main thread may be in a collective that never ends.

@@ -11,7 +11,7 @@ from moe_jax.errors import ProcessGroupError
 
 
 class ProcessGroup(ABC):
-    """The processes that hold one mesh, as one of them sees them.
+    """Group of processes that hold one mesh.
 
     A context manager: processes that leave it normally wait for each other. An error that leaves it is printed and ends
     all processes.
