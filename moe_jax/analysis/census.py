@@ -1,4 +1,4 @@
-"""Which collectives and matrix products a compiled program runs, read from its HLO text."""
+"""Census of a compiled program: its collectives and matrix products, read from the HLO text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCOPE = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*)[a-z\d]*\[(?P<shape>[\d,]*)\]")
 # Groups of devices as HLO writes them: {{0,1},{2,3}}, [2,2]<=[4], mesh['data'=2,'expert'=2] {'expert'}, or {} for one
 # group of all devices; a permutation lists the pairs that send.
-_EVERYONE = "replica_groups={}"
+_ALL_DEVICES = "replica_groups={}"
 _COUNTS = re.compile(r"(?:replica_count|num_partitions)=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{([\d,{}]*)\}")
 _PAIR = re.compile(r"(\d+),(\d+)")
@@ -35,7 +35,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective operation and how often a run of the program executes it."""
+    """Collective operation, with the number of times that a run of the program executes it."""
 
     kind: str
     times: int
@@ -44,13 +44,13 @@ class Collective:
     scope: str
     """The `jax.named_scope`s around it."""
     devices: int
-    """How many take part together."""
+    """Number of devices in each group of the collective."""
     asynchronous: bool
-    """Whether other work may run between its start and its end."""
+    """True if other work may run between the start and the end of the collective."""
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each device sends each time: by a ring, or its whole buffer once in a permutation."""
+        """Bytes that each device sends in one execution: over a ring, or the whole buffer once for a permutation."""
         of_result = {
             "all-reduce": 2 * (self.devices - 1) / self.devices,
             "reduce-scatter": self.devices - 1,
@@ -60,21 +60,21 @@ class Collective:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The collectives of an optimized HLO module (`compiled.as_text()`), those in loops counted once per trip."""
+    """List the collectives of an optimized HLO module (`compiled.as_text()`); a loop counts once per trip."""
     computations, entry = _computations(hlo)
     devices = _device_count(hlo)
     return [c for lines, times in _executed(computations, entry, 1) for c in _collectives_among(lines, times, devices)]
 
 
 def dot_flops(hlo: str) -> int:
-    """Of the matrix products of an optimized HLO module, those in loops counted once per trip; kernels of other makers
-    are not looked into."""
+    """Count the FLOPs of the matrix products of an optimized HLO module; a loop counts once per trip. Custom kernels
+    are not counted."""
     computations, entry = _computations(hlo)
     return sum(times * _dot_flops(lines) for lines, times in _executed(computations, entry, 1))
 
 
 def count(found: Iterable[Collective]) -> Counter[str]:
-    """How often each kind of collective runs."""
+    """Count the executions of each kind of collective."""
     totals: Counter[str] = Counter()
     for collective in found:
         totals[collective.kind] += collective.times
@@ -82,7 +82,7 @@ def count(found: Iterable[Collective]) -> Counter[str]:
 
 
 def sent_bytes(found: Iterable[Collective]) -> float:
-    """What each device sends in a run of the program."""
+    """Sum the bytes that each device sends in a run of the program."""
     return sum(collective.times * collective.sent_bytes for collective in found)
 
 
@@ -100,13 +100,15 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _device_count(hlo: str) -> int:
-    """The devices of the program, from the header of its module, which leaves counts of one out."""
+    """Read the number of devices from the header of the module, which leaves out counts of one."""
     return math.prod(map(int, _COUNTS.findall(hlo.partition("\n")[0])))
 
 
 def _executed(computations: Mapping[str, list[str]], name: str, times: int) -> Iterator[tuple[list[str], int]]:
-    """The lines of each computation that `name` comes to, itself included, and how often they run: as often as loops
-    are known to go round; all branches."""
+    """Yield the lines of `name` and of every computation that it calls, with the number of times that they run.
+
+    A loop runs for its known trip count, or once; every branch of a conditional counts.
+    """
     yield computations.get(name, []), times
     for line in computations.get(name, []):
         if loop := _LOOP.search(line):
@@ -119,7 +121,7 @@ def _executed(computations: Mapping[str, list[str]], name: str, times: int) -> I
 
 
 def _collectives_among(lines: Sequence[str], times: int, devices: int) -> Iterator[Collective]:
-    """The collectives of one computation of a program that runs on `devices` devices."""
+    """Yield the collectives of one computation of a program that runs on `devices` devices."""
     started: dict[str, str] = {}
     for line in lines:
         if not (found := _COLLECTIVE.match(line)):
@@ -143,14 +145,14 @@ def _dot_flops(lines: Sequence[str]) -> int:
 
 
 def _collective(found: re.Match[str], times: int, line: str, devices: int, *, asynchronous: bool) -> Collective:
-    """From the result, and the line that says over which devices."""
+    """Build a collective from its result and from the line that names its groups of devices."""
     scope = _SCOPE.search(line)
     arrays = ", ".join(array[0] for array in _ARRAY.finditer(found["result"]))
     return Collective(found["kind"], times, arrays, scope[1] if scope else "", _group_size(line, devices), asynchronous)
 
 
 def _group_size(line: str, devices: int) -> int:
-    if _EVERYONE in line:
+    if _ALL_DEVICES in line:
         return devices
     if pairs := _PAIRS.search(line):
         return _largest_group(_PAIR.findall(pairs[1]))
@@ -159,13 +161,13 @@ def _group_size(line: str, devices: int) -> int:
     if iota := _IOTA.search(line):
         return int(iota[1])
     mesh = _MESH.search(line)
-    assert mesh, f"groups of devices are written in a way not known here: {line}"
+    assert mesh, f"unknown form of replica groups: {line}"
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh["sizes"]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh["axes"]))
 
 
 def _largest_group(pairs: Iterable[tuple[str, str]]) -> int:
-    """The most devices that these pairs join to each other, directly or by way of others."""
+    """Return the size of the largest set of devices that the pairs connect."""
     groups: list[set[str]] = []
     for pair in pairs:
         joined = set(pair).union(*(group for group in groups if not group.isdisjoint(pair)))
