@@ -44,6 +44,7 @@ SELECTION_BIAS = "e_score_correction_bias"
 NORMS_AROUND_ZERO = ("qwen3_next", "qwen3_5_moe_text", "step3p7")  # one is added to their weights
 GIVES_ROUTER_LOGITS = ("qwen3_moe", "qwen2_moe", "mixtral")  # other families return them in other forms
 NUDGE, MAX_CHANGE = 1e-4, 2e-2  # relative: of the embeddings, and of the logits while the experts stay the same
+MAX_ROUNDING = 8e-6  # difference of decoding with and without a cache, relative to the largest absolute logit
 MIN_CONTEXT_EFFECT = 0.5  # change of a logit when the context is dropped, relative to the spread of the logits
 
 
@@ -476,7 +477,10 @@ def greedy(model: PreTrainedModel, prompt: torch.Tensor, use_cache: bool) -> tup
 
 
 def compute_reference(model: PreTrainedModel, prompts: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """Return the arrays of `reference.npz` without the seed. Decoding with and without a cache must agree."""
+    """Return the arrays of `reference.npz` without the seed.
+
+    Decoding with and without a cache must agree: they differ by rounding, of which the tests allow only a little more.
+    """
     rows, length, vocab = len(prompts), max(map(len, prompts)), model.config.get_text_config().vocab_size
     reference = {
         "prompts": np.full((rows, length), -1, np.int32),
@@ -488,7 +492,8 @@ def compute_reference(model: PreTrainedModel, prompts: list[torch.Tensor]) -> di
         sequence, logits = greedy(model, prompt, use_cache=False)
         cached_sequence, cached_logits = greedy(model, prompt, use_cache=True)
         assert torch.equal(sequence, cached_sequence), "the cache changes a greedy token"
-        torch.testing.assert_close(cached_logits, logits, rtol=1e-4, atol=1e-4)
+        difference = (cached_logits - logits).abs().max() / logits.abs().max()
+        assert difference <= MAX_ROUNDING, "rounding changes the logits"
         reference["prompts"][row, : len(prompt)] = prompt
         reference["prompt_logits"][row, : len(prompt)] = model(prompt[None]).logits[0]
         reference["tokens"][row] = sequence[len(prompt) :]
