@@ -14,8 +14,8 @@ distributed/         several processes
 
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.generation import Generation
-from moe_jax.engine.options import OptionArguments, Options
+from moe_jax.engine.options import Options
 from moe_jax.engine.output_queue import OutputQueue
 from moe_jax.engine.stats import Latency, Stats
 
-__all__ = ["Engine", "Generation", "Latency", "OptionArguments", "Options", "OutputQueue", "Stats"]
+__all__ = ["Engine", "Generation", "Latency", "Options", "OutputQueue", "Stats"]

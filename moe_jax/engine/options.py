@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypedDict
 
 from moe_jax.analysis.roofline import held_bytes
 from moe_jax.config import ModelConfig
@@ -23,17 +22,6 @@ from moe_jax.sharding import Policy, Role
 
 MIN_PROMPTS, SHORT_PROMPT = 8, 64
 """Bound on the prompts of a step: `prefill_tokens / SHORT_PROMPT` on each token shard, but at least `MIN_PROMPTS`."""
-
-
-class OptionArguments(TypedDict, total=False):
-    """Arguments of `Options` that have a default there, for signatures that pass them on."""
-
-    max_batch_size: int
-    prefill_tokens: int
-    decode_steps: int
-    cache_pages: int | None
-    cache_memory: float
-    prefix_cache: bool
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Unpack
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,7 +18,7 @@ from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.config import WeightDtype
 from moe_jax.config.sampling_params import SamplingParams
-from moe_jax.engine import Generation, OptionArguments, Options, OutputQueue, Stats
+from moe_jax.engine import Generation, Options, OutputQueue, Stats
 from moe_jax.engine.distributed import ProcessGroup, SingleProcess
 from moe_jax.engine.options import resolve_max_length
 from moe_jax.engine.outputs import RequestOutput, StreamEvent
@@ -73,8 +72,6 @@ class LLM:
         each step copies the attention weights.
       max_length: maximum positions of a sequence, prompt included; by default those of the model. The last generated
         token takes no position. vLLM: `max_model_len`.
-      process_group: the return value of `moe_jax.distributed.join`, if several processes hold the mesh. Each process
-        makes the same `LLM`; process 0 then uses it, and the others call `run_worker`.
       max_batch_size: maximum sequences decoded together; more sequences wait. vLLM: `max_num_seqs`.
       prefill_tokens: maximum prompt tokens of a step on each token shard, besides the sequences that decode. vLLM:
         `max_num_batched_tokens`.
@@ -85,8 +82,8 @@ class LLM:
         `gpu_memory_utilization`, which is a share of the whole memory.
       prefix_cache: share the cached pages of common prompt prefixes; models with recurrent layers share none. vLLM:
         `enable_prefix_caching`.
-
-    The defaults of the arguments after `process_group` are those of `moe_jax.engine.Options`.
+      process_group: the return value of `moe_jax.distributed.join`, if several processes hold the mesh. Each process
+        makes the same `LLM`; process 0 then uses it, and the others call `run_worker`.
 
     Raises:
       CheckpointError, ConfigError, PlacementError, ProcessGroupError, RequestError: see `moe_jax.errors`.
@@ -105,14 +102,21 @@ class LLM:
         hardware: str | Hardware | None = None,
         scan_layers: bool = ShardedDecoder.scan_layers,
         max_length: int | None = None,
+        max_batch_size: int = Options.max_batch_size,
+        prefill_tokens: int = Options.prefill_tokens,
+        decode_steps: int = Options.decode_steps,
+        cache_pages: int | None = Options.cache_pages,
+        cache_memory: float = Options.cache_memory,
+        prefix_cache: bool = Options.prefix_cache,
         process_group: ProcessGroup | None = None,
-        **engine_options: Unpack[OptionArguments],
     ) -> None:
         self._checkpoint = Checkpoint(checkpoint)
         self.config, self.tokenizer = self._checkpoint.config, self._checkpoint.tokenizer
         self.max_length = resolve_max_length(self.config, max_length)
-        options = Options(self.max_length, **engine_options)
-        self.max_batch_size = options.max_batch_size
+        self.max_batch_size = max_batch_size
+        options = Options(
+            self.max_length, max_batch_size, prefill_tokens, decode_steps, cache_pages, cache_memory, prefix_cache
+        )
         dtype = dtype_name(dtype or self._checkpoint.dtype)
         quantization = self._checkpoint.quantization(weight_dtype)
         decoder = ShardedDecoder(self.config, as_placement(mesh), dtype, scan_layers, quantization)

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import get_type_hints
-
 import pytest
 
-from moe_jax.engine import OptionArguments, Options
+from moe_jax.engine import Options
 from moe_jax.errors import RequestError
-
-
-def test_option_arguments_are_the_options_with_defaults() -> None:
-    hints = get_type_hints(Options)
-    assert get_type_hints(OptionArguments) == {
-        field.name: hints[field.name] for field in fields(Options) if field.name != "max_length"
-    }
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, "0.8"])
