@@ -124,8 +124,8 @@ def show(result: Mapping[str, Any]) -> None:
 def main() -> None:
     options, placement = script.begin(arguments(), QUICK)
     measured, runs = measure(model.decoder(options, placement), options)
-    flags = {name: getattr(options, name) for name in ("dtype", "slots", "positions", "decode_steps", "prefill")}
-    result = {"model": str(options.model or "synthetic"), "rate": str(options.rate), **flags, **measured}
+    settings = {name: getattr(options, name) for name in ("dtype", "slots", "positions", "decode_steps", "prefill")}
+    result = {"model": str(options.model or "synthetic"), "rate": str(options.rate), **settings, **measured}
     print(
         f"{result['requests']} requests, {options.rate} per second, {result['prompt_tokens']} prompt tokens, "
         f"{result['output_tokens']} output tokens, the longest output {result['longest_output']}; "

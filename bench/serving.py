@@ -131,7 +131,7 @@ def _record(
     assert isinstance(number, int)
     if number in done.outputs:
         return 0
-    before, _ = generation.emitted
+    before, _ = generation.reported
     generation.count_new()
     tokens = generation.tokens[: requests[number].tokens]
     count = len(tokens) - before

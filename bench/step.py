@@ -20,10 +20,9 @@ from bench.combine import exchange
 from bench.timing import Program, Times, traffic
 from moe_jax.analysis.census import Collective, collectives
 from moe_jax.config import LayerConfig, MoEConfig
-from moe_jax.engine.step_inputs import FROM_BUFFER
 from moe_jax.kernels.forward_batch import QueryLayout
 from moe_jax.models import BatchShape, PageRange, Parameters, Segment, Segments, ShardedDecoder, pack
-from moe_jax.programs import PAGE, PackedBuffer, Programs, SampledTokens, StepInput
+from moe_jax.programs import FROM_BUFFER, PAGE, PackedBuffer, Programs, SampledTokens, StepInput
 from moe_jax.sharding import Combine, Role, Route, Rows
 from moe_jax.sharding.rows import on_host
 

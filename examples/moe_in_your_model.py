@@ -27,7 +27,7 @@ class Model(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embedding(tokens)
-        y, _ = on_mesh(self.moe, PLACEMENT)(x)  # [batch, length, HIDDEN]; the other is the load, for a balancing loss
+        y, _ = on_mesh(self.moe, PLACEMENT)(x)  # `_` is the router's load, for a balancing loss
         return self.head(x + y)
 
 

@@ -25,7 +25,7 @@ class Recorder(Executor):
         """Rows of a token shard in each dispatch."""
 
     def run(self, step_input: StepInput) -> Any:
-        self.capacities.append(step_input.batch.rows.capacity)
+        self.capacities.append(step_input.batch.capacity)
         tokens = np.zeros((len(step_input.slots), DECODE_STEPS), np.int32)
         counts = step_input.limits if step_input.limits is not None else step_input.samples
         parts = (tokens, tokens.astype(np.float32), tokens[..., :0], tokens[..., :0], np.asarray(counts, np.int32))

@@ -34,7 +34,7 @@ ARROW = [
     "cli",
     "__main__",
 ]
-"""Rooms from left to right. A module imports only from its own room and the rooms to its left."""
+"""Rooms in order of import. A module imports only from its own room and from rooms listed before it."""
 FAMILY_NAMES = ("qwen", *(name for name in FAMILIES if not name.startswith("qwen")))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 COLLECTIVES = {

@@ -111,8 +111,8 @@ class SamplingParams:
     """Maximum number of denoising steps for each block of a block-diffusion model. Each step accepts enough tokens to
     finish in time; `None` means one step for each token of the block."""
     confidence_threshold: float | None = None
-    """Probability above which a block-diffusion model accepts a token at once. 1 leaves the pace to `denoising_steps`;
-    `None` means 0.95."""
+    """Probability above which a block-diffusion model accepts a token at once. 1 leaves the number of steps to
+    `denoising_steps`; `None` means 0.95."""
 
     def __post_init__(self) -> None:
         for ranges, convert in ((_INTEGERS, as_integer), (_NUMBERS, as_number)):

@@ -17,12 +17,12 @@ from moe_jax.config.sampling_params import MAX_TOP_LOGPROBS
 from moe_jax.engine.distributed import ProcessGroup, SingleProcess
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.generation import Generation, OutputNeed
+from moe_jax.engine.input_builder import OutputMap, StepInputBuilder, build_input, idle_input
+from moe_jax.engine.output_processor import add_prompt_output, step_outputs, top_logprobs
 from moe_jax.engine.outputs import FinishReason
 from moe_jax.engine.partial_outputs import StepOutput
 from moe_jax.engine.sizes import Sizes
 from moe_jax.engine.stats import Latency, Meter, Stats
-from moe_jax.engine.step_inputs import OutputMap, StepInputBuilder, build_input, idle_input
-from moe_jax.engine.step_outputs import add_prompt_output, step_outputs, top_logprobs
 from moe_jax.errors import RequestError
 from moe_jax.programs import RowLogprobs, SampledTokens, StepFlags, StepInput
 from moe_jax.scheduler import Plan, Request, Scheduler

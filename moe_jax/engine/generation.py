@@ -60,7 +60,7 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.text = ""
-        self.emitted = (0, 0)
+        self.reported = (0, 0)
         """Numbers of tokens and of characters that the caller has received."""
         self.last_token_time = 0.0
         """Time of the last tokens, or of the arrival, by the engine's clock."""
@@ -148,7 +148,7 @@ class Generation:
 
     def count_new(self) -> int:
         """Return the number of tokens since the last call."""
-        before, self.emitted = self.emitted, (len(self.tokens), 0)
+        before, self.reported = self.reported, (len(self.tokens), 0)
         return len(self.tokens) - before[0]
 
     def _truncate(self, end: int) -> None:

@@ -8,12 +8,12 @@ from functools import partial
 
 from moe_jax.analysis.roofline import held_bytes
 from moe_jax.config import ModelConfig
-from moe_jax.engine.diffusion_inputs import DiffusionInputBuilder
+from moe_jax.engine.diffusion_input_builder import DiffusionInputBuilder
 from moe_jax.engine.distributed import ProcessGroup
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.executor import Executor
+from moe_jax.engine.input_builder import StepInputBuilder
 from moe_jax.engine.sizes import Sizes
-from moe_jax.engine.step_inputs import StepInputBuilder
 from moe_jax.errors import RequestError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.programs import PAGE, Programs

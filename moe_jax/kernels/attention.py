@@ -37,35 +37,35 @@ def query_key_products(query: Float[Array, "S C H d"], keys: Float[Array, "K S n
 
 
 def causal_mask(
-    rows: Int32[Array, "S C"], block: int = 1, window: int | None = None, kind: Window = Window.SLIDING
+    query_positions: Int32[Array, "S C"], block: int = 1, window: int | None = None, kind: Window = Window.SLIDING
 ) -> MaskFn:
     """Mask positions after a row's block, or before its window.
 
     Args:
-      rows: position of each row.
+      query_positions: position of each row.
       block: rows of a block attend to each other; 1 for autoregressive models.
       window: width of the window; `None` for none.
     """
-    last = _last_position(rows[..., None], block)
+    last = _last_position(query_positions[..., None], block)
 
-    def mask(positions: Int32[Array, "S n"]) -> Array:
-        causal = positions[:, None] <= last
-        return (
-            causal if window is None else causal & (positions[:, None] >= first_position(rows[..., None], window, kind))
-        )
+    def mask(key_positions: Int32[Array, "S n"]) -> Array:
+        causal = key_positions[:, None] <= last
+        if window is None:
+            return causal
+        return causal & (key_positions[:, None] >= first_position(query_positions[..., None], window, kind))
 
     return mask
 
 
-def first_position(row: Int32[Array, "..."], window: int, kind: Window) -> Int32[Array, "..."]:
+def first_position(position: Int32[Array, "..."], window: int, kind: Window) -> Int32[Array, "..."]:
     """First position in a row's window."""
     match kind:
         case Window.SLIDING:
-            return row - window + 1
+            return position - window + 1
         case Window.CHUNKED:
-            return row // window * window
+            return position // window * window
 
 
-def _last_position(row: Int32[Array, "..."], block: int) -> Int32[Array, "..."]:
+def _last_position(position: Int32[Array, "..."], block: int) -> Int32[Array, "..."]:
     """Last position of a row's block."""
-    return row if block == 1 else row // block * block + block - 1
+    return position if block == 1 else position // block * block + block - 1

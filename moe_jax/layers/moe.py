@@ -17,7 +17,15 @@ from moe_jax.sharding import Combine, Gathered, Rows
 class MoE(nnx.Module):
     """Routed experts and, in some models, a shared expert. Their partial sums are added, then combined once.
 
-    The shard that owns a row routes it, so that every device sees the same choice of experts.
+    In your own model, call the layer on whole arrays with `moe_jax.layers.on_mesh(moe, placement)(x)`; called directly,
+    it runs on one device of a placement, inside `jax.shard_map`. The shard that owns a row routes it, so that every
+    device sees the same choice of experts.
+
+    Args:
+      config: `moe_jax.config.MoEConfig`: number and width of experts, router, shared expert.
+      hidden: `hidden_size`, the width of a row (D).
+      dtype: dtype of the experts; the router is in float32.
+      rngs: Flax's random streams; `params` is used.
     """
 
     def __init__(self, config: MoEConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:

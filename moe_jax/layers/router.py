@@ -37,18 +37,18 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-    """Compute a logit for each expert and select the best, in the way of the config; in float32."""
+    """Compute a logit for each expert and select the best, as the config says; in float32."""
 
     def __init__(self, config: MoEConfig, hidden: int, *, rngs: nnx.Rngs) -> None:
         experts, router = config.experts, config.router
-        scored = isinstance(router, RouterConfig)
+        is_top_k = isinstance(router, RouterConfig)
         self.experts = experts
         self.weight = parameter.normal(rngs, (hidden, experts), (None, None), fan_in=hidden, dtype=jnp.float32)
-        self.bias = parameter.zeros((experts,), (None,), dtype=jnp.float32) if scored and router.bias else None
+        self.bias = parameter.zeros((experts,), (None,), dtype=jnp.float32) if is_top_k and router.bias else None
         self.selection_bias = (
-            parameter.zeros((experts,), (None,), dtype=jnp.float32) if scored and router.selection_bias else None
+            parameter.zeros((experts,), (None,), dtype=jnp.float32) if is_top_k and router.selection_bias else None
         )
-        self.select = TopKRouting(router, config.top_k) if scored else SparseMixer(router, config.top_k)
+        self.select = TopKRouting(router, config.top_k) if is_top_k else SparseMixer(router, config.top_k)
 
     def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, "T"] | None) -> Routing:
         """Route rows. `valid` marks the real ones; `None` for all."""

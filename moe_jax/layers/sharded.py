@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from moe_jax.errors import PlacementError
-from moe_jax.sharding import Combine, Placement, Role, Rows, ScatterCombine
+from moe_jax.sharding import Combine, Placement, Role, Rows, ScatterCombine, as_placement
 from moe_jax.sharding.collectives import sum_devices
 
 
@@ -26,7 +26,13 @@ class FeedForward(Protocol):
 
 
 def specs(module: nnx.Module | nnx.State, placement: Placement) -> nnx.State:
-    """Return the partition specs of all variables, in a state like the module's: `in_specs` for `jax.shard_map`.
+    """Return the partition specs of all variables, in a state like the module's.
+
+    They are the `in_specs` of a `jax.shard_map` over the module's state:
+
+        graph, state = nnx.split(layer)
+        run = lambda state, x: nnx.merge(graph, state)(x, rows, combine)
+        jax.jit(jax.shard_map(run, mesh=placement.mesh, in_specs=(specs(state, placement), x_spec), out_specs=y_specs))
 
     The specs are those of `nnx.get_partition_spec` under `nnx.logical_axis_rules(placement.rules)`, except that KV
     heads are replicated where there are fewer of them than heads devices. Other modules' variables keep their specs.
@@ -42,7 +48,7 @@ def specs(module: nnx.Module | nnx.State, placement: Placement) -> nnx.State:
 
 
 def on_mesh(
-    layer: FeedForward, placement: Placement, combine: Combine | None = None
+    layer: FeedForward, placement: str | Placement, combine: Combine | None = None
 ) -> Callable[..., tuple[Float[Array, "... D"], Any]]:
     """Turn a layer into a differentiable function of whole arrays: `y, load = on_mesh(layer, placement)(x)`.
 
@@ -51,12 +57,14 @@ def on_mesh(
     argument where some rows are padding.
 
     Args:
+      placement: a `Placement`, or its text as in `"expert=4,tensor=2"`.
       combine: how rows move between devices, by default `ScatterCombine(placement)`.
 
     Raises:
       PlacementError: N or a dimension of a parameter does not divide over the devices, or `combine` is for another
         placement.
     """
+    placement = as_placement(placement)
     combine = combine or ScatterCombine(placement)
     if combine.placement != placement:
         raise PlacementError(f"combine is made for the placement {combine.placement}: make it for {placement}")

@@ -76,9 +76,9 @@ class RequestGroup:
 
     def event(self, generation: Generation) -> StreamEvent:
         """Return the output of a sample since its last event."""
-        tokens, characters = generation.emitted
+        tokens, characters = generation.reported
         text = generation.update_text() if self.max_tokens else ""
-        generation.emitted = (len(generation.tokens), len(text))
+        generation.reported = (len(generation.tokens), len(text))
         new = slice(tokens, self.max_tokens)
         return StreamEvent(
             prompt=self.number,

@@ -39,19 +39,24 @@ class AllToAllCombine(ScatterCombine):
     dense MLPs) as `ScatterCombine` does."""
 
     def dispatch(
-        self, rows: Rows, x: Float[Array, "T D"], experts: Int32[Array, "T k"], weights: Float[Array, "T k"], held: int
+        self,
+        rows: Rows,
+        x: Float[Array, "T D"],
+        experts: Int32[Array, "T k"],
+        weights: Float[Array, "T k"],
+        num_local_experts: int,
     ) -> Gathered:
         # all-gather of the metadata: [T, c] {V:S} -> [s*T, c]; all-to-all of the rows: [s, T, D] -> [s, T, D]
         placement, shards = self.placement, self.placement.gather_shards
         if not placement.scatter_axes:
-            return super().dispatch(rows, x, experts, weights, held)
+            return super().dispatch(rows, x, experts, weights, num_local_experts)
         encoded, scales = self.encoding.encode(x)
         metadata = [all_gather(value, placement.scatter_axes) for value in join_columns(scales, experts, weights)]
         all_experts = split_columns(metadata, scales, experts, weights)[1]
-        needed_here = jnp.any(all_experts // held == placement.index(Role.EXPERTS), axis=1)
+        needed_here = jnp.any(all_experts // num_local_experts == placement.index(Role.EXPERTS), axis=1)
         needed_here = needed_here.reshape(shards, rows.capacity)
         expert_shards = jnp.asarray(placement.expert_shards(placement.scatter_axes))
-        needed = jnp.any(experts // held == expert_shards[:, None, None], axis=2)
+        needed = jnp.any(experts // num_local_experts == expert_shards[:, None, None], axis=2)
 
         received = jnp.sum(needed_here, axis=1, dtype=jnp.int32)
         arrived = self._exchange(encoded[_true_first(needed)], jnp.sum(needed, axis=1, dtype=jnp.int32), received)

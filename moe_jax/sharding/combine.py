@@ -92,15 +92,20 @@ class Combine(ABC):
         return replace(gathered, values=(self.encoding.decode(encoded, scales, x.dtype), *columns))
 
     def dispatch(
-        self, rows: Rows, x: Float[Array, "T D"], experts: Int32[Array, "T k"], weights: Float[Array, "T k"], held: int
+        self,
+        rows: Rows,
+        x: Float[Array, "T D"],
+        experts: Int32[Array, "T k"],
+        weights: Float[Array, "T k"],
+        num_local_experts: int,
     ) -> Gathered:
         """Gather at least the rows routed to the experts of this device, with their expert ids and weights.
 
         Args:
           experts: expert ids of each row; pad rows have the id E, which no expert has.
-          held: number of experts on each device.
+          num_local_experts: number of experts on each device.
         """
-        del held
+        del num_local_experts
         return self.gather(rows, x, experts, weights)
 
     @abstractmethod

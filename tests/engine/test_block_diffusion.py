@@ -92,14 +92,14 @@ def test_a_batch_has_the_tokens_of_each_request_alone(crowded: LLM, alone: Calla
         SamplingParams(max_tokens=wanted, confidence_threshold=threshold, denoising_steps=steps, **SAMPLED)
         for _, wanted, (threshold, steps) in requests
     ]
-    outputs, counts = crowded.generate([prompt for prompt, *_ in requests], params), set[int]()
+    outputs, step_counts = crowded.generate([prompt for prompt, *_ in requests], params), set[int]()
     for (prompt, wanted, schedule), output in zip(requests, outputs, strict=True):
         expected = alone(tuple(prompt), wanted, schedule)
         assert output.token_ids == expected.tokens
         assert output.finish_reason == "length"
         np.testing.assert_allclose(output.logprobs, _logprobs(expected), rtol=0, atol=1e-4)
-        counts |= set(expected.steps) if schedule == SCHEDULES[1] else set()
-    assert {1, 3, 5} <= counts, "blocks take different numbers of steps"
+        step_counts |= set(expected.steps) if schedule == SCHEDULES[1] else set()
+    assert {1, 3, 5} <= step_counts, "blocks take different numbers of steps"
     assert crowded._programs.compilations == compiled
     stats = crowded.stats()
     assert stats.preemptions > 0

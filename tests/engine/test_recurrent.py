@@ -91,8 +91,8 @@ def test_recurrent_states_are_counted_in_the_memory_plan(checkpoint: Path) -> No
     sizes = [held_bytes(decoder.abstract_caches({None: 0}, PAGE, slots)) for slots in (0, 1, 5)]
     assert sizes == [slots * states for slots in (0, 1, 5)]
     pages = held_bytes(decoder.abstract_caches({None: 5 * POSITIONS // PAGE}, PAGE, 0))
-    emitted = roofline(decoder, as_hardware("h100"), rows=8, slots=5, positions=POSITIONS, collective_seconds=0)
-    assert emitted.cache_bytes == pages + sizes[-1]
+    estimate = roofline(decoder, as_hardware("h100"), rows=8, slots=5, positions=POSITIONS, collective_seconds=0)
+    assert estimate.cache_bytes == pages + sizes[-1]
 
 
 def test_pages_fill_the_memory_left_by_weights_and_states(checkpoint: Path) -> None:

@@ -33,9 +33,9 @@ def compiled() -> dict[Case, dict[str, Any]]:
     paths = [str(COMPILER), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     named = [dict(zip(("of", "target", "dtype", "rows", "weights"), case, strict=True)) for case in CASES]
-    flags = "\n".join(map(json.dumps, named))
+    cases_json = "\n".join(map(json.dumps, named))
     command = [sys.executable, str(Path(__file__).with_name("compile_grouped_matmul.py"))]
-    done = subprocess.run(command, env=environment, check=True, input=flags, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment, check=True, input=cases_json, stdout=subprocess.PIPE, text=True)
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
 
 

@@ -161,8 +161,8 @@ def test_attention_tp_adds_sums_over_heads_and_gathers_no_logits(
 def test_split_residuals_need_no_all_reduce_of_rows(plan: Callable[..., dict[str, Any]]) -> None:
     found = plan("--mesh", "expert=4,tensor=2", "--combine", "scatter", "--residual", "split")
     assert found["route"] == "ScatterCombine + SplitResidual"
-    sampling = {"all-reduce": 1}
-    assert found["collectives_per_step"] == sampling | {"all-gather": 2 * LAYERS + 2, "reduce-scatter": 2 * LAYERS + 1}
+    sampler = {"all-reduce": 1}
+    assert found["collectives_per_step"] == sampler | {"all-gather": 2 * LAYERS + 2, "reduce-scatter": 2 * LAYERS + 1}
     embedding_and_last_rows = 2 * 32 * HIDDEN_BYTES
     assert found["collective_bytes_per_step"] == found["sent_bytes_per_step"] + embedding_and_last_rows + SAMPLING_BYTES
 

@@ -48,9 +48,9 @@ def test_one_text_is_a_batch_of_one(adder: LLM) -> None:
 
 
 def test_scan_layers_does_not_change_the_tokens(golden: LLM) -> None:
-    prompts, flags = [[5, 6, 7], list(range(20, 50))], SamplingParams(temperature=0, max_tokens=12)
+    prompts, params = [[5, 6, 7], list(range(20, 50))], SamplingParams(temperature=0, max_tokens=12)
     apart = LLM(GOLDEN, mesh="expert=2", dtype="float32", scan_layers=False)
-    for got, wanted in zip(apart.generate(prompts, flags), golden.generate(prompts, flags), strict=True):
+    for got, wanted in zip(apart.generate(prompts, params), golden.generate(prompts, params), strict=True):
         assert got.token_ids == wanted.token_ids
         np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-5)
 
@@ -73,8 +73,8 @@ def test_seeds_reproduce_samples(adder: LLM) -> None:
     assert first == [output.token_ids for output in adder.generate(["1+1="] * 6, hot[::-1])][::-1]
     assert len({tuple(tokens) for tokens in first}) > 1
     unseeded = SamplingParams(temperature=3.0, max_tokens=6, ignore_eos=True)
-    emitted = {tuple(output.token_ids) for output in adder.generate(["1+1="] * 16, unseeded)}
-    assert len(emitted) > 1
+    answers = {tuple(output.token_ids) for output in adder.generate(["1+1="] * 16, unseeded)}
+    assert len(answers) > 1
 
 
 def test_each_prompt_can_have_its_own_parameters(adder: LLM) -> None:

@@ -173,7 +173,7 @@ def test_partial_sums_of_dispatched_rows_only_go_back_to_their_owners(mistake: s
     def run(x: jax.Array, rows: Rows) -> Any:
         combine = AllToAllCombine(PLACEMENT)
         experts, weights = jnp.zeros((CAPACITY, 1), jnp.int32), x[:, :1]
-        dispatched, gathered = combine.dispatch(rows, x, experts, weights, held=2), combine.gather(rows, x)
+        dispatched, gathered = combine.dispatch(rows, x, experts, weights, num_local_experts=2), combine.gather(rows, x)
         sums = (each.partial_sum(lax.pcast(each.values[0], "tensor", to="varying")) for each in (dispatched, gathered))
         return body(combine, gathered, *sums)
 

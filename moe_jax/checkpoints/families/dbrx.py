@@ -23,7 +23,7 @@ SOURCES = {
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.ignore("emb_pdrop", "resid_pdrop")  # of training
+    fields.ignore("emb_pdrop", "resid_pdrop")  # used in training only
     fields.ignore("num_key_value_heads")  # attn_config has it too
     fields.expect("tie_word_embeddings", False)
     hidden, heads = fields.take("d_model", int), fields.take("n_heads", int)

@@ -19,9 +19,9 @@ def _language_model(source: Source) -> Source:
     return replace(source, names=tuple(names))
 
 
-SEPARATE = {name: _language_model(source) for name, source in qwen3_5_moe_text.SOURCES.items()}
-SOURCES = SEPARATE | {name: _language_model(source) for name, source in EXPERTS.items()}
-ALTERNATIVE_SOURCES = {name: SEPARATE[name] for name in EXPERTS}
+PER_EXPERT_SOURCES = {name: _language_model(source) for name, source in qwen3_5_moe_text.SOURCES.items()}
+SOURCES = PER_EXPERT_SOURCES | {name: _language_model(source) for name, source in EXPERTS.items()}
+ALTERNATIVE_SOURCES = {name: PER_EXPERT_SOURCES[name] for name in EXPERTS}
 """Separate tensors for each expert, as transformers writes them."""
 IGNORED_PREFIXES = ("mtp.", "model.visual.")
 

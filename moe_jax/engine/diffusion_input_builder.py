@@ -9,8 +9,8 @@ import numpy as np
 
 from moe_jax.config import BlockDiffusion
 from moe_jax.engine.generation import Generation
+from moe_jax.engine.input_builder import StepInputBuilder, joined
 from moe_jax.engine.sizes import Sizes, StepSize
-from moe_jax.engine.step_inputs import StepInputBuilder, joined
 from moe_jax.models import Segment
 from moe_jax.programs import DenoisingSchedule, DiffusionStepInput, StepFlags
 from moe_jax.scheduler import Chunk, Decodes, Request
@@ -47,7 +47,7 @@ class DiffusionInputBuilder(StepInputBuilder):
     def _emitting_segments(self) -> int:
         return self._size.decoding
 
-    def _limit(self, shard: int, decoding: slice, decodes: Decodes) -> None:
+    def _mark_decoding(self, shard: int, decoding: slice, decodes: Decodes) -> None:
         """Let each request decode up to the last position that has a page."""
         self._limits[shard, decoding] = np.add(decodes.positions, decodes.steps)
 

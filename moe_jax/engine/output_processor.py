@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from moe_jax.engine.generation import Generation
+from moe_jax.engine.input_builder import PromptRows, SampledSegment
 from moe_jax.engine.partial_outputs import StepOutput, TopLogprobs
-from moe_jax.engine.step_inputs import PromptRows, SampledSegment
 from moe_jax.programs import SampledTokens
 from moe_jax.programs.sampling import NO_TOKEN
 from moe_jax.scheduler import Request

@@ -139,7 +139,7 @@ class StepInputBuilder:
     def _add_decodes(self, shard: int, decodes: Decodes) -> Segments:
         decoding = slice(len(decodes))
         self._slots[shard, decoding] = [request.slot for request in decodes.requests]
-        self._limit(shard, decoding, decodes)
+        self._mark_decoding(shard, decoding, decodes)
         first = shard * self._emitting_segments
         self.output_map.samples.extend(map(SampledSegment, decodes.requests, count(first)))
         segments = Segments(len(self._size.windows))
@@ -150,8 +150,8 @@ class StepInputBuilder:
             ranges += [_visible_pages(request.pages[number], start, start + steps) for request, start, steps in decodes]
         return segments
 
-    def _limit(self, shard: int, decoding: slice, decodes: Decodes) -> None:
-        """Let each decoding segment emit a token per step."""
+    def _mark_decoding(self, shard: int, decoding: slice, decodes: Decodes) -> None:
+        """Set which decoding segments emit tokens, and how many."""
         self._samples[shard, decoding], self._limits[shard, decoding] = True, decodes.steps
 
     def _prompt(self, shard: int, number: int, row: int, chunk: Chunk, start: int, end: int) -> Segment:
