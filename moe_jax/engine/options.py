@@ -106,9 +106,9 @@ class Options:
             slots=sizes.slots,
             page=PAGE,
             groups=tuple(CacheGroup(pages[window], window) for window in decoder.windows),
-            chunk=sizes.prompt_rows,
-            chunks=sizes.prompts,
-            rows=sizes.prompt_rows,
+            max_chunk_tokens=sizes.prompt_rows,
+            max_prefills=sizes.prompts,
+            max_rows=sizes.prompt_rows,
             decode_steps=sizes.decode_steps,
             prefix_cache=self.prefix_cache and not decoder.config.recurrent,  # pages hold no recurrent states
             block=sizes.block,

@@ -51,15 +51,15 @@ class Limits:
     """Number of positions in a page."""
     groups: tuple[CacheGroup, ...]
     """Cache groups, one for each attention window."""
-    chunk: int
+    max_chunk_tokens: int
     """Maximum number of prompt tokens of one request in a step."""
-    chunks: int
+    max_prefills: int
     """Maximum number of requests in prefill on each token shard in a step."""
-    rows: int
-    """Number of rows of each token shard in a step.
+    max_rows: int
+    """Maximum number of rows of each token shard in a step.
 
     Decode rows come first and are never delayed; prompt tokens fill the rest. A waiting prompt gets at least one token,
-    so a step has at most `max(rows, slots)` rows.
+    so a step has at most `max(max_rows, slots)` rows.
     """
     decode_steps: int
     """Maximum number of decode steps in one dispatch."""
@@ -69,10 +69,19 @@ class Limits:
     """Number of positions that are decoded and written together; prompt chunks and rows are whole blocks."""
 
     def __post_init__(self) -> None:
-        for name in ("shards", "slots", "page", "chunk", "chunks", "rows", "decode_steps", "block"):
+        for name in (
+            "shards",
+            "slots",
+            "page",
+            "max_chunk_tokens",
+            "max_prefills",
+            "max_rows",
+            "decode_steps",
+            "block",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("chunk", "rows"):
+        for name in ("max_chunk_tokens", "max_rows"):
             if getattr(self, name) % self.block:
                 raise ConfigError(
                     f"{name} must be a multiple of the block size, {self.block}, got {getattr(self, name)}"

@@ -155,5 +155,5 @@ class Pages:
         """
         end = min(self._limits.whole_blocks(request.known + 1), request.max_positions)
         if pool.group.window is not None:
-            end = min(end, len(prefix) * self._page + self._limits.chunk)
+            end = min(end, len(prefix) * self._page + self._limits.max_chunk_tokens)
         return -(-end // self._page) - len(prefix)

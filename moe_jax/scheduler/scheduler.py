@@ -79,7 +79,9 @@ class Scheduler:
             raise RequestError(f"there is a request {request.id!r} already: give each request its own id")
         limits = self.limits
         for group in limits.groups:
-            needed = group.max_pages(request.max_positions, max(limits.chunk, limits.decode_steps), limits.page)
+            needed = group.max_pages(
+                request.max_positions, max(limits.max_chunk_tokens, limits.decode_steps), limits.page
+            )
             if needed > group.pages:
                 raise RequestError(
                     f"request {request.id!r} needs {needed} pages of {limits.page} positions for its "
@@ -153,7 +155,7 @@ class Scheduler:
         """Plan chunks of the requests in prefill, then admit waiting requests while there is room."""
         if not any(shard.prefilling or (self._waiting and shard.has_free_slot) for shard in self._shards):
             return [[] for _ in self._shards]
-        rows = [max(self.limits.rows - shard.reserve_decode(), self.limits.block) for shard in self._shards]
+        rows = [max(self.limits.max_rows - shard.reserve_decode(), self.limits.block) for shard in self._shards]
         chunks = [shard.continue_prefill(limit) for shard, limit in zip(self._shards, rows, strict=True)]
         for shard in self._shards:
             rows[shard.number] -= sum(map(shard.rows, chunks[shard.number]))
@@ -171,7 +173,7 @@ class Scheduler:
         candidates = [
             (shard, shard.pages.match_prefix(request))
             for shard in self._shards
-            if shard.has_free_slot and rows[shard.number] and len(chunks[shard.number]) < self.limits.chunks
+            if shard.has_free_slot and rows[shard.number] and len(chunks[shard.number]) < self.limits.max_prefills
         ]
         for shard, prefix in self.rank_shards(request, candidates):
             if shard.pages.can_allocate(request, prefix, shard.upcoming_pages()):

@@ -112,7 +112,7 @@ class TokenShard:
         """Plan the next chunks of requests in prefill, in at most `rows` rows together."""
         chunks: list[Chunk] = []
         for request in self.prefilling:  # preemption removes requests at the end of the list
-            if not rows or len(chunks) == self.limits.chunks:
+            if not rows or len(chunks) == self.limits.max_prefills:
                 break
             end = self._chunk_end(request, rows)
             if end > request.allocated and not self._extend(request, end):
@@ -131,7 +131,7 @@ class TokenShard:
         upcoming = [0] * len(self.limits.groups)
         for request in self.running:
             if not request.decode_end and request.computed < request.known:
-                end = self._chunk_end(request, self.limits.chunk)
+                end = self._chunk_end(request, self.limits.max_chunk_tokens)
             else:
                 end = min(self._next_end(request), request.max_positions)
             if end > request.allocated:
@@ -157,7 +157,7 @@ class TokenShard:
         return request.computed + 1 + self.limits.decode_steps
 
     def _chunk_end(self, request: Request, rows: int) -> int:
-        return min(request.computed + min(self.limits.chunk, rows), request.known)
+        return min(request.computed + min(self.limits.max_chunk_tokens, rows), request.known)
 
     def _chunk(self, request: Request, end: int) -> Chunk:
         """Plan the positions of a request up to `end`, which have pages."""

@@ -95,9 +95,9 @@ class Simulation:
             on_shard = [request for request in running if request.shard == shard]
             assert sorted({r.slot for r in on_shard}) == sorted(r.slot for r in on_shard)
             assert len(on_shard) <= limits.slots
-            assert len(chunks) <= limits.chunks
-            assert plan.rows[shard] <= max(limits.rows, limits.slots)
-            assert all(chunk.end - chunk.start <= limits.chunk for chunk in chunks)
+            assert len(chunks) <= limits.max_prefills
+            assert plan.rows[shard] <= max(limits.max_rows, limits.slots)
+            assert all(chunk.end - chunk.start <= limits.max_chunk_tokens for chunk in chunks)
             planned = [*decodes.requests, *(chunk.request for chunk in chunks)]
             assert len(planned) == len(set(planned))
             if on_shard:
@@ -143,9 +143,9 @@ def random_limits(rng: random.Random, page: int) -> Limits:
         slots=rng.randint(1, 4),
         page=page,
         groups=tuple(CacheGroup(needed[window] + rng.randint(0, extra), window) for window in windows),
-        chunk=chunk,
-        chunks=rng.randint(1, 3),
-        rows=rng.randint(1, 12),
+        max_chunk_tokens=chunk,
+        max_prefills=rng.randint(1, 3),
+        max_rows=rng.randint(1, 12),
         decode_steps=decode_steps,
         prefix_cache=rng.random() < 0.8,
     )

@@ -152,7 +152,7 @@ class DiffusionSimulation:
         limits = self.scheduler.limits
         for chunks, rows, decodes in zip(plan.chunks, plan.rows, plan.decodes, strict=True):
             assert all(chunk.start % limits.block == 0 for chunk in chunks)
-            assert rows - len(decodes) * limits.block <= limits.rows
+            assert rows - len(decodes) * limits.block <= limits.max_rows
         if plan:
             self.in_flight.append((plan, self.device.run(plan)))
         while len(self.in_flight) > (self.ahead if plan else 0):
@@ -182,9 +182,9 @@ def random_limits(rng: random.Random) -> Limits:
         slots=rng.randint(1, 4),
         page=page,
         groups=(CacheGroup(-(-longest // page) + rng.choice([0, 0, 3, 30]), None),),
-        chunk=block * rng.randint(1, 4),
-        chunks=rng.randint(1, 3),
-        rows=block * rng.randint(1, 5),
+        max_chunk_tokens=block * rng.randint(1, 4),
+        max_prefills=rng.randint(1, 3),
+        max_rows=block * rng.randint(1, 5),
         decode_steps=rng.choice([1, 2, 5, 8]),
         prefix_cache=rng.random() < 0.8,
         block=block,
@@ -239,7 +239,7 @@ def test_page_is_shared_only_with_all_of_its_last_block() -> None:
 
 
 def test_invalid_limits_and_requests_are_refused() -> None:
-    with pytest.raises(ConfigError, match="chunk must be a multiple of the block size, 3, got 8"):
+    with pytest.raises(ConfigError, match="max_chunk_tokens must be a multiple of the block size, 3, got 8"):
         Limits(1, 1, 4, (CacheGroup(4, None),), 8, 1, 9, 1, True, block=3)
     scheduler = DiffusionScheduler(Limits(1, 1, 4, (CacheGroup(3, None),), 8, 1, 8, 1, True, block=8))
     scheduler.add(DiffusionRequest("fits", [1] * 5, 3, block=8))

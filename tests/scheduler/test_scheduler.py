@@ -13,7 +13,8 @@ from moe_jax.scheduler import CacheGroup, Limits, Request, Scheduler
 
 def limits(**changed: Any) -> Limits:
     small: dict[str, Any] = {
-        "shards": 1, "slots": 4, "page": 4, "groups": (CacheGroup(16, None),), "chunk": 8, "chunks": 2, "rows": 16,
+        "shards": 1, "slots": 4, "page": 4, "groups": (CacheGroup(16, None),), "max_chunk_tokens": 8,
+        "max_prefills": 2, "max_rows": 16,
         "decode_steps": 1, "prefix_cache": True,
     }  # fmt: skip
     return Limits(**small | changed)
@@ -60,7 +61,7 @@ def test_eviction_is_least_recently_used_first_and_children_before_parents() -> 
 
 def test_pages_that_a_window_has_passed_are_freed() -> None:
     windowed = CacheGroup(4, 5)
-    simulation = Simulation(limits(groups=(CacheGroup(16, None), windowed), chunk=4))
+    simulation = Simulation(limits(groups=(CacheGroup(16, None), windowed), max_chunk_tokens=4))
     request = simulation.add(Request("a", list(range(20)), 30))
     largest = 0
     while simulation.scheduler.has_work:
