@@ -1,4 +1,4 @@
-"""The time of a step as predicted from sizes alone, against figures worked out by hand."""
+"""Roofline of a step against figures computed by hand from its sizes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from moe_jax.sharding import as_hardware
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 16, 8, 2, 4, 16
 VOCABULARY = 128
-"""Rows of the head: 64, padded."""
+"""Rows of the head: a vocabulary of 64, padded."""
 ATTENDED = 2 * HIDDEN * HEADS * HEAD_DIM + 2 * HIDDEN * KV_HEADS * HEAD_DIM + 2 * HIDDEN
-"""Weights of the four projections, and of the two norms of a layer."""
+"""Weights of a layer's four attention projections and two norms."""
 DENSE = 3 * HIDDEN * WIDTH
 TWO_OF_EIGHT = HIDDEN * 8 + DENSE * 8 * 2 // 8 + DENSE + HIDDEN
-"""The router, a quarter of the experts, and the shared expert with its gate."""
+"""Weights of the router, of a quarter of the experts, and of the shared expert with its gate."""
 ONE_OF_FOUR, THREE_OF_FOUR = (HIDDEN * 4 + 3 * HIDDEN * 8 * top_k for top_k in (1, 3))
 
 LAYERS = (
@@ -29,22 +29,24 @@ LAYERS = (
     *2 * (LayerConfig(ATTENTION, MOE), LayerConfig(ATTENTION, MoEConfig(4, 1, 8, RouterConfig(norm=1)))),
 )
 VISITED = 6 * ATTENDED + DENSE + THREE_OF_FOUR + 2 * (TWO_OF_EIGHT + ONE_OF_FOUR) + HIDDEN * (VOCABULARY + 1)
-"""Weights that a token is multiplied with: of the layers, the last norm and the head."""
+"""Weights that a token is multiplied with: those of the layers, the final norm and the head."""
 
 
-@pytest.mark.parametrize("where", ["single", "two_replicas_dp4_ep4"])
+@pytest.mark.parametrize("placement_name", ["single", "two_replicas_dp4_ep4"])
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_token_visits_top_k_of_the_experts(where: str, scan_layers: bool, tied: bool) -> None:
+def test_a_token_visits_top_k_experts(placement_name: str, scan_layers: bool, tied: bool) -> None:
     config = replace(MODEL, layers=LAYERS, tied_embeddings=tied)
-    decoder = ShardedDecoder(config, placement(where), "float32", scan_layers)
-    hardware, devices = as_hardware("h100"), placement(where).mesh.devices.size
-    told = roofline(decoder, hardware, rows=24, slots=3, positions=20, collective_seconds=1.0)
-    assert told.compute_seconds == pytest.approx(2 * 24 * VISITED / devices / hardware.flops)
+    decoder = ShardedDecoder(config, placement(placement_name), "float32", scan_layers)
+    hardware, devices = as_hardware("h100"), placement(placement_name).mesh.devices.size
+    estimate = roofline(decoder, hardware, rows=24, slots=3, positions=20, collective_seconds=1.0)
+    assert estimate.compute_seconds == pytest.approx(2 * 24 * VISITED / devices / hardware.flops)
     page_of_16 = 16 * 2 * KV_HEADS * HEAD_DIM * 4
-    assert told.cache_bytes == len(LAYERS) * 3 * 2 * page_of_16
-    assert told.memory_seconds == pytest.approx((told.weight_bytes + told.cache_bytes) / hardware.memory_bandwidth)
-    assert told.step_seconds == 1.0 + max(told.memory_seconds, told.compute_seconds)
+    assert estimate.cache_bytes == len(LAYERS) * 3 * 2 * page_of_16
+    assert estimate.memory_seconds == pytest.approx(
+        (estimate.weight_bytes + estimate.cache_bytes) / hardware.memory_bandwidth
+    )
+    assert estimate.step_seconds == 1.0 + max(estimate.memory_seconds, estimate.compute_seconds)
     shared = roofline(decoder, replace(hardware, shared=True), rows=24, slots=3, positions=20, collective_seconds=0)
-    assert shared.compute_seconds == pytest.approx(devices * told.compute_seconds)
-    assert shared.memory_seconds == pytest.approx(devices * told.memory_seconds)
+    assert shared.compute_seconds == pytest.approx(devices * estimate.compute_seconds)
+    assert shared.memory_seconds == pytest.approx(devices * estimate.memory_seconds)
