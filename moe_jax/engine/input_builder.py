@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, repeat
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,11 +15,10 @@ from moe_jax.engine.sizes import Sizes, StepSize
 from moe_jax.models import PageRange, Segment, Segments, pack
 from moe_jax.programs import FROM_BUFFER, PAGE, StepFlags, StepInput
 from moe_jax.programs.sampling import SamplingMetadata
+from moe_jax.programs.step_input import Columns
 from moe_jax.scheduler import Chunk, Decodes, Plan, Request, RequestPages
 from moe_jax.sharding import Placement, Role
 from moe_jax.sharding.rows import on_host
-
-Columns = TypeVar("Columns", bound=tuple[Any, ...])
 
 NO_REQUEST = SamplingMetadata.of([None])
 
