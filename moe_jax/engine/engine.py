@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 import jax
@@ -17,11 +17,12 @@ from moe_jax.config.sampling_params import MAX_TOP_LOGPROBS
 from moe_jax.engine.distributed import ProcessGroup, SingleProcess
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.generation import Generation, OutputNeed
-from moe_jax.engine.input_builder import OutputMap, StepInputBuilder, build_input, idle_input
+from moe_jax.engine.input_builder import OutputMap, StepInputBuilder, build_input, idle_input, smallest_size
 from moe_jax.engine.output_processor import add_prompt_output, step_outputs, top_logprobs
 from moe_jax.engine.outputs import FinishReason
 from moe_jax.engine.partial_outputs import StepOutput
-from moe_jax.engine.sizes import Sizes
+from moe_jax.engine.size_chooser import SizeChooser
+from moe_jax.engine.sizes import Sizes, StepSize
 from moe_jax.engine.stats import Latency, Meter, Stats
 from moe_jax.errors import RequestError
 from moe_jax.programs import RowLogprobs, SampledTokens, StepFlags, StepInput
@@ -67,6 +68,7 @@ class Engine:
         self._generations: dict[Request, Generation] = {}
         self._needs: Counter[OutputNeed] = Counter()
         self._in_flight: InFlightStep | None = None
+        self._size_chooser = SizeChooser()
         self._meter = Meter(placement.size(Role.TOKENS))
 
     def add(self, generation: Generation) -> None:
@@ -142,6 +144,8 @@ class Engine:
             cache_use=sum(map(sum, scheduler.used_pages)) / sum(pages),
             preemptions=scheduler.preemptions,
             prefix_hits=scheduler.prefix_hits,
+            compilations=self._executor.programs.compilations,
+            compile_seconds=self._executor.programs.compile_seconds,
         )
 
     def warm_up(self, variants: Sequence[StepFlags], *, progress: bool) -> None:
@@ -161,6 +165,7 @@ class Engine:
             self._update_from_output(step)
         steps = list(product(self._sizes.steps(), variants))
         for size, flags in tqdm(steps, desc="compiling", unit=" steps", disable=not progress, leave=False):
+            self._size_chooser.compiled.add((size, (flags, False)))
             step_input = idle_input(size, self._sizes, self._placement, flags, self._builder)
             self._process_group.broadcast(step_input)
             jax.block_until_ready(self._executor.run(step_input))
@@ -172,12 +177,17 @@ class Engine:
             logits=self._needs[OutputNeed.LOGITS] > 0,
         )
         generation = self._generations.__getitem__
-        step_input, output_map = build_input(plan, self._sizes, self._placement, flags, generation, self._builder)
+        size = self._choose_size(plan, flags)
+        step_input, output_map = build_input(plan, size, self._sizes, self._placement, flags, generation, self._builder)
         self._meter.step(plan.rows, step_input.batch.capacity, plan.steps)
         self._meter.prompt_tokens += sum(chunk.end - chunk.start for chunks in plan.chunks for chunk in chunks)
         self._process_group.broadcast(step_input)
         emitted, scored = self._executor.run(step_input)
         return InFlightStep(plan, output_map, emitted, flags.top_logprobs, scored)
+
+    def _choose_size(self, plan: Plan, flags: StepFlags) -> StepSize:
+        scores_prompts = any(self._generations[chunk.request].needs_prompt_rows for chunk in chain(*plan.chunks))
+        return self._size_chooser.choose(smallest_size(plan, self._sizes), (flags, scores_prompts))
 
     def _update_from_output(self, step: InFlightStep) -> None:
         """Read the outputs of a dispatch and append them to the requests that still run."""

@@ -53,14 +53,15 @@ class OutputMap:
 
 def build_input(
     plan: Plan,
+    size: StepSize,
     sizes: Sizes,
     placement: Placement,
     flags: StepFlags,
     generation: Callable[[Request], Generation],
     builder: Callable[..., StepInputBuilder],
 ) -> tuple[StepInput, OutputMap]:
-    """Build the input of a plan, and the map from its outputs to requests."""
-    built = builder(_size(plan, sizes), sizes, len(plan.decodes), generation)
+    """Build the input of a plan in a step of the given size, and the map from its outputs to requests."""
+    built = builder(size, sizes, len(plan.decodes), generation)
     for decodes, chunks in zip(plan.decodes, plan.chunks, strict=True):
         built.add_shard(decodes, chunks)
     return built.build(placement, flags), built.output_map
@@ -77,7 +78,8 @@ def idle_input(
     return built.build(placement, flags)
 
 
-def _size(plan: Plan, sizes: Sizes) -> StepSize:
+def smallest_size(plan: Plan, sizes: Sizes) -> StepSize:
+    """Return the smallest size of step that fits a plan."""
     prompt_rows = max(sum(chunk.end - chunk.start for chunk in chunks) for chunks in plan.chunks)
     decoded = (position + steps for _, position, steps in chain(*plan.decodes))
     computed = (chunk.end for chunk in chain(*plan.chunks))

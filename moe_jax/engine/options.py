@@ -13,8 +13,9 @@ from moe_jax.engine.distributed import ProcessGroup
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.input_builder import StepInputBuilder
-from moe_jax.engine.sizes import Sizes
+from moe_jax.engine.sizes import MIN_PAGES, MIN_PAGES_OF_LOOP, Sizes
 from moe_jax.errors import RequestError
+from moe_jax.kernels.kv_cache import attention_tile_on
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.programs import PAGE, Programs
 from moe_jax.scheduler import CacheGroup, DiffusionScheduler, Limits, Scheduler
@@ -70,6 +71,7 @@ class Options:
             prompts=prompts,
             decode_steps=self.decode_steps,
             block=block,
+            min_pages=MIN_PAGES if attention_tile_on(decoder.placement.device) is None else MIN_PAGES_OF_LOOP,
         )
 
     def pages(self, decoder: ShardedDecoder, policy: Policy, sizes: Sizes) -> dict[int | None, int]:

@@ -1,8 +1,8 @@
 """The few shapes of steps that are compiled.
 
 Each dimension is rounded up to one of a few buckets, so that few programs are compiled. A step has at most twice the
-prompt rows that it needs, and at most four times the pages. A step without prompts has at most four times the segments
-that it needs; a step with prompts has segments for all slots.
+prompt rows that it needs, and at most four times the pages, or 512 where attention loops over the pages in use. A step
+without prompts has at most four times the segments that it needs; a step with prompts has segments for all slots.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from moe_jax.kernels.forward_batch import QueryLayout
 from moe_jax.models import BatchShape
 from moe_jax.programs import PAGE
 
-MIN_PROMPT_ROWS, MIN_PAGES = 32, 8
-"""Smallest buckets of prompt rows and of pages."""
+MIN_PROMPT_ROWS = 32
+"""Smallest bucket of prompt rows."""
+MIN_PAGES, MIN_PAGES_OF_LOOP = 8, 512
+"""Smallest bucket of pages: where attention reads the pages that a step has room for, and where attention loops over
+the pages in use, so that room costs only a longer page table."""
 MIN_SEGMENT_ROWS, MAX_SEGMENT_ROWS = 8, 64
 """Bounds of the rows of a prompt segment. Attention scores all rows of a segment against all pages of the segment."""
 
@@ -58,6 +61,15 @@ class StepSize:
     def segments(self) -> int:
         return self.decoding + self.prompt_segments
 
+    def covers(self, other: StepSize) -> bool:
+        """Return True if each step that fits `other` fits this size too. Only steps with prompts have prompt rows."""
+        return (
+            (self.prompt_rows > 0) == (other.prompt_rows > 0)
+            and self.prompt_rows >= other.prompt_rows
+            and self.decoding >= other.decoding
+            and self.pages >= other.pages
+        )
+
     @cached_property
     def shape(self) -> BatchShape:
         layouts = (QueryLayout(self.decoding, self.block), QueryLayout(self.prompt_segments, self.chunk))
@@ -87,6 +99,8 @@ class Sizes:
     """Maximum decode steps in one dispatch."""
     block: int = 1
     """Positions that are decoded together; `positions` and `prompt_rows` are multiples of it."""
+    min_pages: int = MIN_PAGES
+    """Smallest bucket of pages."""
 
     def step(self, decoding: int, prompt_rows: int, positions: int) -> StepSize:
         """Return the smallest step that fits.
@@ -119,7 +133,7 @@ class Sizes:
 
     @property
     def _pages(self) -> list[int]:
-        return _buckets(-(-self.positions // PAGE), MIN_PAGES)
+        return _buckets(-(-self.positions // PAGE), self.min_pages)
 
     def _step_size(self, segments: int, rows: int, pages: int) -> StepSize:
         return StepSize(self.windows, segments, self.prompts, rows, pages, self.block)

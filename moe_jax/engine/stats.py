@@ -45,7 +45,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Stats:
-    """Statistics of an engine since it was made. No time includes compilation."""
+    """Statistics of an engine since it was made. Only `compile_seconds` includes compilation."""
 
     running: int
     """Samples that run now."""
@@ -75,6 +75,10 @@ class Stats:
     """Preemptions of requests for want of pages."""
     prefix_hits: int
     """Prompt positions that came from the prefix cache."""
+    compilations: int
+    """Programs compiled."""
+    compile_seconds: float
+    """Seconds spent on compiling them, which no other time includes."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,7 +88,8 @@ class Stats:
         return (
             f"{self.tokens_per_second:.0f} tokens/s, first token {self.first_token.p50 * 1e3:.0f} ms, "
             f"then {self.between_tokens.p50 * 1e3:.1f} ms each, {self.running} running, {self.waiting} waiting, "
-            f"balance {self.balance:.2f}, cache {self.cache_use:.0%}"
+            f"balance {self.balance:.2f}, cache {self.cache_use:.0%}, "
+            f"{self.compilations} programs compiled in {self.compile_seconds:.1f} s"
         )
 
 

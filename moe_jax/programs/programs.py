@@ -5,6 +5,7 @@ S  slots of a token shard     P  positions of a sequence     L  segments of a to
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -28,6 +29,8 @@ from moe_jax.programs.packed_buffer import PackedBuffer
 from moe_jax.programs.sampling import SamplingMetadata
 from moe_jax.programs.step_input import Slots, StepInput
 from moe_jax.sharding import Role, Route
+
+logger = logging.getLogger(__name__)
 
 PAGE = 16
 """Positions of a page of the KV cache."""
@@ -108,11 +111,19 @@ class Programs:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args[1:]))
         key = (route, jax.tree.structure(args[1:]), shapes)
         if key not in self._compiled:
-            began = time.perf_counter()
-            self._compiled[key] = self._jit(route, step_input, args[-1]).lower(*args).compile(self._options)
-            self.compile_seconds += time.perf_counter() - began
-            self.compilations += 1
+            self._compiled[key] = self._compile(route, step_input, *args)
         return self._compiled[key]
+
+    def _compile(self, route: Route, step_input: StepInput, *args: Any) -> Compiled:
+        name, rows = _step_function(step_input).__name__, step_input.batch.capacity
+        logger.info("compiling the step %s of %d rows on each token shard", name, rows)
+        began = time.perf_counter()
+        program = self._jit(route, step_input, args[-1]).lower(*args).compile(self._options)
+        seconds = time.perf_counter() - began
+        logger.info("compiled the step %s in %.1f s", name, seconds)
+        self.compile_seconds += seconds
+        self.compilations += 1
+        return program
 
     def _jit(self, route: Route, step_input: StepInput, packed: PackedBuffer) -> Any:
         step = _step_function(step_input)
