@@ -27,7 +27,8 @@ from tokenizers import Tokenizer
 from moe_jax.checkpoints import export, loading
 from moe_jax.checkpoints.families import FAMILIES, Family
 from moe_jax.checkpoints.fields import TEXT, Fields
-from moe_jax.checkpoints.quantization import FIELD, DequantizedTensors, read_quantization
+from moe_jax.checkpoints.formats import FIELD, DequantizedTensors, Scaled, read_schemes
+from moe_jax.checkpoints.formats.modelopt import config_in
 from moe_jax.checkpoints.regions import regions
 from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
 from moe_jax.config import Quantization, WeightDtype, as_weight_dtype
@@ -36,6 +37,7 @@ from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.models import Parameters, ShardedDecoder
 
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
+MODELOPT = "hf_quant_config.json"
 KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
 """Suffixes of the files that a converted checkpoint keeps: configs, tokenizers, chat templates, licences."""
 
@@ -56,11 +58,11 @@ class Checkpoint:
         raw = _read_json(self.path / CONFIG)
         if raw is None:
             raise CheckpointError(f"{self.path / CONFIG} is missing: give a directory in Hugging Face layout")
+        if not raw.get(FIELD) and (quantization := _read_json(self.path / MODELOPT)):
+            raw = {**raw, FIELD: config_in(quantization)}
         self._raw, self._merged = raw, _merged(raw)
         self.family = family_of(raw)
-        self._scales, self.config = Fields(raw).read(
-            lambda fields: (read_quantization(fields), self.family.read(fields))
-        )
+        self._schemes, self.config = Fields(raw).read(lambda fields: (read_schemes(fields), self.family.read(fields)))
         self.eos_token_ids = self._eos_token_ids()
 
     @cached_property
@@ -103,9 +105,9 @@ class Checkpoint:
         dtype = as_weight_dtype(weight_dtype)
         if dtype is WeightDtype.EXACT:
             return None
-        if self._scales is None or dtype is not WeightDtype.FLOAT8:
-            return Quantization(dtype)
-        return Quantization(dtype, self._scales.square_block)
+        blocks = {each.square_block for each in self._schemes if isinstance(each, Scaled)}
+        is_one = dtype is WeightDtype.FLOAT8 and len(blocks) == 1
+        return Quantization(dtype, blocks.pop() if is_one else None)
 
     def load(self, decoder: ShardedDecoder) -> Parameters:
         """Load the weights onto the decoder's mesh, in its dtype and quantization.
@@ -129,7 +131,7 @@ class Checkpoint:
         with TensorFiles(self.path) as files:
             sources = self.family.sources_in(files.shapes())
             needed = list(regions(decoder, sources))
-            tensors = files if self._scales is None else DequantizedTensors(files, self._scales)
+            tensors = DequantizedTensors(files, self._schemes) if self._schemes else files
             loading.check(needed, tensors, self._is_ignored)
             return loading.load(decoder.parameters, needed, tensors, decoder.quantization)
 
@@ -178,7 +180,7 @@ class Checkpoint:
             for file in self.path.iterdir():
                 if file.suffix in KEPT_SUFFIXES and file.name != INDEX:
                     shutil.copy(file, new / file.name)
-            if self._scales is not None:  # exported weights are dequantized
+            if self._schemes:  # exported weights are dequantized
                 raw = {name: value for name, value in self._raw.items() if name != FIELD}
                 (new / CONFIG).write_text(json.dumps(raw, indent=2))
             yield new

@@ -103,6 +103,15 @@ class Fields:
         """Accept fields with any value: they do not change what the decoder computes."""
         self._seen.update(names)
 
+    def ignore_all(self) -> None:
+        """Accept all fields, for a reader that has found why the whole object is not supported."""
+        self._seen.update(self._raw)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the fields that are present and not null."""
+        return [name for name in self._raw if self.has(name)]
+
     def expect_all(self, supported: Mapping[str, Any]) -> None:
         """Require each of these fields to have the given value, or to be missing or null."""
         for name, value in supported.items():

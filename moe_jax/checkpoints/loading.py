@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from tqdm import tqdm
 
-from moe_jax.checkpoints.quantization import Tensors
+from moe_jax.checkpoints.formats import Tensors
 from moe_jax.checkpoints.reading import Reader, Spans, reader_of
 from moe_jax.checkpoints.regions import Path, Region, whole_region
 from moe_jax.config import Quantization

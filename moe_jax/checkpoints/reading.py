@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from flax import nnx
 
-from moe_jax.checkpoints.quantization import DequantizedTensors, Tensors
+from moe_jax.checkpoints.formats import DequantizedTensors, Tensors
 from moe_jax.checkpoints.regions import Index, Region
 from moe_jax.config import Quantization
 from moe_jax.kernels.quantized import QuantizedWeight, quantize

@@ -10,12 +10,15 @@ from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from moe_jax.errors import CheckpointError
 
 EIGHT_BITS = "F8_E4M3"
 """Safetensors name of the dtype float8_e4m3fn."""
+UNKNOWN_TO_NUMPY = {EIGHT_BITS: ml_dtypes.float8_e4m3fn, "F8_E8M0": np.uint8}
+"""Dtypes that safetensors (0.8) does not read into NumPy. Exponents (E8M0) are read as integers."""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -56,18 +59,18 @@ class TensorFiles:
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor."""
-        if self._file_of[name].get_slice(name).get_dtype() == EIGHT_BITS:
-            return self._read_eight_bits(name)
+        if dtype := UNKNOWN_TO_NUMPY.get(self._file_of[name].get_slice(name).get_dtype()):
+            return self._read_bytes(name, dtype)
         return self._file_of[name].get_tensor(name)
 
-    def _read_eight_bits(self, name: str) -> np.ndarray:
-        """Parse the file format: safetensors (0.8) has no numpy dtype for float8."""
+    def _read_bytes(self, name: str, dtype: DTypeLike) -> np.ndarray:
+        """Read a tensor without safetensors' reader."""
         with (self._directory / self._name_of_file[name]).open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(header_size))[name]
             first, stop = entry["data_offsets"]
             file.seek(8 + header_size + first)
-            return np.frombuffer(file.read(stop - first), ml_dtypes.float8_e4m3fn).reshape(entry["shape"])
+            return np.frombuffer(file.read(stop - first), dtype).reshape(entry["shape"])
 
     def _index(self, directory: Path) -> dict[str, str]:
         path = directory / INDEX
