@@ -114,7 +114,7 @@ def test_axis_names_and_family_names_stay_in_their_rooms(module: Path) -> None:
         for node in ast.walk(parse(module))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value
     }
-    if room(module) != "sharding":
+    if room(module) != "sharding" and module.parent.name != "formats":  # formats have scales of a "tensor"
         assert not strings & {"data", "expert", "tensor"}
     if room(module) not in ("checkpoints", "training"):
         assert not [text for text in strings if text.startswith(FAMILY_NAMES)]

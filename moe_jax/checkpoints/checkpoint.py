@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from moe_jax.checkpoints import export, loading
 from moe_jax.checkpoints.families import FAMILIES, Family
 from moe_jax.checkpoints.fields import TEXT, Fields
-from moe_jax.checkpoints.formats import FIELD, DequantizedTensors, Scaled, read_schemes
+from moe_jax.checkpoints.formats import FIELD, DequantizedTensors, EightBits, read_schemes
 from moe_jax.checkpoints.formats.modelopt import config_in
 from moe_jax.checkpoints.regions import regions
 from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
@@ -105,7 +105,7 @@ class Checkpoint:
         dtype = as_weight_dtype(weight_dtype)
         if dtype is WeightDtype.EXACT:
             return None
-        blocks = {each.square_block for each in self._schemes if isinstance(each, Scaled)}
+        blocks = {each.square_block for each in self._schemes if isinstance(each, EightBits)}
         is_one = dtype is WeightDtype.FLOAT8 and len(blocks) == 1
         return Quantization(dtype, blocks.pop() if is_one else None)
 

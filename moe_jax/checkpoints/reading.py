@@ -93,7 +93,7 @@ class QuantizedReader:
         return numbers[tuple(part)], np.broadcast_to(scales, shape)
 
 
-def _read_part(region: Region, spans: Spans, dtype: np.dtype, read: Callable[[str], np.ndarray]) -> np.ndarray:
+def _read_part(region: Region, spans: Spans, dtype: np.dtype, read: Callable[..., np.ndarray]) -> np.ndarray:
     """Read a part of a region; the padding of the vocabulary, which no tensor fills, is zero."""
     out = np.zeros([len(span) for span in spans], dtype)
     for entry in region.entries:
@@ -101,11 +101,11 @@ def _read_part(region: Region, spans: Spans, dtype: np.dtype, read: Callable[[st
         if overlap is not None:
             source, target = overlap
             with np.errstate(over="ignore"):
-                out[target] = entry.to_piece(read(entry.name))[source]
+                out[target] = entry.read(source, read)
     return out
 
 
-def _overlap(at: Index, spans: Spans) -> tuple[Index, Index] | None:
+def _overlap(at: Index, spans: Spans) -> tuple[tuple[slice, ...], Index] | None:
     """Intersect a piece at `at` with `spans`; return the index into the piece and the index into the part."""
     source: list[slice] = []
     target: list[int | slice] = []

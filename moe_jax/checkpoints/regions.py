@@ -7,13 +7,14 @@ parameters of a decoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
+from moe_jax.checkpoints.tensor_files import ALL
 from moe_jax.checkpoints.weight_mapping import Source
 from moe_jax.models import ShardedDecoder
 
@@ -59,6 +60,21 @@ class Entry:
     """Shape of the piece: the dimensions of the region for which `at` has a slice."""
     order: tuple[int, ...]
     """Dimensions of the piece in the order of the tensor, the slowest first."""
+
+    def read(self, part: Sequence[slice], read: Callable[[str, slice], np.ndarray]) -> np.ndarray:
+        """Read a part of the piece, one slice for each dimension. Of several experts in a tensor, read those needed.
+
+        Args:
+          read: returns a tensor of this name, or a part of its first dimension.
+        """
+        dim = self.order[0]
+        if self.rows is not None or len(self.shape) < 3 or self.shape[0] != self.piece_shape[dim]:
+            return self.to_piece(read(self.name, ALL))[tuple(part)]
+        count = len(range(self.shape[0])[part[dim]])
+        shape = tuple(count if number == dim else size for number, size in enumerate(self.piece_shape))
+        read_part = replace(self, shape=(count, *self.shape[1:]), piece_shape=shape)
+        others = tuple(ALL if number == dim else each for number, each in enumerate(part))
+        return read_part.to_piece(read(self.name, part[dim]))[others]
 
     def to_piece(self, tensor: np.ndarray) -> np.ndarray:
         """Convert the whole tensor to the piece in memory."""

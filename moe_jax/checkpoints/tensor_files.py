@@ -22,6 +22,9 @@ UNKNOWN_TO_NUMPY = {EIGHT_BITS: ml_dtypes.float8_e4m3fn, "F8_E8M0": np.uint8}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+ALL = slice(None)
+
+
 class TensorFiles:
     """All tensors of a directory, from one file or from several files with an index. A context manager.
 
@@ -57,20 +60,25 @@ class TensorFiles:
         slices = {name: file.get_slice(name) for name, file in self._file_of.items()}
         return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in slices.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor."""
-        if dtype := UNKNOWN_TO_NUMPY.get(self._file_of[name].get_slice(name).get_dtype()):
-            return self._read_bytes(name, dtype)
-        return self._file_of[name].get_tensor(name)
+    def read(self, name: str, part: slice = ALL) -> np.ndarray:
+        """Return one tensor, or a part of its first dimension."""
+        view = self._file_of[name].get_slice(name)
+        if dtype := UNKNOWN_TO_NUMPY.get(view.get_dtype()):
+            return self._read_bytes(name, dtype, part)
+        return self._file_of[name].get_tensor(name) if part == ALL else view[part]
 
-    def _read_bytes(self, name: str, dtype: DTypeLike) -> np.ndarray:
+    def _read_bytes(self, name: str, dtype: DTypeLike, part: slice) -> np.ndarray:
         """Read a tensor without safetensors' reader."""
         with (self._directory / self._name_of_file[name]).open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(header_size))[name]
-            first, stop = entry["data_offsets"]
+            shape, (first, stop) = entry["shape"], entry["data_offsets"]
+            if part != ALL:
+                rows = range(shape[0])[part]
+                size = (stop - first) // shape[0]
+                first, stop, shape = first + rows.start * size, first + rows.stop * size, [len(rows), *shape[1:]]
             file.seek(8 + header_size + first)
-            return np.frombuffer(file.read(stop - first), dtype).reshape(entry["shape"])
+            return np.frombuffer(file.read(stop - first), dtype).reshape(shape)
 
     def _index(self, directory: Path) -> dict[str, str]:
         path = directory / INDEX

@@ -143,6 +143,10 @@ def test_experts_in_one_tensor(dtype: str, tmp_path: Path) -> None:
     tensors = {"m.gate_up_proj": numbers, "m.gate_up_proj_scale_inv": scales}
     expected = numbers.astype(np.float32) * np.repeat(np.exp2(exponents.astype(np.float32) - 127), 32, axis=2)
     np.testing.assert_array_equal(decode(save(tmp_path, tensors), config, "m.gate_up_proj"), expected)
+    schemes = Fields({"quantization_config": config}).read(read_schemes)
+    with TensorFiles(tmp_path) as files:
+        part = DequantizedTensors(files, schemes).read("m.gate_up_proj", slice(1, 3))
+    np.testing.assert_array_equal(part, expected[1:])
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP}

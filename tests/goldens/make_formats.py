@@ -117,7 +117,8 @@ def normal_floats(weight: torch.Tensor) -> None:
 
 def awq(package: Path) -> None:
     spec = importlib.util.spec_from_file_location("packing_utils", package / "awq/utils/packing_utils.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     codes = torch.randint(-(2**31), 2**31, (INPUTS, OUTPUTS // 8), dtype=torch.int32)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.formats.eight_bits import INT8, EightBits
 from moe_jax.checkpoints.formats.four_bit_floats import MXFP4, NVFP4
 from moe_jax.checkpoints.formats.packed_integers import PackedIntegers
-from moe_jax.checkpoints.formats.scaled import INT8, Scaled
 from moe_jax.checkpoints.formats.scheme import Scheme
 from moe_jax.checkpoints.tensor_files import EIGHT_BITS
 
@@ -62,13 +62,13 @@ def _scheme(weights: Fields, format: object, group: Fields) -> Scheme | None:
 def _scaled(weights: Fields, strategy: object, size: object, block: object, dtype: str) -> Scheme | None:
     match (strategy, size, block):
         case ("tensor", _, _):
-            return Scaled(SCALES, (None, None), dtype)
+            return EightBits(SCALES, (None, None), dtype)
         case ("channel", _, _):
-            return Scaled(SCALES, (1, None), dtype)
+            return EightBits(SCALES, (1, None), dtype)
         case ("group", int(inputs), _) if inputs > 0:
-            return Scaled(SCALES, (1, inputs), dtype)
+            return EightBits(SCALES, (1, inputs), dtype)
         case ("block", _, [int(outputs), int(inputs)]) if outputs > 0 and inputs > 0:
-            return Scaled(SCALES, (outputs, inputs), dtype)
+            return EightBits(SCALES, (outputs, inputs), dtype)
         case _:
             weights.problem(f"strategy {strategy!r} with group_size {size!r} and block_structure {block!r} is unknown")
             return None

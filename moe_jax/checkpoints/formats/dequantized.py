@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 
-from moe_jax.checkpoints.formats.scaled import Scaled
-from moe_jax.checkpoints.formats.scheme import WEIGHT, Companion, Scheme, Shape, Shapes, Stored, Tensors
-from moe_jax.checkpoints.tensor_files import EIGHT_BITS
+from moe_jax.checkpoints.formats.eight_bits import EightBits
+from moe_jax.checkpoints.formats.scheme import WEIGHT, Companion, Scheme, Shapes, Stored, Tensors
+from moe_jax.checkpoints.tensor_files import ALL, EIGHT_BITS
 from moe_jax.errors import CheckpointError
 
 MAX_PROBLEMS_SHOWN = 20
@@ -42,24 +43,31 @@ class DequantizedTensors:
         }
         return others | {name: (shape, "F32") for name, shape in self._shapes.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor, dequantized."""
+    def read(self, name: str, part: slice = ALL) -> np.ndarray:
+        """Return one tensor, dequantized, or a part of its first dimension."""
         scheme = self._schemes.get(name)
-        return self._files.read(name) if scheme is None else scheme.decode(self._stored(name))
+        if scheme is None:
+            return self._files.read(name, part)
+        experts, *matrix = self._shapes[name]
+        if len(matrix) < 2:
+            return scheme.decode(self._stored(name))[part]
+        return scheme.decode(replace(self._stored(name), experts=experts, part=part))
 
     def all_in_eight_bits(self, names: Iterable[str]) -> bool:
         """Return True if all these tensors are numbers in float8 with scales."""
-        return all(isinstance(each := self._schemes.get(name), Scaled) and each.dtype == EIGHT_BITS for name in names)
+        return all(
+            isinstance(each := self._schemes.get(name), EightBits) and each.dtype == EIGHT_BITS for name in names
+        )
 
-    def numbers(self, name: str) -> np.ndarray:
+    def numbers(self, name: str, part: slice = ALL) -> np.ndarray:
         """Return a weight in float8 as it is in the file, its bits viewed as int8."""
-        return self._files.read(name).view(np.int8)
+        return self._files.read(name, part).view(np.int8)
 
-    def scales(self, name: str) -> np.ndarray:
+    def scales(self, name: str, part: slice = ALL) -> np.ndarray:
         """Return the scale of each number of a weight in float8, in the shape of the weight."""
         scheme = self._schemes[name]
-        assert isinstance(scheme, Scaled)
-        return np.broadcast_to(scheme.spread_scales(self._stored(name)), self._shapes[name])
+        assert isinstance(scheme, EightBits)
+        return np.broadcast_to(scheme.spread_scales(self._stored(name)), self._shapes[name])[part]
 
     def _parts(self, weight: str) -> Iterator[str]:
         """Yield the names of the tensors of a quantized weight."""

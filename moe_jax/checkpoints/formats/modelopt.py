@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax.checkpoints.fields import Fields
+from moe_jax.checkpoints.formats.eight_bits import EightBits
 from moe_jax.checkpoints.formats.four_bit_floats import MXFP4_GROUP, NVFP4
-from moe_jax.checkpoints.formats.scaled import Scaled
 from moe_jax.checkpoints.formats.scheme import Scheme
 
 SCALES = "{weight}_scale"
 _NVFP4 = NVFP4("{weight}", "{weight}_scale_2", divides=False)
 ALGORITHMS: Mapping[str, Scheme] = {
-    "FP8": Scaled(SCALES, (None, None)),
-    "FP8_PER_CHANNEL_PER_TOKEN": Scaled(SCALES, (1, None)),
+    "FP8": EightBits(SCALES, (None, None)),
+    "FP8_PER_CHANNEL_PER_TOKEN": EightBits(SCALES, (1, None)),
     "NVFP4": _NVFP4,
     "W4A16_NVFP4": _NVFP4,
-    "MXFP8": Scaled(SCALES, (1, MXFP4_GROUP)),
+    "MXFP8": EightBits(SCALES, (1, MXFP4_GROUP)),
 }
 MIXED = "MIXED_PRECISION"
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from moe_jax.checkpoints.fields import TEXT, Fields
 from moe_jax.checkpoints.formats.compressed_tensors import read_compressed_tensors
+from moe_jax.checkpoints.formats.eight_bits import EightBits
 from moe_jax.checkpoints.formats.four_bit_floats import GroupedMXFP4
 from moe_jax.checkpoints.formats.modelopt import read_modelopt
 from moe_jax.checkpoints.formats.nf4 import NF4
 from moe_jax.checkpoints.formats.packed_integers import AWQ, GPTQ
-from moe_jax.checkpoints.formats.scaled import Scaled
 from moe_jax.checkpoints.formats.scheme import Scheme
 
 FIELD, METHOD = "quantization_config", "quant_method"
@@ -39,12 +39,12 @@ def _fp8(fields: Fields) -> Sequence[Scheme]:
     fields.expect("expert_dtype", "fp8")
     if not fields.has("weight_block_size"):
         fields.ignore("weight_block_size")
-        return [Scaled("{weight}_scale", (None, None))]
+        return [EightBits("{weight}_scale", (None, None))]
     block = fields.take_list("weight_block_size", int)
     if len(block) != 2 or min(block) < 1:
         fields.problem(f"weight_block_size must be two sizes, such as [128, 128], got {block}")
         return []
-    return [Scaled("{weight}_scale_inv", (block[0], block[1]))]
+    return [EightBits("{weight}_scale_inv", (block[0], block[1]))]
 
 
 def _mxfp4(fields: Fields) -> Sequence[Scheme]:

@@ -7,11 +7,12 @@ The weight has its name in the family's table, such as `...up_proj.weight`, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from moe_jax.checkpoints.tensor_files import ALL
 from moe_jax.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -27,8 +28,8 @@ class Tensors(Protocol):
         """Return the shape and the dtype of each tensor; the dtype has its safetensors name, such as `BF16`."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor."""
+    def read(self, name: str, part: slice = ALL) -> np.ndarray:
+        """Return one tensor, or a part of its first dimension."""
         ...
 
 
@@ -42,6 +43,10 @@ class Stored:
     files: Tensors
     found: Shapes
     """Shape and dtype of each tensor of the files."""
+    experts: int = 1
+    """Size of the first dimension of all tensors, if they hold several experts."""
+    part: slice = field(default_factory=lambda: ALL)
+    """Experts to read."""
 
     def name(self, template: str) -> str:
         return template.format(weight=self.weight, module=self.weight.removesuffix(WEIGHT))
@@ -50,10 +55,15 @@ class Stored:
         return self.name(template) in self.found
 
     def shape(self, template: str) -> Shape:
-        return self.found[self.name(template)][0]
+        shape = self.found[self.name(template)][0]
+        return (len(range(self.experts)[self.part]), *shape[1:]) if self._has_experts(shape) else shape
 
     def read(self, template: str) -> np.ndarray:
-        return self.files.read(self.name(template))
+        name = self.name(template)
+        return self.files.read(name, self.part if self._has_experts(self.found[name][0]) else ALL)
+
+    def _has_experts(self, shape: Shape) -> bool:
+        return self.experts > 1 and shape[:1] == (self.experts,)
 
     def refuse(self, template: str, reason: str) -> CheckpointError:
         """Return the error for a tensor whose content is wrong."""

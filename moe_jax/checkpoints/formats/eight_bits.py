@@ -20,7 +20,7 @@ INT8 = "I8"
 
 
 @dataclass(frozen=True)
-class Scaled:
+class EightBits:
     """Numbers of eight bits times scales, one for each block of numbers."""
 
     scales: str
