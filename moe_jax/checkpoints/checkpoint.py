@@ -2,6 +2,7 @@
 
 config.json              as Hugging Face writes it
 tokenizer.json           of the `tokenizers` library; optional
+hf_quant_config.json     optional; quantization of NVIDIA's Model Optimizer, if config.json has none
 generation_config.json   optional; its `eos_token_id` takes precedence over that of config.json
 model.safetensors        weights in Hugging Face format; or several files with model.safetensors.index.json
 parameters/              weights in orbax format, instead of safetensors
@@ -178,12 +179,16 @@ class Checkpoint:
     def _new_directory(self, path: str | Path) -> Iterator[Path]:
         with new_directory(path) as new:
             for file in self.path.iterdir():
-                if file.suffix in KEPT_SUFFIXES and file.name != INDEX:
+                if file.suffix in KEPT_SUFFIXES and file.name not in (INDEX, MODELOPT):
                     shutil.copy(file, new / file.name)
             if self._schemes:  # exported weights are dequantized
-                raw = {name: value for name, value in self._raw.items() if name != FIELD}
-                (new / CONFIG).write_text(json.dumps(raw, indent=2))
+                (new / CONFIG).write_text(json.dumps(_without_quantization(self._raw), indent=2))
             yield new
+
+
+def _without_quantization(raw_config: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in raw_config.items() if name != FIELD}
+    return kept | {TEXT: _without_quantization(inner)} if isinstance(inner := kept.get(TEXT), dict) else kept
 
 
 def _merged(raw_config: dict[str, Any]) -> dict[str, Any]:

@@ -40,9 +40,10 @@ def test_outer_fields_of_the_language_model_are_refused(family: str, tmp_path: P
             read(WHOLE[family] | {name: value})
     assert read(with_text(WHOLE[family], hidden_size=2 * plain.hidden)).hidden == 2 * plain.hidden
     eight_bits = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
+    for raw in (WHOLE[family] | eight_bits, with_text(WHOLE[family], **eight_bits)):
+        assert checkpoint(tmp_path, raw).quantization("float8_e4m3fn")
     with pytest.raises(ConfigError, match=r"fields not understood.*: text_config\.quantization_config "):
-        checkpoint(tmp_path, with_text(WHOLE[family], **eight_bits))
-    assert checkpoint(tmp_path, WHOLE[family] | eight_bits).quantization("float8_e4m3fn")
+        checkpoint(tmp_path, with_text(WHOLE[family] | eight_bits, **eight_bits))
 
 
 @pytest.mark.parametrize(
