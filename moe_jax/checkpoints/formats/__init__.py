@@ -2,7 +2,7 @@
 
 A reader returns schemes. The dtype and the companions of each tensor show which weights have which scheme.
 
-scheme.py             what a scheme is
+scheme.py             schemes and their tensors
 codes.py              packed numbers, exponents, blocks of scales
 eight_bits.py            eight-bit numbers with scales; four_bit_floats.py, packed_integers.py, nf4.py  four-bit numbers
 dequantized.py        the tensors of a checkpoint, dequantized

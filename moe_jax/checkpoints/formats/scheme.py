@@ -72,7 +72,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Companion:
-    """What a companion of the codes must be."""
+    """Required shape and dtype of a companion of the codes."""
 
     shape: Shape
     dtypes: tuple[str, ...]
