@@ -18,7 +18,8 @@ from moe_jax.scheduler import Request
 def step_outputs(emitted: Any, samples: Sequence[SampledSegment]) -> dict[Request, StepOutput]:
     """Cut the tokens of each request out of a dispatch's `SampledTokens` (NumPy arrays)."""
     tokens, logprobs, counts = (part.tolist() for part in (emitted.tokens, emitted.logprobs, emitted.counts))
-    is_finite = np.isfinite(emitted.logprobs).all(axis=1).tolist()
+    is_emitted = np.arange(emitted.logprobs.shape[1]) < emitted.counts[:, None]
+    is_finite = (np.isfinite(emitted.logprobs) | ~is_emitted).all(axis=1).tolist()
     return {
         request: StepOutput(
             tokens[segment][: counts[segment]], logprobs[segment][: counts[segment]], segment, is_finite[segment]

@@ -96,12 +96,13 @@ def _step(
 
 
 def _at_step(step_input: StepInput, step: Int32[Array, ""], alive: Bool[Array, "L"]) -> StepInput:
-    """Move the input to a later step of the loop. Segments that have ended write nothing."""
+    """Move the input to a later step of the loop. Segments that have ended read and write nothing."""
     batch = step_input.batch
     ended = ~alive.at[batch.segments].get(mode="fill", fill_value=False)
     batch = replace(
         batch,
         segments=jnp.where(ended, step_input.slots.shape[0], batch.segments),
         positions=batch.positions + step,
+        lengths=jnp.where(alive, batch.lengths, 0),
     )
     return replace(step_input, batch=batch, samples=alive)

@@ -102,7 +102,7 @@ def _step(
 
 
 def _at_blocks(batch: ForwardBatch, blocks: CurrentBlocks) -> ForwardBatch:
-    """Move the rows of blocks to their current positions. Rows of segments without a block write nothing."""
+    """Move the rows of blocks to their current positions. Segments without a block read and write nothing."""
     planned = batch.positions.at[batch.starts[: blocks.slots.shape[0]]].get(mode="clip")
     shifts = jnp.where(blocks.alive, blocks.positions[:, 0] - planned, 0)
     idle = (~blocks.alive).at[batch.segments].get(mode="fill", fill_value=False)
@@ -110,6 +110,7 @@ def _at_blocks(batch: ForwardBatch, blocks: CurrentBlocks) -> ForwardBatch:
         batch,
         segments=jnp.where(idle, batch.starts.shape[0], batch.segments),
         positions=batch.positions + shifts.at[batch.segments].get(mode="fill", fill_value=0),
+        lengths=batch.lengths.at[: blocks.alive.shape[0]].multiply(blocks.alive),
     )
 
 
