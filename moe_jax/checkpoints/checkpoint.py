@@ -68,7 +68,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer in tokenizer.json; `None` if there is no such file.
+        """The tokenizer in tokenizer.json, without truncation and padding; `None` if there is no such file.
 
         Raises:
           CheckpointError: the file is damaged.
@@ -77,14 +77,17 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            return Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
             raise CheckpointError(f"{path} is damaged ({error}): copy it again, or remove it") from error
+        tokenizer.no_truncation()  # settings of whoever saved the file, which transformers resets too
+        tokenizer.no_padding()
+        return tokenizer
 
     def _eos_token_ids(self) -> frozenset[int]:
         """Read the tokens that end a sequence."""
         ids = (_read_json(self.path / GENERATION) or {}).get("eos_token_id")
-        ids = self._merged.get("eos_token_id") if ids is None else ids
+        ids = self._merged.get("eos_token_id") if ids in (None, []) else ids
         listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if not all(type(token) is int for token in listed):
             raise CheckpointError(f"{self.path}: eos_token_id must be a token id or a list of them, got {ids!r}")

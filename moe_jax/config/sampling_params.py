@@ -34,7 +34,7 @@ _INTEGERS = {
     "max_tokens": Range(0, MAX_INT64, "0 or more"),
     "min_tokens": Range(0, MAX_INT64, "0 or more"),
     "top_k": Range(0, MAX_INT64, "positive, or 0 for all tokens"),
-    "seed": Range(0, 2**32 - 1, "from 0 to 2**32 - 1"),
+    "seed": Range(-(2**63), 2**64 - 1, "an integer of 64 bits"),
     "logprobs": Range(0, MAX_TOP_LOGPROBS, f"from 0 to {MAX_TOP_LOGPROBS}"),
     "prompt_logprobs": Range(0, MAX_TOP_LOGPROBS, f"from 0 to {MAX_TOP_LOGPROBS}"),
     "priority": Range(-MAX_INT64, MAX_INT64, "a signed 64-bit integer"),
@@ -44,7 +44,7 @@ _NUMBERS = {
     "temperature": Range(0, MAX_FLOAT32, "0 (greedy) or a positive number"),
     "top_p": Range(ABOVE_ZERO, 1, "above 0 and at most 1"),
     "min_p": Range(0, 1, "from 0 to 1"),
-    "repetition_penalty": Range(ABOVE_ZERO, MAX_FLOAT32, "above 0, where 1 means no penalty"),
+    "repetition_penalty": Range(0.01, 100, "from 0.01 to 100, where 1 means no penalty"),
     "presence_penalty": Range(-2, 2, "from -2 to 2"),
     "frequency_penalty": Range(-2, 2, "from -2 to 2"),
     "confidence_threshold": Range(0, 1, "from 0 to 1"),
@@ -53,7 +53,7 @@ _OPTIONAL = ("seed", "logprobs", "prompt_logprobs", "denoising_steps", "confiden
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one request, with the meaning that they have in vLLM and the OpenAI API.
 
@@ -69,7 +69,7 @@ class SamplingParams:
     max_tokens: int = 16
     """Maximum number of tokens to generate; 0 generates nothing."""
     min_tokens: int = 0
-    """Minimum number of tokens to generate before a stop token may be sampled."""
+    """Minimum number of tokens to generate before a stop token may be sampled, or a stop string may begin."""
     temperature: float = 1.0
     """Sampling temperature. 0 means greedy decoding, without `top_k`, `top_p`, `min_p` and `seed`."""
     top_k: int = 0
@@ -87,15 +87,16 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Penalty subtracted from the logits of tokens in the output, once for each occurrence."""
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
-    """Biases added to logits, by token id: from -100 to 100, for at most 300 tokens."""
+    """Biases added to logits, by token id: from -100 to 100, for at most 300 tokens. Ids may be strings, as in JSON."""
     seed: int | None = None
-    """Random seed. Equal seeds draw equal tokens from equal logits, in any batch; `None` draws a new seed."""
+    """Random seed of up to 64 bits, signed or unsigned. Equal seeds draw equal tokens from equal logits, in any batch;
+    `None` draws a new seed. Seeds beyond 32 bits are hashed to 32 bits."""
     stop: str | Sequence[str] | None = ()
     """Strings that stop the generation when they appear in the output; stored as a tuple."""
     stop_token_ids: Sequence[int] = ()
     """Tokens that stop the generation, besides the end-of-sequence tokens of the model; stored as a tuple."""
     include_stop_str_in_output: bool = False
-    """Include the stop string in the output text."""
+    """Include the stop string, or the text of the stop token, in the output text. The token ids always include it."""
     ignore_eos: bool = False
     """Continue after an end-of-sequence token of the model."""
     logprobs: int | None = 0

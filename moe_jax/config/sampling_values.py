@@ -73,7 +73,10 @@ def as_logit_bias(biases: Any) -> dict[int, float]:
         raise RequestError(f"logit_bias must be a mapping from token ids to numbers, got {shortened(biases)}")
     if len(biases) > MAX_LOGIT_BIASES:
         raise RequestError(f"logit_bias can have at most {MAX_LOGIT_BIASES} tokens, got {len(biases)}")
-    tokens, allowed = as_token_ids("logit_bias's keys", biases), Range(-100, 100, "from -100 to 100")
+    ids = [int(token) if isinstance(token, str) and token.isdecimal() else token for token in biases]
+    tokens, allowed = as_token_ids("logit_bias's keys", ids), Range(-100, 100, "from -100 to 100")
+    if len(set(tokens)) < len(tokens):
+        raise RequestError(f"logit_bias names a token twice, got {shortened(biases)}")
     values = (as_number(f"logit_bias[{token!r}]", value, allowed) for token, value in biases.items())
     return dict(zip(tokens, values, strict=True))
 

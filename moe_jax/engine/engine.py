@@ -202,13 +202,15 @@ class Engine:
         now, last_times, counts, first = self._now(), [], [], []
         for request, output in outputs.items():
             if (generation := self._generations.get(request)) and output.tokens:
-                last_times.append(generation.last_token_time)
-                counts.append(len(output.tokens))
-                first.append(not generation.tokens)
-                generation.last_token_time = now
+                before = len(generation.tokens)
                 if generation.wants_top_logprobs:
                     generation.top_logprobs += top_logprobs(emitted, output, generation.params.logprobs)
                 self._append(generation, output)
+                if count := len(generation.tokens) - before:
+                    last_times.append(generation.last_token_time)
+                    counts.append(count)
+                    first.append(not before)
+                    generation.last_token_time = now
         self._meter.record_tokens(now - np.array(last_times), np.array(counts, int), np.array(first, bool))
 
     def _now(self) -> float:

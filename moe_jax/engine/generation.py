@@ -69,6 +69,8 @@ class Generation:
         self._detokenizer: Detokenizer | None = None
         self._stop_strings = StopStrings(params.stop or (), params.include_stop_str_in_output)
         self._detokenized = 0
+        self._hidden_tokens = 0
+        """Number of tokens at the end without text: a stop token has none, unless it is requested."""
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -115,6 +117,7 @@ class Generation:
         if has_stop_id:
             places = (place for place in range(before, len(self.tokens)) if self.tokens[place] in self.stop_ids)
             self._truncate(next(places) + 1)
+            self._hidden_tokens = int(not self.params.include_stop_str_in_output)
         if self.params.stop and self._stops_at_string(before):
             return
         if has_stop_id:
@@ -126,8 +129,8 @@ class Generation:
         """End the generation, and complete its text."""
         self.update_text()
         if self._detokenizer is not None:
-            text, _ = self._stop_strings.push(self._detokenizer.finish())
-            self.text += text + self._stop_strings.finish()
+            self._add_text(self._detokenizer.finish())
+            self.text += self._stop_strings.finish()
         self.finish_reason, self.error = reason, error
         self.__dict__.pop("sampling", None)
         self.__dict__.pop("schedule", None)
@@ -139,7 +142,7 @@ class Generation:
         stop string.
         """
         if self.finish_reason is None:
-            self._detokenize(len(self.tokens))
+            self._detokenize(len(self.tokens) - self._hidden_tokens)
         return self.text
 
     def report(self) -> None:
@@ -157,7 +160,7 @@ class Generation:
 
     def _stops_at_string(self, first: int) -> bool:
         """Decode the tokens from `first` on. If one of them completes a stop string, end the generation there."""
-        for end in range(first + 1, len(self.tokens) + 1):
+        for end in range(first + 1, len(self.tokens) - self._hidden_tokens + 1):
             if self._detokenize(end):
                 self._truncate(end)
                 self.finish_reason = "stop"
@@ -169,8 +172,16 @@ class Generation:
         if self._tokenizer is None or end == self._detokenized:
             return False
         if self._detokenizer is None:
-            self._detokenizer = Detokenizer(self._tokenizer, self.params.skip_special_tokens)
-        text, has_stop = self._stop_strings.push(self._detokenizer.push(self.tokens[self._detokenized : end]))
-        self.text += text
+            self._detokenizer = Detokenizer(self._tokenizer, self.params.skip_special_tokens, self.prompt)
+        new = self._detokenizer.push(self.tokens[self._detokenized : end])
         self._detokenized = end
+        return self._add_text(new, self._detokenizer.pending if self.params.stop else "")
+
+    def _add_text(self, new: str, pending: str = "") -> bool:
+        """Append text, and return True if it has a stop string. The first `min_tokens` tokens cannot stop."""
+        if self._detokenized <= self.params.min_tokens:
+            self.text += new
+            return False
+        text, has_stop = self._stop_strings.push(new, pending)
+        self.text += text
         return has_stop

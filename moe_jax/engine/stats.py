@@ -56,7 +56,7 @@ class Stats:
     prompt_tokens: int
     """Prompt tokens computed; tokens recomputed after a preemption count again."""
     generated_tokens: int
-    """Tokens generated."""
+    """Tokens generated and returned: tokens computed after a stop do not count."""
     busy_seconds: float
     """Seconds in which the engine had work."""
     first_token: Latency

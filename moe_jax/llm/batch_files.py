@@ -107,17 +107,7 @@ def _parse(line: bytes) -> Entry:
 def _params(request: Entry, defaults: SamplingParams) -> SamplingParams:
     if unknown := sorted(request.keys() - PARAMETERS):
         raise RequestError(f"unknown fields {unknown}: besides prompt and id there are {', '.join(sorted(PARAMETERS))}")
-    if request.get("logit_bias") is not None:
-        request["logit_bias"] = _with_token_ids(request["logit_bias"])
     return replace(defaults, **request)
-
-
-def _with_token_ids(bias: Any) -> Any:
-    """Turn the keys of a `logit_bias` into token ids: JSON's keys are strings."""
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except (ValueError, AttributeError) as error:
-        raise RequestError(f"logit_bias must be an object of token ids and numbers, got {bias!r}") from error
 
 
 def _result(group: RequestGroup, id: Any) -> Entry:

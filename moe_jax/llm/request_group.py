@@ -125,5 +125,5 @@ class RequestGroup:
 
 
 def _seed_of(seed: int, sample: int) -> int:
-    """Return the seed of one of several samples. The first sample has the seed of a single sample."""
-    return zlib.crc32(f"{seed} {sample}".encode()) if sample else seed % 2**32
+    """Return the 32-bit seed of one of several samples. The first sample has the seed of a single sample."""
+    return seed if not sample and 0 <= seed < 2**32 else zlib.crc32(f"{seed} {sample}".encode())

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from test_goldens import GOLDENS, MAIN_CASES
 
 from moe_jax.checkpoints import Checkpoint, loading
+from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.checkpoints.export import export
 from moe_jax.checkpoints.regions import regions
 from moe_jax.errors import CheckpointError
@@ -291,3 +293,25 @@ def test_half_precision_files_are_read(copy: Path) -> None:
     rewrite(copy, halve)
     expected = jax.tree.map(lambda a: np.asarray(a).astype(ml_dtypes.bfloat16).astype(np.float32), load(GOLDENS / ONE))
     assert_equal(load(copy), expected)
+
+
+def test_truncation_and_padding_of_the_tokenizer_file_are_reset(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(ADDER, tmp_path / "adder"))
+    tokenizer = Checkpoint(directory).tokenizer
+    assert tokenizer is not None
+    expected = tokenizer.encode("123+456=").ids
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=40)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    reset = Checkpoint(directory).tokenizer
+    assert reset is not None
+    assert reset.encode("123+456=").ids == expected
+
+
+@pytest.mark.parametrize(("generation", "config", "expected"), [([], 3, {3}), (None, [3, 4], {3, 4}), (5, 3, {5})])
+def test_an_empty_eos_token_id_is_none(generation: Any, config: Any, expected: set[int], copy: Path) -> None:
+    """generation_config.json takes precedence where it names a token."""
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(raw | {"eos_token_id": config}))
+    assert Checkpoint(copy).eos_token_ids == expected

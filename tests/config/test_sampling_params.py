@@ -42,12 +42,12 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"top_p": NAN}, "top_p must be above 0 and at most 1, got nan"),
         ({"min_p": -0.1}, "min_p must be from 0 to 1, got -0.1"),
         ({"top_k": -1}, "top_k must be positive"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
-        ({"repetition_penalty": INFINITY}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty must be from 0.01 to 100"),
+        ({"repetition_penalty": INFINITY}, "repetition_penalty must be from 0.01 to 100"),
         ({"presence_penalty": 2.1}, "presence_penalty must be from -2 to 2, got 2.1"),
         ({"frequency_penalty": None}, "frequency_penalty must be a number, got None"),
-        ({"seed": -1}, "seed must be from 0"),
-        ({"seed": 2**32}, "seed must be from 0"),
+        ({"seed": -(2**63) - 1}, "seed must be an integer of 64 bits"),
+        ({"seed": 2**64}, "seed must be an integer of 64 bits"),
         ({"logprobs": 21}, "logprobs must be from 0 to 20, got 21"),
         ({"prompt_logprobs": -1}, "prompt_logprobs must be from 0 to 20, got -1"),
         ({"priority": 0.5}, "priority must be a whole number, got 0.5"),
@@ -61,7 +61,9 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"stop_token_ids": 2}, "stop_token_ids must be token ids, got 2"),
         ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1"),
         ({"logit_bias": [1]}, "logit_bias must be a mapping"),
-        ({"logit_bias": {"5": 1}}, "logit_bias's keys must be token ids"),
+        ({"logit_bias": {"five": 1}}, "logit_bias's keys must be token ids"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias's keys must be token ids"),
+        ({"logit_bias": {"5": 1, 5: 2}}, "logit_bias names a token twice"),
         ({"logit_bias": {5: 101}}, r"logit_bias\[5\] must be from -100 to 100, got 101"),
         ({"logit_bias": {5: NAN}}, r"logit_bias\[5\] must be from -100 to 100, got nan"),
         ({"logit_bias": {5: "much"}}, r"logit_bias\[5\] must be a number, got 'much'"),
@@ -87,13 +89,25 @@ def test_values_are_stored_in_plain_types() -> None:
     )
     bias[np.int32(4)] = 2
     assert params == SamplingParams(
-        2, 4, top_p=0.5, stop=("end",), stop_token_ids=(7, 8), logit_bias={3: 1.0}, seed=2**32 - 1
+        n=2, max_tokens=4, top_p=0.5, stop=("end",), stop_token_ids=(7, 8), logit_bias={3: 1.0}, seed=2**32 - 1
     )
     for name in ("n", "max_tokens", "seed"):
         assert type(getattr(params, name)) is int
     assert type(params.temperature) is type(params.top_p) is float
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop=None) == SamplingParams()
+
+
+def test_values_of_other_clients_are_taken() -> None:
+    """JSON has strings for keys; OpenAI's clients send seeds of 64 bits."""
+    assert SamplingParams(logit_bias={"5": 1}).logit_bias == {5: 1.0}  # type: ignore[dict-item]
+    for seed in (-1, -(2**63), 2**64 - 1):
+        assert SamplingParams(seed=seed).seed == seed
+
+
+def test_parameters_are_not_given_by_position() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        SamplingParams(2)  # type: ignore[misc]
 
 
 def test_parameters_can_be_hashed_pickled_and_replaced() -> None:

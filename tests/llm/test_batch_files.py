@@ -77,7 +77,7 @@ def test_lines_that_cannot_be_served_do_not_stop_the_others(llm: LLM, paths: tup
         "the prompt has 70 tokens, a sequence can have 64",
         "unknown fields ['temprature']: besides prompt and id there are",
         "top_p must be above 0 and at most 1, got 7",
-        "logit_bias must be an object of token ids and numbers",
+        "logit_bias's keys must be token ids",
         "the prompt holds token id 99",
     ]
     for result, message in zip(results[1:9], expected, strict=True):

@@ -107,3 +107,21 @@ def test_cancelling_a_request_cancels_all_its_samples(llm: LLM) -> None:
             assert (llm.stats().running, llm.stats().cache_use) == (0, 0)
 
     run(ask())
+
+
+@pytest.mark.parametrize(
+    "extreme", [{"temperature": 1e-45}, {"temperature": 1e-30}, {"top_p": 5e-324}, {"top_k": 1}, {"min_p": 1}]
+)
+def test_extreme_filters_leave_the_likeliest_token(llm: LLM, extreme: dict[str, Any]) -> None:
+    (greedy,) = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    (output,) = llm.generate(PROMPT, SamplingParams(max_tokens=4, ignore_eos=True, **extreme))
+    assert tokens(output) == tokens(greedy)
+
+
+def test_extreme_penalties_and_biases_choose_a_token(llm: LLM) -> None:
+    names = {"repetition_penalty": (0.01, 100), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}
+    params = [SamplingParams(**{name: value}, temperature=0) for name, values in names.items() for value in values]
+    biased = SamplingParams(temperature=0, logit_bias=dict.fromkeys(range(8), -100) | {3: 100}, max_tokens=3)
+    *outputs, output = llm.generate([PROMPT] * (len(params) + 1), [*params, biased])
+    assert all(each.finish_reason != "error" for each in outputs)
+    assert output.token_ids == [3] * 3

@@ -81,7 +81,7 @@ class Companion:
 
 
 class Scheme(Protocol):
-    """How a quantized weight is stored."""
+    """Storage of quantized weights."""
 
     @property
     def codes(self) -> str:
