@@ -88,6 +88,12 @@ class Engine:
         return self._scheduler.waiting
 
     @property
+    def max_admitted(self) -> int:
+        """Maximum number of requests that one plan admits."""
+        limits = self._scheduler.limits
+        return limits.max_prefills * limits.shards
+
+    @property
     def has_work(self) -> bool:
         return bool(self._generations) or self._in_flight is not None
 

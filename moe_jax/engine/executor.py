@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
 from jaxtyping import Array, Int32
 
@@ -26,7 +25,7 @@ class Executor:
         self.programs = programs
         self._parameters, self._policy, self._sizes = parameters, policy, sizes
         self._pages = pages
-        self._route = cache(self._decide)
+        self._routes: dict[int, Route] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -37,7 +36,10 @@ class Executor:
 
     def run(self, step_input: StepInput) -> tuple[Int32[Array, "shards*L W"], RowLogprobs | None]:
         """Run a step. Return the packed `SampledTokens` and the scores of targets; reading either blocks."""
-        route = self._route(step_input.batch.capacity)
+        capacity = step_input.batch.capacity
+        if capacity not in self._routes:
+            self._routes[capacity] = self._decide(capacity)
+        route = self._routes[capacity]
         emitted, scored, self._slots, self._caches = self.programs.run(
             self._parameters, self._caches, self._slots, step_input, route
         )

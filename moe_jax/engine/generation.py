@@ -42,6 +42,7 @@ class Generation:
         queue: OutputQueue,
         *,
         wants_logits: bool = False,
+        sample: int = 0,
     ) -> None:
         """
         Args:
@@ -50,9 +51,10 @@ class Generation:
           tokenizer: decodes tokens into text; None for no text.
           queue: receives the generation whenever it has new output, or ends.
           wants_logits: return the logits after each prompt token.
+          sample: number of the sample among those of the request.
         """
         self.request, self.params, self.seed, self.stop_ids = request, params, seed, stop_ids
-        self.wants_logits = wants_logits
+        self.wants_logits, self.sample = wants_logits, sample
         self.prompt_output = PromptOutput()
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -64,8 +66,7 @@ class Generation:
         """Numbers of tokens and of characters that the caller has received."""
         self.last_token_time = 0.0
         """Time of the last tokens, or of the arrival, by the engine's clock."""
-        self._queue = queue
-        self._tokenizer = tokenizer
+        self._queue, self._tokenizer = queue, tokenizer
         self._detokenizer: Detokenizer | None = None
         self._stop_strings = StopStrings(params.stop or (), params.include_stop_str_in_output)
         self._detokenized = 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
+from typing import NoReturn, Self
 
 import numpy as np
 from jax.sharding import Mesh
@@ -18,11 +18,12 @@ from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.config import WeightDtype
 from moe_jax.config.sampling_params import SamplingParams
-from moe_jax.engine import Generation, Options, OutputQueue, Stats
+from moe_jax.engine import Engine, Generation, Options, Stats
 from moe_jax.engine.distributed import ProcessGroup, SingleProcess
 from moe_jax.engine.options import resolve_max_length
 from moe_jax.engine.outputs import RequestOutput, StreamEvent
 from moe_jax.errors import RequestError
+from moe_jax.llm.engine_loop import EngineLoop
 from moe_jax.llm.prompts import Prompt, make_request_groups
 from moe_jax.llm.request_group import RequestGroup
 from moe_jax.llm.settings import dtype_name, model_identity, shared_settings
@@ -40,6 +41,9 @@ from moe_jax.sharding import (
     as_placement,
 )
 
+MAX_N = 1024
+"""Default for the maximum `SamplingParams.n`."""
+
 
 @dataclass(frozen=True)
 class ExplainRequest:
@@ -50,6 +54,9 @@ class ExplainRequest:
 
 class LLM:
     """Decode prompts in batches with one checkpoint.
+
+    Threads may share an `LLM`: the requests of all of them are decoded together. Use it as a context manager, or call
+    `close`, to free its memory.
 
     Args:
       checkpoint: directory in Hugging Face layout, or written by `moe-jax convert`; by default the bundled model, which
@@ -73,6 +80,7 @@ class LLM:
       max_length: maximum positions of a sequence, prompt included; by default those of the model. The last generated
         token takes no position. vLLM: `max_model_len`.
       max_batch_size: maximum sequences decoded together; more sequences wait. vLLM: `max_num_seqs`.
+      max_n: maximum `SamplingParams.n` of a request.
       prefill_tokens: maximum prompt tokens of a step on each token shard, besides the sequences that decode. vLLM:
         `max_num_batched_tokens`.
       decode_steps: decode steps that the devices run before the host reads the tokens.
@@ -103,6 +111,7 @@ class LLM:
         scan_layers: bool = ShardedDecoder.scan_layers,
         max_length: int | None = None,
         max_batch_size: int = Options.max_batch_size,
+        max_n: int = MAX_N,
         prefill_tokens: int = Options.prefill_tokens,
         decode_steps: int = Options.decode_steps,
         cache_pages: int | None = Options.cache_pages,
@@ -113,22 +122,50 @@ class LLM:
         self._checkpoint = Checkpoint(checkpoint)
         self.config, self.tokenizer = self._checkpoint.config, self._checkpoint.tokenizer
         self.max_length = resolve_max_length(self.config, max_length)
-        self.max_batch_size = max_batch_size
+        self.max_batch_size, self.max_n = max_batch_size, max_n
         options = Options(
             self.max_length, max_batch_size, prefill_tokens, decode_steps, cache_pages, cache_memory, prefix_cache
         )
-        dtype = dtype_name(dtype or self._checkpoint.dtype)
-        quantization = self._checkpoint.quantization(weight_dtype)
-        decoder = ShardedDecoder(self.config, as_placement(mesh), dtype, scan_layers, quantization)
+        weights = dtype_name(dtype or self._checkpoint.dtype), scan_layers, self._checkpoint.quantization(weight_dtype)
+        decoder = ShardedDecoder(self.config, as_placement(mesh), *weights)
         self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
         self.identity = model_identity(self._checkpoint.path, decoder, gather_dtype, self.max_length)
         """Settings that generated tokens depend on, as text."""
         self._programs = Programs(decoder)
         self._process_group = process_group or SingleProcess()
-        self._process_group.check_agreement(
-            shared_settings(decoder, options, self._policy.hardware, combine, residual, gather_dtype)
+        settings = shared_settings(decoder, options, self._policy.hardware, combine, residual, gather_dtype)
+        self.engine_loop = EngineLoop(self._load(options, settings))
+        """The engine's thread, which all callers share."""
+
+    def _load(self, options: Options, settings: Mapping[str, str]) -> Engine:
+        self._process_group.check_agreement(settings)
+        parameters = self._checkpoint.load(self._programs.decoder)
+        return options.engine(self._programs, parameters, self._policy, self._process_group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise RequestError(
+            "an LLM holds the memory of devices, so that it cannot be copied or pickled: make another LLM of the "
+            "same checkpoint where it is needed"
         )
-        self.engine = options.engine(self._programs, self._checkpoint.load(decoder), self._policy, self._process_group)
+
+    def close(self) -> None:
+        """Cancel all requests, and free weights and cache. Later calls of the other methods are errors."""
+        self.engine_loop.close()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, which runs on its own thread while requests run.
+
+        Raises:
+          RequestError: this `LLM` was closed, or was made by another process.
+        """
+        return self.engine_loop.engine
 
     def generate(
         self,
@@ -149,9 +186,10 @@ class LLM:
         """
         request_groups = self.request_groups(prompts, params)
         total = sum(group.max_tokens * group.params.n for group in request_groups)
+        convert = Generation.count_new if progress else lambda generation: None
         with tqdm(total=total, desc="generating", unit=" tokens", disable=not progress, leave=False) as bar:
-            for _, generation in self._run(request_groups):
-                bar.update(generation.count_new())
+            for new_tokens in self.engine_loop.run(request_groups, lambda _, generation: convert(generation)):
+                bar.update(new_tokens)
                 bar.set_postfix_str(str(self.stats()), refresh=False)
         return [group.output() for group in request_groups]
 
@@ -159,18 +197,21 @@ class LLM:
         self,
         prompts: str | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """Yield the tokens of all prompts as they are generated.
 
-        The events of a sample come in order; the last one gives the finish reason. Unfinished requests are cancelled
-        when the iterator is garbage-collected, such as after `break`; the iterator has no `close`.
+        The events of a sample come in order; the last one gives the finish reason. The requests begin when the
+        generator is first advanced. Closing the generator, or leaving it, cancels the unfinished requests.
 
         Raises:
           RequestError: as for `generate`, before anything runs.
         """
-        request_groups = self.request_groups(prompts, params)
-        empty = chain.from_iterable(group.empty_events for group in request_groups)
-        return chain(empty, (group.event(generation) for group, generation in self._run(request_groups)))
+        return self._stream(self.request_groups(prompts, params))
+
+    def _stream(self, request_groups: Sequence[RequestGroup]) -> Generator[StreamEvent, None, None]:
+        for group in request_groups:
+            yield from group.empty_events
+        yield from self.engine_loop.run(request_groups, RequestGroup.event)
 
     def logits(self, prompts: str | Sequence[Prompt]) -> list[Float[np.ndarray, "length vocab"]]:
         """Return the float32 logits after each token of each prompt.
@@ -179,7 +220,7 @@ class LLM:
           RequestError: as for `generate`.
         """
         request_groups = self.request_groups(prompts, SamplingParams(temperature=0, max_tokens=0), wants_logits=True)
-        for _ in self._run(request_groups):
+        for _ in self.engine_loop.run(request_groups, _if_ended):
             pass
         return [np.concatenate(group.generations[0].prompt_output.logits) for group in request_groups]
 
@@ -190,7 +231,9 @@ class LLM:
           sampling: also compile the steps of requests that do more than greedy decoding.
           progress: show a progress bar.
         """
-        self.engine.warm_up([StepFlags(), StepFlags(sampling=True)] if sampling else [StepFlags()], progress=progress)
+        variants = [StepFlags(), StepFlags(sampling=True)] if sampling else [StepFlags()]
+        with self.engine_loop.paused() as engine:
+            engine.warm_up(variants, progress=progress)
 
     def run_worker(self) -> None:
         """Run the steps of process 0, until process 0 leaves the process group. Call it in all other processes.
@@ -213,8 +256,9 @@ class LLM:
         """Explain a decode step of `batch_size` sequences: the combine and the reason for it, collectives and bytes."""
         if batch_size < 1:
             raise RequestError(f"a decode step needs at least one sequence, got {batch_size}")
-        self._process_group.broadcast(ExplainRequest(batch_size))
-        return self._explain(batch_size)
+        with self.engine_loop.paused():
+            self._process_group.broadcast(ExplainRequest(batch_size))
+            return self._explain(batch_size)
 
     def _explain(self, batch_size: int) -> Explanation:
         counts = evenly(batch_size, self._policy.placement.size(Role.TOKENS))
@@ -232,38 +276,21 @@ class LLM:
         Raises:
           RequestError: as for `generate`.
         """
-        return make_request_groups(self._checkpoint, self.max_length, prompts, params, wants_logits=wants_logits)
+        groups = make_request_groups(self._checkpoint, self.max_length, prompts, params, wants_logits=wants_logits)
+        if too_many := [group.params.n for group in groups if group.params.n > self.max_n]:
+            raise RequestError(f"n must be at most {self.max_n}, got {too_many[0]}: use a smaller n, or raise max_n")
+        return groups
 
     def finished(self, request_groups: Iterable[RequestGroup]) -> Iterator[RequestGroup]:
         """Run request groups; yield each group when all its samples have ended."""
         request_groups = list(request_groups)
         yield from (group for group in request_groups if not group.samples)
         unfinished = {group: group.samples for group in request_groups}
-        for group, generation in self._run(request_groups):
-            unfinished[group] -= generation.finish_reason is not None
+        for group in self.engine_loop.run(request_groups, _if_ended):
+            unfinished[group] -= 1
             if not unfinished[group]:
                 yield group
 
-    def _run(self, request_groups: Iterable[RequestGroup]) -> Iterator[tuple[RequestGroup, Generation]]:
-        """Run request groups; yield a sample whenever it has new output.
 
-        Groups begin when there is room in the engine. Groups without samples never begin.
-        """
-        queue = OutputQueue()
-        running: dict[Generation, RequestGroup] = {}
-        remaining = iter(request_groups)
-        try:
-            while True:
-                while self.engine.waiting < self.max_batch_size and (group := next(remaining, None)):
-                    for generation in group.begin(queue):
-                        running[generation] = group
-                        self.engine.add(generation)
-                if not running:
-                    return
-                self.engine.step()
-                for generation in queue.read():
-                    group = running[generation] if generation.finish_reason is None else running.pop(generation)
-                    yield group, generation
-        finally:
-            for generation in running:
-                self.engine.cancel(generation)
+def _if_ended(group: RequestGroup, generation: Generation) -> RequestGroup | None:
+    return group if generation.finish_reason is not None else None

@@ -6,6 +6,7 @@ import secrets
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -34,34 +35,38 @@ class RequestGroup:
     new_request: Callable[..., Request] = Request
     """Makes the scheduler's request of a sample."""
     generations: list[Generation] = field(default_factory=list)
-    """The samples, once the group has begun."""
+    """The samples that have begun."""
 
     @property
     def samples(self) -> int:
         """Number of samples to run; 0 if neither tokens nor outputs of the prompt are requested."""
         return self.params.n if self.max_tokens or self._needs_prompt_rows else 0
 
-    def begin(self, queue: OutputQueue) -> list[Generation]:
-        """Make the generations of all samples, which report to `queue`."""
-        seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
+    def begin(self, sample: int, queue: OutputQueue) -> Generation:
+        """Make the generation of the next sample, which reports to `queue`."""
+        assert sample == len(self.generations), "samples begin in order"
         # Outputs of a prompt and penalties need every prompt token in a step, not only its cached pages.
         shares_prefix = not (self._needs_prompt_rows or self.params.uses_penalties)
-        for sample in range(self.samples):
-            request = self.new_request(
-                secrets.token_hex(8), self.prompt, max(self.max_tokens, 1), self.params.priority, shares_prefix
-            )
-            self.generations.append(
-                Generation(
-                    request,
-                    self.params,
-                    _seed_of(seed, sample),
-                    self.stop_ids,
-                    self.tokenizer,
-                    queue,
-                    wants_logits=self.wants_logits,
-                )
-            )
-        return self.generations
+        request = self.new_request(
+            secrets.token_hex(8), self.prompt, max(self.max_tokens, 1), self.params.priority, shares_prefix
+        )
+        generation = Generation(
+            request,
+            self.params,
+            _seed_of(self.seed, sample),
+            self.stop_ids,
+            self.tokenizer,
+            queue,
+            wants_logits=self.wants_logits,
+            sample=sample,
+        )
+        self.generations.append(generation)
+        return generation
+
+    @cached_property
+    def seed(self) -> int:
+        """Seed of the first sample."""
+        return secrets.randbits(32) if self.params.seed is None else self.params.seed
 
     def output(self) -> RequestOutput:
         """Return the results of a group that has ended."""
@@ -82,7 +87,7 @@ class RequestGroup:
         new = slice(tokens, self.max_tokens)
         return StreamEvent(
             prompt=self.number,
-            sample=self.generations.index(generation),
+            sample=generation.sample,
             text=self._text(text[characters:]),
             token_ids=generation.tokens[new],
             logprobs=generation.logprobs[new],

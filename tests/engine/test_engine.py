@@ -66,7 +66,7 @@ class Crowd(RuleBasedStateMachine):
     @rule(prompt=st.integers(0, len(PROMPTS) - 1), params=st.integers(0, len(PARAMS) - 1))
     def arrive(self, prompt: int, params: int) -> None:
         (group,) = self.llm.request_groups([PROMPTS[prompt]], PARAMS[params])
-        (generation,) = group.begin(self.queue)
+        generation = group.begin(0, self.queue)
         self.llm.engine.add(generation)
         self.open[generation] = (prompt, params)
 
@@ -130,7 +130,7 @@ def test_penalties_count_the_tokens_of_prompt_and_output() -> None:
     llm, prompt = lonely(), PROMPTS[2]
     (plain,) = llm.generate([prompt], PARAMS[0])
     assert len({*prompt, *plain.token_ids}) < len({*prompt}) + 16
-    (penalised,) = llm.generate([prompt], replace(PARAMS[0], repetition_penalty=1e6))
+    (penalised,) = llm.generate([prompt], replace(PARAMS[0], repetition_penalty=100))
     assert len({*prompt, *penalised.token_ids}) == len({*prompt}) + 16
 
 

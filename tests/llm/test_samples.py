@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moe_jax import LLM, AsyncLLM, RequestOutput, SamplingParams, StreamEvent
+from moe_jax.errors import RequestError
 
 ONE = SamplingParams(temperature=100, max_tokens=8, seed=5, ignore_eos=True)
 THREE = replace(ONE, n=3)
@@ -64,12 +65,22 @@ def test_events_carry_the_index_of_their_sample(llm: LLM) -> None:
     assert sorted(ends) == [(prompt, sample) for prompt in range(2) for sample in range(3)]
 
 
-def test_dropping_a_stream_cancels_all_samples(llm: LLM) -> None:
+@pytest.mark.parametrize("ends", ["close", "delete", "break"])
+def test_leaving_a_stream_cancels_all_samples(llm: LLM, ends: str) -> None:
+    finished = llm.stats().finished
     events = llm.stream(PROMPT, LONG)
     next(events)
-    assert llm.stats().running == 3
-    del events
-    assert (llm.stats().running, llm.stats().cache_use) == (0, 0)
+    if ends == "close":
+        events.close()
+    elif ends == "delete":
+        del events
+    else:
+        for _ in llm.stream(PROMPT, LONG):
+            break
+        events.close()
+    with llm.engine_loop.paused() as engine:  # after the cancellations
+        assert (engine.stats.running, engine.stats.cache_use) == (0, 0)
+    assert llm.stats().finished - finished in (3, 6)
 
 
 def test_a_group_is_finished_when_all_its_samples_have_ended(llm: LLM) -> None:
@@ -125,3 +136,8 @@ def test_extreme_penalties_and_biases_choose_a_token(llm: LLM) -> None:
     *outputs, output = llm.generate([PROMPT] * (len(params) + 1), [*params, biased])
     assert all(each.finish_reason != "error" for each in outputs)
     assert output.token_ids == [3] * 3
+
+
+def test_n_has_a_limit(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="n must be at most 1024, got 1025: use a smaller n, or raise max_n"):
+        llm.generate(PROMPT, replace(ONE, n=1025))
