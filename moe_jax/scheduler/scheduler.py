@@ -10,15 +10,17 @@ Chunked prefill in the steps of other requests' decoding is Sarathi's (Agrawal e
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 from moe_jax.errors import RequestError
 from moe_jax.scheduler.limits import Limits
 from moe_jax.scheduler.plan import Chunk, Plan
+from moe_jax.scheduler.prefill import PrefillBatch
 from moe_jax.scheduler.prefix_tree import PrefixNode
 from moe_jax.scheduler.request import Request
 from moe_jax.scheduler.shard import TokenShard
-from moe_jax.scheduler.waiting_queue import WaitingQueue
+from moe_jax.scheduler.waiting_queue import Admission, WaitingQueue
 
 
 class Scheduler:
@@ -88,6 +90,7 @@ class Scheduler:
                     f"{len(request.prompt)} prompt tokens and {request.max_tokens} new tokens, but a token shard has "
                     f"{group.pages}: shorten the prompt, lower max_tokens, or give the cache more memory"
                 )
+        request.prefill_tokens = min(shard.prefill_tokens(request) for shard in self._shards)
         self._waiting.add(request)
         self._requests[request.id] = request
 
@@ -156,33 +159,39 @@ class Scheduler:
         if not any(shard.prefilling or (self._waiting and shard.has_free_slot) for shard in self._shards):
             return [[] for _ in self._shards]
         rows = [max(self.limits.max_rows - shard.reserve_decode(), self.limits.block) for shard in self._shards]
-        chunks = [shard.continue_prefill(limit) for shard, limit in zip(self._shards, rows, strict=True)]
-        for shard in self._shards:
-            rows[shard.number] -= sum(map(shard.rows, chunks[shard.number]))
-        while (request := self._waiting.first()) and self._admit(request, rows, chunks):
-            pass
-        return chunks
+        batches = [PrefillBatch(shard, limit) for shard, limit in zip(self._shards, rows, strict=True)]
+        for batch in batches:
+            batch.continue_prompts()
+        self._waiting.admit(partial(self._admit, batches))
+        return [batch.finish() for batch in batches]
 
-    def _admit(self, request: Request, rows: list[int], chunks: list[list[Chunk]]) -> bool:
-        """Admit the first waiting request, with its first chunk, where there is room. Return False if there is none.
+    def _admit(self, batches: Sequence[PrefillBatch], request: Request) -> Admission:
+        """Admit a waiting request, with its first chunk, where there is room.
 
         Args:
-          rows: rows left on each token shard; reduced by those of the chunk.
-          chunks: chunks of each token shard; extended by the new one.
+          batches: prefill of each token shard; that of the chosen one is extended.
+          request: the request.
         """
+        batches_with_room = [batch for batch in batches if batch.has_room]
+        if not batches_with_room:
+            return Admission.NO_ROOM
+        prefixes = {
+            batch.shard: batch.shard.pages.match_prefix(request)
+            for batch in batches_with_room
+            if not batch.must_wait(request, request.prefill_tokens)
+        }
+        tokens = {shard: request.known - len(prefix) * self.limits.page for shard, prefix in prefixes.items()}
         candidates = [
-            (shard, shard.pages.match_prefix(request))
-            for shard in self._shards
-            if shard.has_free_slot and rows[shard.number] and len(chunks[shard.number]) < self.limits.max_prefills
+            (shard, prefix)
+            for shard, prefix in prefixes.items()
+            if not batches[shard.number].must_wait(request, tokens[shard])
         ]
         for shard, prefix in self.rank_shards(request, candidates):
             if shard.pages.can_allocate(request, prefix, shard.upcoming_pages()):
-                break
-        else:
-            return False
-        self._waiting.pop()
-        chunk = shard.admit(request, prefix, rows[shard.number])
-        self.prefix_hits += request.cached
-        rows[shard.number] -= shard.rows(chunk)
-        chunks[shard.number].append(chunk)
-        return True
+                batches[shard.number].admit(request, prefix)
+                self.prefix_hits += request.cached
+                return Admission.ADMITTED
+        if candidates:
+            return Admission.NO_PAGES
+        request.prefill_tokens = min(tokens.values(), default=request.prefill_tokens)
+        return Admission.MUST_WAIT
