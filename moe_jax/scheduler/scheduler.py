@@ -172,20 +172,17 @@ class Scheduler:
           batches: prefill of each token shard; that of the chosen one is extended.
           request: the request.
         """
-        batches_with_room = [batch for batch in batches if batch.has_room]
-        if not batches_with_room:
+        if not any(batch.has_room for batch in batches):
             return Admission.NO_ROOM
-        prefixes = {
-            batch.shard: batch.shard.pages.match_prefix(request)
-            for batch in batches_with_room
-            if not batch.must_wait(request, request.prefill_tokens)
-        }
-        tokens = {shard: request.known - len(prefix) * self.limits.page for shard, prefix in prefixes.items()}
-        candidates = [
-            (shard, prefix)
-            for shard, prefix in prefixes.items()
-            if not batches[shard.number].must_wait(request, tokens[shard])
-        ]
+        candidates: list[tuple[TokenShard, list[PrefixNode]]] = []
+        lengths: list[int] = []
+        for batch in batches:
+            if not batch.has_room or batch.must_wait(request, request.prefill_tokens):
+                continue
+            prefix = batch.shard.pages.match_prefix(request)
+            lengths.append(request.known - len(prefix) * self.limits.page)
+            if not batch.must_wait(request, lengths[-1]):
+                candidates.append((batch.shard, prefix))
         for shard, prefix in self.rank_shards(request, candidates):
             if shard.pages.can_allocate(request, prefix, shard.upcoming_pages()):
                 batches[shard.number].admit(request, prefix)
@@ -193,5 +190,5 @@ class Scheduler:
                 return Admission.ADMITTED
         if candidates:
             return Admission.NO_PAGES
-        request.prefill_tokens = min(tokens.values(), default=request.prefill_tokens)
+        request.prefill_tokens = min(lengths, default=request.prefill_tokens)
         return Admission.MUST_WAIT
