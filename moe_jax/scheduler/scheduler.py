@@ -80,16 +80,17 @@ class Scheduler:
         if request.id in self._requests:
             raise RequestError(f"there is a request {request.id!r} already: give each request its own id")
         limits = self.limits
-        for group in limits.groups:
-            needed = group.max_pages(
-                request.max_positions, max(limits.max_chunk_tokens, limits.decode_steps), limits.page
+        rows = max(limits.max_chunk_tokens, limits.decode_steps)
+        needed = [group.max_pages(request.max_positions, rows, limits.page) for group in limits.groups]
+        lacking = [(group.pages, count) for group, count in zip(limits.groups, needed, strict=True) if count > group.pages]
+        if lacking:
+            pages, count = min(lacking)
+            raise RequestError(
+                f"request {request.id!r} needs {count} pages of {limits.page} positions for its "
+                f"{len(request.prompt)} prompt tokens and {request.max_tokens} new tokens, but a token shard has "
+                f"{pages}: shorten the prompt or lower max_tokens, to at most "
+                f"{pages * limits.page // limits.block * limits.block} tokens together, or give the cache more memory"
             )
-            if needed > group.pages:
-                raise RequestError(
-                    f"request {request.id!r} needs {needed} pages of {limits.page} positions for its "
-                    f"{len(request.prompt)} prompt tokens and {request.max_tokens} new tokens, but a token shard has "
-                    f"{group.pages}: shorten the prompt, lower max_tokens, or give the cache more memory"
-                )
         request.prefill_tokens = min(shard.prefill_tokens(request) for shard in self._shards)
         self._waiting.add(request)
         self._requests[request.id] = request
