@@ -38,7 +38,7 @@ class Options:
     max_batch_size: int = 256
     """Maximum sequences decoded together; more sequences wait."""
     prefill_tokens: int = 512
-    """Maximum prompt tokens of a step on each token shard."""
+    """Maximum prompt tokens of a step on each token shard; at least two for each sequence, and two blocks."""
     decode_steps: int = 8
     """Decode steps that the devices run before the host reads the tokens."""
     cache_pages: int | None = None
@@ -62,7 +62,7 @@ class Options:
         block = decoder.config.block
         # A request that only scores a full prompt still generates one token, which has a position in block diffusion.
         longest = self.max_length + (decoder.config.diffusion is not None)
-        prompt_rows = min(max(self.prefill_tokens, 2 * slots), prompts * self.max_length)
+        prompt_rows = min(max(self.prefill_tokens, 2 * slots, 2 * block), prompts * self.max_length)
         return Sizes(
             windows=decoder.windows,
             slots=slots,

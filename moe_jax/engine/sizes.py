@@ -140,9 +140,7 @@ class Sizes:
         return _buckets(-(-self.positions // PAGE), self.min_pages)
 
     def _step_size(self, segments: int, rows: int, pages: int) -> StepSize:
-        return StepSize(
-            self.windows, segments, self.prompts, rows, pages, self.block, 1 if rows else self.decode_steps
-        )
+        return StepSize(self.windows, segments, self.prompts, rows, pages, self.block, 1 if rows else self.decode_steps)
 
 
 def max_pages(window: int | None, positions: int, rows: int) -> int:

@@ -26,8 +26,9 @@ from moe_jax.scheduler.waiting_queue import Admission, WaitingQueue
 class Scheduler:
     """Scheduler of all token shards.
 
-    Requests wait in one queue, by arrival and priority. Only the first is admitted, as soon as a token shard has a
-    slot, pages, and room for its first chunk in the step.
+    Requests wait in one queue, by arrival and priority. A request is admitted as soon as a token shard has a slot,
+    pages, and room for its first chunk in the step. Later requests may be admitted before it while it lacks pages
+    (`WaitingQueue`), or if they are much shorter than the prompts that it waits for (`PrefillBatch`).
 
     A request stays on its token shard until it ends or is preempted. A preempted request returns to its old place in
     the queue, waits for its pending tokens, and is recomputed from all known tokens.
@@ -79,18 +80,7 @@ class Scheduler:
         """
         if request.id in self._requests:
             raise RequestError(f"there is a request {request.id!r} already: give each request its own id")
-        limits = self.limits
-        rows = max(limits.max_chunk_tokens, limits.decode_steps)
-        needed = [group.max_pages(request.max_positions, rows, limits.page) for group in limits.groups]
-        lacking = [(group.pages, count) for group, count in zip(limits.groups, needed, strict=True) if count > group.pages]
-        if lacking:
-            pages, count = min(lacking)
-            raise RequestError(
-                f"request {request.id!r} needs {count} pages of {limits.page} positions for its "
-                f"{len(request.prompt)} prompt tokens and {request.max_tokens} new tokens, but a token shard has "
-                f"{pages}: shorten the prompt or lower max_tokens, to at most "
-                f"{pages * limits.page // limits.block * limits.block} tokens together, or give the cache more memory"
-            )
+        self._check_pages(request)
         request.prefill_tokens = min(shard.prefill_tokens(request) for shard in self._shards)
         self._waiting.add(request)
         self._requests[request.id] = request
@@ -149,6 +139,22 @@ class Scheduler:
 
         return sorted(shards, key=rank)
 
+    def _check_pages(self, request: Request) -> None:
+        """Raise a RequestError if a request needs more pages than a token shard has."""
+        limits = self.limits
+        rows = max(limits.max_chunk_tokens, limits.decode_steps)
+        needed = [group.max_pages(request.max_positions, rows, limits.page) for group in limits.groups]
+        pairs = zip(limits.groups, needed, strict=True)
+        lacking = [(group.pages, count) for group, count in pairs if count > group.pages]
+        if lacking:
+            pages, count = min(lacking)
+            raise RequestError(
+                f"request {request.id!r} needs {count} pages of {limits.page} positions for its "
+                f"{len(request.prompt)} prompt tokens and {request.max_tokens} new tokens, but a token shard has "
+                f"{pages}: shorten the prompt or lower max_tokens, to at most "
+                f"{pages * limits.page // limits.block * limits.block} tokens together, or give the cache more memory"
+            )
+
     def _end(self, request: Request) -> None:
         request.ended = True
         del self._requests[request.id]
@@ -156,7 +162,7 @@ class Scheduler:
             self._shards[request.shard].remove(request)
 
     def _prefill(self) -> list[list[Chunk]]:
-        """Plan chunks of the requests in prefill, then admit waiting requests while there is room."""
+        """Plan chunks of the requests in prefill, admit waiting requests while there is room, and fill the rows."""
         if not any(shard.prefilling or (self._waiting and shard.has_free_slot) for shard in self._shards):
             return [[] for _ in self._shards]
         rows = [max(self.limits.max_rows - shard.reserve_decode(), self.limits.block) for shard in self._shards]
@@ -167,10 +173,10 @@ class Scheduler:
         return [batch.finish() for batch in batches]
 
     def _admit(self, batches: Sequence[PrefillBatch], request: Request) -> Admission:
-        """Admit a waiting request, with its first chunk, where there is room.
+        """Attempt to admit a waiting request, with its first chunk.
 
         Args:
-          batches: prefill of each token shard; that of the chosen one is extended.
+          batches: prefill of each token shard; that of the chosen one gets the chunk.
           request: the request.
         """
         if not any(batch.has_room for batch in batches):

@@ -12,7 +12,7 @@ from moe_jax.scheduler.pages import Pages
 from moe_jax.scheduler.plan import Chunk, Decodes
 from moe_jax.scheduler.prefix_tree import PrefixNode
 from moe_jax.scheduler.request import Request
-from moe_jax.scheduler.waiting_queue import WaitingQueue
+from moe_jax.scheduler.waiting_queue import MAX_PASSED, WaitingQueue
 
 _order = attrgetter("order")
 
@@ -119,7 +119,7 @@ class TokenShard:
             last = self.running[-1]
             self.remove(last)
             self.preemptions += 1
-            last.prefill_tokens = self.prefill_tokens(last)
+            last.prefill_tokens, last.passed = self.prefill_tokens(last), MAX_PASSED
             self._waiting.push(last)
             if last is request:
                 return False

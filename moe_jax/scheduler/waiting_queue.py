@@ -12,7 +12,7 @@ from moe_jax.scheduler.request import NEW, Request
 MAX_OVERTAKEN = 1000
 """Maximum number of earlier requests that one step of priority overtakes, so that no request waits forever."""
 MAX_PASSED = 100
-"""Maximum number of later requests that are admitted before a request that lacks pages."""
+"""Maximum number of later requests that are admitted before one that lacks pages. None pass a preempted request."""
 LOOK_AHEAD = 4
 """Number of requests of similar length that may lack pages before a plan stops looking for one that fits."""
 
@@ -32,8 +32,7 @@ class Admission(Enum):
 class WaitingQueue:
     """Priority queue of waiting requests. A preempted request returns to its old place.
 
-    Requests of similar prefill length wait in one lane, so that short requests are found behind any number of long
-    ones.
+    Prompts of similar length share a lane, so that a short prompt is found behind any number of long ones.
     """
 
     def __init__(self) -> None:
@@ -61,8 +60,8 @@ class WaitingQueue:
     def admit(self, attempt: Callable[[Request], Admission]) -> None:
         """Attempt to admit requests in queue order, until there is no room.
 
-        A lane is closed when its first request must wait. A request without pages is looked past, within the bounds
-        of `LOOK_AHEAD` and `MAX_PASSED`. A preempted request with pending tokens lets no later request take its pages.
+        A lane closes for this plan when its first request must wait. Later requests pass a request that lacks pages,
+        within the bounds of `LOOK_AHEAD` and `MAX_PASSED`. No request passes one with pending tokens.
         """
         closed: set[int] = set()
         passed: list[Request] = []
@@ -75,16 +74,15 @@ class WaitingQueue:
             admission = Admission.NO_ROOM if request.pending else attempt(request)
             if admission is Admission.NO_ROOM:
                 break
-            if admission is Admission.MUST_WAIT and _lane(request) == number:
-                closed.add(number)
-                continue
             heapq.heappop(lane)
             match admission:
                 case Admission.ADMITTED:
                     for earlier in passed:
                         earlier.passed += 1
                 case Admission.MUST_WAIT:
-                    self.push(request)
+                    self.push(request)  # into the lane of its new estimate
+                    if _lane(request) == number:
+                        closed.add(number)
                 case Admission.NO_PAGES:
                     passed.append(request)
                     passed_in_lane[number] += 1
