@@ -13,7 +13,7 @@ from moe_jax.engine.distributed import ProcessGroup
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.input_builder import StepInputBuilder
-from moe_jax.engine.sizes import MIN_PAGES, MIN_PAGES_OF_LOOP, Sizes
+from moe_jax.engine.sizes import MIN_PAGES, MIN_PAGES_OF_LOOP, Sizes, max_pages
 from moe_jax.errors import RequestError
 from moe_jax.kernels.kv_cache import attention_tile_on
 from moe_jax.models import Parameters, ShardedDecoder
@@ -38,7 +38,7 @@ class Options:
     max_batch_size: int = 256
     """Maximum sequences decoded together; more sequences wait."""
     prefill_tokens: int = 512
-    """Maximum prompt tokens of a step on each token shard."""
+    """Maximum prompt tokens of a step on each token shard; at least two for each sequence, and two blocks."""
     decode_steps: int = 8
     """Decode steps that the devices run before the host reads the tokens."""
     cache_pages: int | None = None
@@ -62,7 +62,7 @@ class Options:
         block = decoder.config.block
         # A request that only scores a full prompt still generates one token, which has a position in block diffusion.
         longest = self.max_length + (decoder.config.diffusion is not None)
-        prompt_rows = min(max(self.prefill_tokens, 2 * slots), prompts * self.max_length)
+        prompt_rows = min(max(self.prefill_tokens, 2 * slots, 2 * block), prompts * self.max_length)
         return Sizes(
             windows=decoder.windows,
             slots=slots,
@@ -92,12 +92,17 @@ class Options:
             )
             share = min(max(room - without_pages, 0) / max(with_all_pages - without_pages, 1), 1)
             pages = {window: int(limit * share) for window, limit in needed.items()}
-        one_sequence = {window: _pages_of_one_sequence(window, sizes) for window in decoder.windows}
-        if any(pages[window] < one_sequence[window] for window in pages):
+        rows = max(sizes.prompt_rows, sizes.decode_steps)
+        one_sequence = {window: max_pages(window, sizes.positions, rows) for window in decoder.windows}
+        lacking = [window for window in pages if pages[window] < one_sequence[window]]
+        if lacking:
+            window = max(lacking, key=one_sequence.__getitem__)
+            advice = "lower max_length or max_batch_size, raise cache_memory, or use more devices"
+            if self.cache_pages is not None:
+                advice = f"set cache_pages to {one_sequence[window]} or more"
             raise RequestError(
-                f"there is room for {min(pages.values())} pages of {PAGE} positions on each token shard, but a "
-                f"sequence of {self.max_length} positions needs {max(one_sequence.values())}: lower max_length or "
-                "max_batch_size, raise cache_pages or cache_memory, or use more devices"
+                f"there is room for {pages[window]} pages of {PAGE} positions on each token shard, but a sequence of "
+                f"{self.max_length} positions needs {one_sequence[window]}: {advice}"
             )
         return pages
 
@@ -139,7 +144,3 @@ def resolve_max_length(config: ModelConfig, requested: int | None) -> int:
     if requested is not None and not (isinstance(requested, int) and 1 <= requested <= limit):
         raise RequestError(f"max_length must be from 1 to the {limit} positions of this model, got {requested!r}")
     return requested or limit
-
-
-def _pages_of_one_sequence(window: int | None, sizes: Sizes) -> int:
-    return CacheGroup(1, window).max_pages(sizes.positions, max(sizes.prompt_rows, sizes.decode_steps), PAGE)

@@ -15,6 +15,7 @@ from itertools import product
 from moe_jax.kernels.forward_batch import QueryLayout
 from moe_jax.models import BatchShape
 from moe_jax.programs import PAGE
+from moe_jax.scheduler import CacheGroup
 
 MIN_PROMPT_ROWS = 32
 """Smallest bucket of prompt rows."""
@@ -41,6 +42,8 @@ class StepSize:
     """Pages of the longest sequence."""
     block: int = 1
     """Rows of the segment of a decoding request."""
+    decode_steps: int = 1
+    """Maximum decode steps of the dispatch. The page table of a segment serves all of them."""
 
     @property
     def chunk(self) -> int:
@@ -73,7 +76,8 @@ class StepSize:
     @cached_property
     def shape(self) -> BatchShape:
         layouts = (QueryLayout(self.decoding, self.block), QueryLayout(self.prompt_segments, self.chunk))
-        tables = tuple((window, min(self.pages, max_pages(window))) for window in self.windows)
+        rows = max(MAX_SEGMENT_ROWS, self.chunk, self.decode_steps)
+        tables = tuple((window, max_pages(window, self.pages * PAGE, rows)) for window in self.windows)
         return BatchShape(
             tuple(layout for layout in layouts if layout.segments),
             self.decoding * self.block + self.prompt_rows,
@@ -123,9 +127,9 @@ class Sizes:
 
     def needed_pages(self, window: int | None) -> int:
         """Return the largest number of pages in use at once, for the layers of one window."""
-        all_pages = -(-self.positions // PAGE)
+        of_one = max_pages(window, self.positions, max(MAX_SEGMENT_ROWS, self.decode_steps))
         prefilling = self.prompts * -(-self.prompt_rows // PAGE)
-        return min(self.slots * all_pages, self.slots * max_pages(window) + prefilling)
+        return min(self.slots * -(-self.positions // PAGE), self.slots * of_one + prefilling)
 
     @property
     def _prompt_rows(self) -> list[int]:
@@ -136,12 +140,18 @@ class Sizes:
         return _buckets(-(-self.positions // PAGE), self.min_pages)
 
     def _step_size(self, segments: int, rows: int, pages: int) -> StepSize:
-        return StepSize(self.windows, segments, self.prompts, rows, pages, self.block)
+        return StepSize(self.windows, segments, self.prompts, rows, pages, self.block, 1 if rows else self.decode_steps)
 
 
-def max_pages(window: int | None) -> int:
-    """Return the largest number of pages that the rows of one segment attend to."""
-    return 2**30 if window is None else -(-(window + MAX_SEGMENT_ROWS) // PAGE) + 1
+def max_pages(window: int | None, positions: int, rows: int) -> int:
+    """Return the largest number of pages that neighbouring rows of a sequence attend to.
+
+    Args:
+      window: attention window; None for full attention.
+      positions: positions of the sequence.
+      rows: number of these rows, over all steps of a dispatch.
+    """
+    return CacheGroup(1, window).max_pages(positions, rows, PAGE)
 
 
 def _buckets(largest: int, smallest: int = 1, factor: int = 4) -> list[int]:

@@ -86,7 +86,7 @@ class DiffusionShard(TokenShard):
     def _allocate_block(self, request: Request) -> bool:
         """Allocate pages for the first unknown block. Return False if the request itself is preempted."""
         end = min(self._next_end(request), request.decode_end)
-        return end <= request.allocated or self._extend(request, end)
+        return end <= request.allocated or self.extend(request, end)
 
     def _next_end(self, request: Request) -> int:
         """End of the first unknown block."""

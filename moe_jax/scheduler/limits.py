@@ -58,7 +58,7 @@ class Limits:
     max_rows: int
     """Maximum number of rows of each token shard in a step.
 
-    Decode rows come first and are never delayed; prompt tokens fill the rest. A waiting prompt gets at least one token,
+    Decode rows come first and are never delayed; prompt tokens fill the rest. The first prompt gets at least one token,
     so a step has at most `max(max_rows, slots)` rows.
     """
     decode_steps: int

@@ -68,6 +68,10 @@ class Request:
 
     order: tuple[int, int] = field(default=NEW, init=False)
     """Order in the waiting queue, and among running requests."""
+    prefill_tokens: int = field(default=0, init=False)
+    """Number of tokens that prefill will compute, estimated while the request waits."""
+    passed: int = field(default=0, init=False)
+    """Number of later requests that were admitted while this one lacked pages; `MAX_PASSED` after a preemption."""
     decode_end: int = field(default=0, init=False)
     """Position up to which decode steps may be planned; 0 during prefill."""
     planned_length: int = field(default=0, init=False)

@@ -10,22 +10,25 @@ Chunked prefill in the steps of other requests' decoding is Sarathi's (Agrawal e
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 from moe_jax.errors import RequestError
 from moe_jax.scheduler.limits import Limits
 from moe_jax.scheduler.plan import Chunk, Plan
+from moe_jax.scheduler.prefill import PrefillBatch
 from moe_jax.scheduler.prefix_tree import PrefixNode
 from moe_jax.scheduler.request import Request
 from moe_jax.scheduler.shard import TokenShard
-from moe_jax.scheduler.waiting_queue import WaitingQueue
+from moe_jax.scheduler.waiting_queue import Admission, WaitingQueue
 
 
 class Scheduler:
     """Scheduler of all token shards.
 
-    Requests wait in one queue, by arrival and priority. Only the first is admitted, as soon as a token shard has a
-    slot, pages, and room for its first chunk in the step.
+    Requests wait in one queue, by arrival and priority. A request is admitted as soon as a token shard has a slot,
+    pages, and room for its first chunk in the step. Later requests may be admitted before it while it lacks pages
+    (`WaitingQueue`), or if they are much shorter than the prompts that it waits for (`PrefillBatch`).
 
     A request stays on its token shard until it ends or is preempted. A preempted request returns to its old place in
     the queue, waits for its pending tokens, and is recomputed from all known tokens.
@@ -77,17 +80,8 @@ class Scheduler:
         """
         if request.id in self._requests:
             raise RequestError(f"there is a request {request.id!r} already: give each request its own id")
-        limits = self.limits
-        for group in limits.groups:
-            needed = group.max_pages(
-                request.max_positions, max(limits.max_chunk_tokens, limits.decode_steps), limits.page
-            )
-            if needed > group.pages:
-                raise RequestError(
-                    f"request {request.id!r} needs {needed} pages of {limits.page} positions for its "
-                    f"{len(request.prompt)} prompt tokens and {request.max_tokens} new tokens, but a token shard has "
-                    f"{group.pages}: shorten the prompt, lower max_tokens, or give the cache more memory"
-                )
+        self._check_pages(request)
+        request.prefill_tokens = min(shard.prefill_tokens(request) for shard in self._shards)
         self._waiting.add(request)
         self._requests[request.id] = request
 
@@ -145,6 +139,22 @@ class Scheduler:
 
         return sorted(shards, key=rank)
 
+    def _check_pages(self, request: Request) -> None:
+        """Raise a RequestError if a request needs more pages than a token shard has."""
+        limits = self.limits
+        rows = max(limits.max_chunk_tokens, limits.decode_steps)
+        needed = [group.max_pages(request.max_positions, rows, limits.page) for group in limits.groups]
+        pairs = zip(limits.groups, needed, strict=True)
+        lacking = [(group.pages, count) for group, count in pairs if count > group.pages]
+        if lacking:
+            pages, count = min(lacking)
+            raise RequestError(
+                f"request {request.id!r} needs {count} pages of {limits.page} positions for its "
+                f"{len(request.prompt)} prompt tokens and {request.max_tokens} new tokens, but a token shard has "
+                f"{pages}: shorten the prompt or lower max_tokens, to at most "
+                f"{pages * limits.page // limits.block * limits.block} tokens together, or give the cache more memory"
+            )
+
     def _end(self, request: Request) -> None:
         request.ended = True
         del self._requests[request.id]
@@ -152,37 +162,40 @@ class Scheduler:
             self._shards[request.shard].remove(request)
 
     def _prefill(self) -> list[list[Chunk]]:
-        """Plan chunks of the requests in prefill, then admit waiting requests while there is room."""
+        """Plan chunks of the requests in prefill, admit waiting requests while there is room, and fill the rows."""
         if not any(shard.prefilling or (self._waiting and shard.has_free_slot) for shard in self._shards):
             return [[] for _ in self._shards]
         rows = [max(self.limits.max_rows - shard.reserve_decode(), self.limits.block) for shard in self._shards]
-        chunks = [shard.continue_prefill(limit) for shard, limit in zip(self._shards, rows, strict=True)]
-        for shard in self._shards:
-            rows[shard.number] -= sum(map(shard.rows, chunks[shard.number]))
-        while (request := self._waiting.first()) and self._admit(request, rows, chunks):
-            pass
-        return chunks
+        batches = [PrefillBatch(shard, limit) for shard, limit in zip(self._shards, rows, strict=True)]
+        for batch in batches:
+            batch.continue_prompts()
+        self._waiting.admit(partial(self._admit, batches))
+        return [batch.finish() for batch in batches]
 
-    def _admit(self, request: Request, rows: list[int], chunks: list[list[Chunk]]) -> bool:
-        """Admit the first waiting request, with its first chunk, where there is room. Return False if there is none.
+    def _admit(self, batches: Sequence[PrefillBatch], request: Request) -> Admission:
+        """Attempt to admit a waiting request, with its first chunk.
 
         Args:
-          rows: rows left on each token shard; reduced by those of the chunk.
-          chunks: chunks of each token shard; extended by the new one.
+          batches: prefill of each token shard; that of the chosen one gets the chunk.
+          request: the request.
         """
-        candidates = [
-            (shard, shard.pages.match_prefix(request))
-            for shard in self._shards
-            if shard.has_free_slot and rows[shard.number] and len(chunks[shard.number]) < self.limits.max_prefills
-        ]
+        if not any(batch.has_room for batch in batches):
+            return Admission.NO_ROOM
+        candidates: list[tuple[TokenShard, list[PrefixNode]]] = []
+        lengths: list[int] = []
+        for batch in batches:
+            if not batch.has_room or batch.must_wait(request, request.prefill_tokens):
+                continue
+            prefix = batch.shard.pages.match_prefix(request)
+            lengths.append(request.known - len(prefix) * self.limits.page)
+            if not batch.must_wait(request, lengths[-1]):
+                candidates.append((batch.shard, prefix))
         for shard, prefix in self.rank_shards(request, candidates):
             if shard.pages.can_allocate(request, prefix, shard.upcoming_pages()):
-                break
-        else:
-            return False
-        self._waiting.pop()
-        chunk = shard.admit(request, prefix, rows[shard.number])
-        self.prefix_hits += request.cached
-        rows[shard.number] -= shard.rows(chunk)
-        chunks[shard.number].append(chunk)
-        return True
+                batches[shard.number].admit(request, prefix)
+                self.prefix_hits += request.cached
+                return Admission.ADMITTED
+        if candidates:
+            return Admission.NO_PAGES
+        request.prefill_tokens = min(lengths, default=request.prefill_tokens)
+        return Admission.MUST_WAIT

@@ -12,7 +12,7 @@ from moe_jax.scheduler.pages import Pages
 from moe_jax.scheduler.plan import Chunk, Decodes
 from moe_jax.scheduler.prefix_tree import PrefixNode
 from moe_jax.scheduler.request import Request
-from moe_jax.scheduler.waiting_queue import WaitingQueue
+from moe_jax.scheduler.waiting_queue import MAX_PASSED, WaitingQueue
 
 _order = attrgetter("order")
 
@@ -45,15 +45,17 @@ class TokenShard:
         """True if another request can run."""
         return bool(self._free_slots)
 
-    def admit(self, request: Request, prefix: Sequence[PrefixNode], rows: int) -> Chunk:
-        """Start a request that has room: take a slot and pages, and plan its first chunk, of at most `rows` rows."""
-        request.shard, request.slot = self.number, heapq.heappop(self._free_slots)
+    def prefill_tokens(self, request: Request) -> int:
+        """Number of tokens that prefill would compute. Cached pages count for prompts of more than one step only."""
+        cached = self.pages.match_prefix(request) if request.known > self.limits.max_rows else ()
+        return request.known - len(cached) * self.limits.page
+
+    def start(self, request: Request, prefix: Sequence[PrefixNode]) -> None:
+        """Start a request: take a slot and pages."""
+        request.shard, request.slot, request.passed = self.number, heapq.heappop(self._free_slots), 0
         insort(self.running, request, key=_order)
+        insort(self.prefilling, request, key=_order)
         self.pages.allocate(request, prefix)
-        chunk = self._chunk(request, self._chunk_end(request, rows))
-        if request.computed < request.known:
-            insort(self.prefilling, request, key=_order)
-        return chunk
 
     def remove(self, request: Request) -> None:
         """Stop a running request: free its slot and pages, and reset its scheduling state."""
@@ -87,7 +89,7 @@ class TokenShard:
                 end = position + steps
                 if end > last:
                     end = last
-                if end > request.allocated and not self._extend(request, end):
+                if end > request.allocated and not self.extend(request, end):
                     break
                 request.computed = end
                 requests.append(request)
@@ -103,24 +105,33 @@ class TokenShard:
         count = 0
         for request in self.running:  # preemption removes requests at the end of the list
             if request.computed < request.decode_end:
-                if request.computed >= request.allocated and not self._extend(request, request.computed + 1):
+                if request.computed >= request.allocated and not self.extend(request, request.computed + 1):
                     break
                 count += 1
         return count
 
-    def continue_prefill(self, rows: int) -> list[Chunk]:
-        """Plan the next chunks of requests in prefill, in at most `rows` rows together."""
-        chunks: list[Chunk] = []
-        for request in self.prefilling:  # preemption removes requests at the end of the list
-            if not rows or len(chunks) == self.limits.max_prefills:
-                break
-            end = self._chunk_end(request, rows)
-            if end > request.allocated and not self._extend(request, end):
-                break
-            chunks.append(self._chunk(request, end))
-            rows -= self.rows(chunks[-1])
-        self.prefilling = [request for request in self.prefilling if request.computed < request.known]
-        return chunks
+    def extend(self, request: Request, end: int) -> bool:
+        """Allocate pages for all positions before `end`, preempting the last requests in queue order if necessary.
+
+        Return False if the request itself is preempted.
+        """
+        while not self.pages.extend(request, end):
+            last = self.running[-1]
+            self.remove(last)
+            self.preemptions += 1
+            last.prefill_tokens, last.passed = self.prefill_tokens(last), MAX_PASSED
+            self._waiting.push(last)
+            if last is request:
+                return False
+        return True
+
+    def chunk(self, request: Request, end: int) -> Chunk:
+        """Plan the positions of a request up to `end`, which have pages."""
+        chunk = Chunk(request, request.computed, end, samples=end == request.known)
+        request.computed = end
+        request.planned_length = request.known + chunk.samples
+        self.pages.cache_full_pages(request, end // self.limits.block * self.limits.block)
+        return chunk
 
     def rows(self, chunk: Chunk) -> int:
         """Number of rows that a chunk takes: whole blocks, so that the next chunk begins with a block."""
@@ -131,38 +142,13 @@ class TokenShard:
         upcoming = [0] * len(self.limits.groups)
         for request in self.running:
             if not request.decode_end and request.computed < request.known:
-                end = self._chunk_end(request, self.limits.max_chunk_tokens)
+                end = min(request.computed + self.limits.max_chunk_tokens, request.known)
             else:
                 end = min(self._next_end(request), request.max_positions)
             if end > request.allocated:
                 upcoming = [sum(pair) for pair in zip(upcoming, self.pages.missing(request, end), strict=True)]
         return upcoming
 
-    def _extend(self, request: Request, end: int) -> bool:
-        """Allocate pages for all positions before `end`, preempting the last requests in queue order if necessary.
-
-        Return False if the request itself is preempted.
-        """
-        while not self.pages.extend(request, end):
-            last = self.running[-1]
-            self.remove(last)
-            self.preemptions += 1
-            self._waiting.push(last)
-            if last is request:
-                return False
-        return True
-
     def _next_end(self, request: Request) -> int:
         """Position up to which a request may decode in this step and the next dispatch."""
         return request.computed + 1 + self.limits.decode_steps
-
-    def _chunk_end(self, request: Request, rows: int) -> int:
-        return min(request.computed + min(self.limits.max_chunk_tokens, rows), request.known)
-
-    def _chunk(self, request: Request, end: int) -> Chunk:
-        """Plan the positions of a request up to `end`, which have pages."""
-        chunk = Chunk(request, request.computed, end, samples=end == request.known)
-        request.computed = end
-        request.planned_length = request.known + chunk.samples
-        self.pages.cache_full_pages(request, end // self.limits.block * self.limits.block)
-        return chunk

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from toy_device import ToyDevice, continuation
 
 from moe_jax.scheduler import CacheGroup, Limits, Plan, Request, Scheduler
+from moe_jax.scheduler.prefill import LONGER
+from moe_jax.scheduler.waiting_queue import MAX_PASSED
 
 LONGEST = 18
 """Maximum number of cache positions of a random request."""
@@ -46,7 +48,7 @@ class Simulation:
 
     def plan(self) -> Plan:
         running = self.running()
-        admissible = {request for request in self.requests if not request.ended and not request.pending}
+        admissible = {r: r.passed for r in self.requests if not r.ended and not r.pending}
         plan = self.scheduler.plan()
         self.plans += 1
         self.check(plan, self.running() - running, admissible)
@@ -81,15 +83,21 @@ class Simulation:
     def running(self) -> set[Request]:
         return {request for request in self.requests if request.slot >= 0}
 
-    def check(self, plan: Plan, admitted: set[Request], admissible: set[Request]) -> None:
+    def check(self, plan: Plan, admitted: set[Request], admissible: Mapping[Request, int]) -> None:
+        """Check a plan.
+
+        Args:
+          plan: the plan.
+          admitted: requests that it admits.
+          admissible: requests that it may admit, each with the number of requests that have passed it.
+        """
         limits, running = self.limits, self.running()
         waiting = [request for request in self.requests if not request.ended and request.slot < 0]
         assert (self.scheduler.running, self.scheduler.waiting) == (len(running), len(waiting))
-        assert admitted <= admissible, "no request is admitted while it has pending tokens"
-        if admitted and waiting:
-            assert max(r.order for r in admitted) < min(r.order for r in waiting), (
-                "requests are admitted in queue order"
-            )
+        assert admitted <= admissible.keys(), "no request is admitted while it has pending tokens"
+        last = max((request.order for request in admitted), default=(0, 0))
+        for request in waiting if admitted else ():
+            assert request.order > last or self.may_be_overtaken(request, plan, admissible), "queue order"
         assert plan.steps == 1 or not any(plan.chunks)
         for shard, (decodes, chunks) in enumerate(zip(plan.decodes, plan.chunks, strict=True)):
             on_shard = [request for request in running if request.shard == shard]
@@ -98,6 +106,7 @@ class Simulation:
             assert len(chunks) <= limits.max_prefills
             assert plan.rows[shard] <= max(limits.max_rows, limits.slots)
             assert all(chunk.end - chunk.start <= limits.max_chunk_tokens for chunk in chunks)
+            assert all(request.passed <= MAX_PASSED for request in waiting)
             planned = [*decodes.requests, *(chunk.request for chunk in chunks)]
             assert len(planned) == len(set(planned))
             if on_shard:
@@ -106,6 +115,15 @@ class Simulation:
                 assert first in planned or all_planned, "the first request of a shard is in every plan"
         if self.plans % CHECK_EVERY == 0:
             self.check_pages()
+
+    def may_be_overtaken(self, request: Request, plan: Plan, passed: Mapping[Request, int]) -> bool:
+        """True if a request lacks pages or waits for a long prompt, or is behind a request of its length that does."""
+        earlier = [r for r in self.requests if not r.ended and r.slot < 0 and r.order <= request.order]
+        unfinished = [chunk for chunk in itertools.chain(*plan.chunks) if not chunk.samples]
+        return any(r.passed > passed.get(r, r.passed) for r in earlier) or any(
+            chunk.request.order < request.order and chunk.request.known - chunk.start < LONGER**2 * request.known
+            for chunk in unfinished
+        )
 
     def check_pages(self) -> None:
         """Check that each page is free, evictable or referenced, and that reference counts match the page tables."""

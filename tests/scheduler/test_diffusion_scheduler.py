@@ -238,6 +238,21 @@ def test_page_is_shared_only_with_all_of_its_last_block() -> None:
         assert simulation.scheduler.prefix_hits == shared
 
 
+@pytest.mark.parametrize("rows", [16, 24, 512])
+def test_short_prompts_begin_soon_beside_a_long_one(rows: int) -> None:
+    limits = Limits(1, 40, 16, (CacheGroup(4000, None),), rows, 8, rows, 4, True, block=8)
+    simulation = DiffusionSimulation(limits, 40, ahead=0)
+    simulation.add(DiffusionRequest("long", [1] * 12 * rows, 1, block=8))
+    simulation.step()
+    for number in range(3):
+        short = DiffusionRequest(number, [number] * 7, 1, block=8)
+        simulation.add(short)
+        simulation.step()
+        assert short.computed == 7, "half of the rows are whole blocks"
+    simulation.finish()
+    assert simulation.plans <= 24
+
+
 def test_invalid_limits_and_requests_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_chunk_tokens must be a multiple of the block size, 3, got 8"):
         Limits(1, 1, 4, (CacheGroup(4, None),), 8, 1, 9, 1, True, block=3)

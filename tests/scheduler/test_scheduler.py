@@ -118,8 +118,9 @@ def test_invalid_requests_are_refused() -> None:
     with pytest.raises(RequestError, match="own id"):
         scheduler.add(Request("a", [1], 1))
     scheduler.add(Request("fits", [1], 64))
-    with pytest.raises(RequestError, match="needs 17 pages"):
+    with pytest.raises(RequestError, match=r"needs 17 pages .* to at most 64 tokens together"):
         scheduler.add(Request("long", [1], 65))
+    scheduler.add(Request("advised", [1], 63))
     with pytest.raises(RequestError, match="at least one token"):
         Request("b", [], 1)
     with pytest.raises(RequestError, match="max_tokens must be 1 or more, got 0"):
@@ -127,7 +128,14 @@ def test_invalid_requests_are_refused() -> None:
     assert scheduler.finish("a")
     assert not scheduler.finish("a")
     assert not scheduler.finish("unknown")
-    assert scheduler.waiting == 1
+    assert scheduler.waiting == 2
+
+
+def test_advice_for_a_long_request_holds_in_all_windows() -> None:
+    scheduler = Scheduler(limits(groups=(CacheGroup(5, None), CacheGroup(3, 6), CacheGroup(2, 1)), decode_steps=7))
+    with pytest.raises(RequestError, match=r"needs 3 pages .* a token shard has 2: .* to at most 8 tokens together"):
+        scheduler.add(Request("long", [1] * 20, 20))
+    scheduler.add(Request("advised", [1] * 4, 4))
 
 
 @pytest.mark.parametrize(
