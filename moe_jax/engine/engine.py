@@ -89,9 +89,10 @@ class Engine:
 
     @property
     def max_admitted(self) -> int:
-        """Maximum number of requests that one plan admits."""
+        """Maximum number of requests that the next plan admits; at least 1."""
         limits = self._scheduler.limits
-        return limits.max_prefills * limits.shards
+        free_slots = limits.slots * limits.shards - self._scheduler.running
+        return max(1, min(limits.max_prefills * limits.shards, free_slots))
 
     @property
     def has_work(self) -> bool:

@@ -7,6 +7,7 @@ in a process of its own.
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import os
 import threading
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from queue import SimpleQueue
 from typing import TypeVar
+from weakref import WeakSet
 
 from moe_jax.engine import Engine, Generation, OutputQueue
 from moe_jax.errors import RequestError
@@ -75,8 +77,9 @@ class EngineLoop:
         self._engine: Engine | None = engine
         self._is_closed = False
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        """Held while the thread starts or ends, and while commands are added."""
+        self._lock = threading.RLock()
+        """Held while the thread starts or ends, and while commands are added. The garbage collector may close a
+        generator of `run` at any place, which adds a command."""
         self._commands: deque[Command] = deque()
         self._thread: threading.Thread | None = None
         self._queue = OutputQueue()
@@ -85,6 +88,7 @@ class EngineLoop:
         self._beginning: list[tuple[int, int, Job]] = []
         """Heap of the jobs with samples that have not begun."""
         self._turns = count()
+        _OPEN.add(self)
 
     @property
     def engine(self) -> Engine:
@@ -167,11 +171,13 @@ class EngineLoop:
 
     def close(self) -> None:
         """Cancel all requests, end the thread, and forget the engine. Closing again does nothing."""
+        if os.getpid() != self._pid:  # the thread and its lock stay behind in the other process
+            return
         with self._lock:
             self._is_closed, thread = True, self._thread
             if thread is not None:
                 self._commands.append(self._close_all)
-        if thread is not None and os.getpid() == self._pid:
+        if thread is not None:
             thread.join()
         self._engine = None
 
@@ -252,3 +258,14 @@ class EngineLoop:
         for job in dict.fromkeys([*self._jobs.values(), *(job for *_, job in self._beginning)]):
             job.fail(error)
             self._cancel(job)
+        self._beginning.clear()
+
+
+_OPEN: WeakSet[EngineLoop] = WeakSet()
+
+
+@atexit.register
+def _close_all_loops() -> None:
+    """End the threads before the interpreter does, which would stop them inside XLA and so abort the process."""
+    for loop in list(_OPEN):
+        loop.close()

@@ -158,15 +158,6 @@ class LLM:
         """Cancel all requests, and free weights and cache. Later calls of the other methods are errors."""
         self.engine_loop.close()
 
-    @property
-    def engine(self) -> Engine:
-        """The engine, which runs on its own thread while requests run.
-
-        Raises:
-          RequestError: this `LLM` was closed, or was made by another process.
-        """
-        return self.engine_loop.engine
-
     def generate(
         self,
         prompts: str | Sequence[Prompt],
@@ -244,13 +235,13 @@ class LLM:
         for message in self._process_group.messages():
             match message:
                 case StepInput():
-                    self.engine.execute(message)
+                    self.engine_loop.engine.execute(message)
                 case ExplainRequest(batch_size):
                     self._explain(batch_size)
 
     def stats(self) -> Stats:
         """Return throughput, latencies, balance and cache use since this `LLM` was made."""
-        return self.engine.stats
+        return self.engine_loop.engine.stats
 
     def explain(self, batch_size: int = 64) -> Explanation:
         """Explain a decode step of `batch_size` sequences: the combine and the reason for it, collectives and bytes."""

@@ -239,7 +239,7 @@ def test_a_worker_that_runs_the_messages_has_the_same_token_buffer() -> None:
     driver.generate(member.PROMPTS, member.PARAMS)
     driver.explain(2)
     worker.run_worker()
-    buffers = [np.asarray(llm.engine._executor._slots.token_buffer) for llm in (driver, worker)]
+    buffers = [np.asarray(llm.engine_loop.engine._executor._slots.token_buffer) for llm in (driver, worker)]
     assert buffers[0].any()
     np.testing.assert_array_equal(buffers[0], buffers[1])
     assert [llm._programs.compilations for llm in (driver, worker)] == [len(driver._programs._compiled)] * 2

@@ -82,7 +82,8 @@ def test_a_batch_has_the_tokens_of_each_request_alone(crowded: LLM, alone: Calla
     """Prompts are shorter and longer than a block, fill blocks or not, and are prefilled in chunks. Outputs end within
     a block. Blocks take from one to 32 steps. Prefixes are shared, pages are short, and nothing is compiled after
     warm-up."""
-    crowded.engine.warm_up([StepFlags(sampling=True)], progress=False)
+    with crowded.engine_loop.paused() as engine:
+        engine.warm_up([StepFlags(sampling=True)], progress=False)
     compiled = crowded._programs.compilations
     requests = [
         (prompt, 1 + 11 * number % min(60, POSITIONS - len(prompt)), SCHEDULES[number % len(SCHEDULES)])
@@ -155,10 +156,10 @@ def test_a_cancelled_request_frees_its_pages(crowded: LLM) -> None:
     events = crowded.stream(PROMPTS[:4], SamplingParams(max_tokens=60, **SAMPLED))
     next(events)
     del events
-    for _ in range(3):
-        crowded.engine.step()
-    assert crowded.stats().cache_use == 0
-    assert not crowded.engine.has_work
+    with crowded.engine_loop.paused() as engine:
+        assert engine.stats.cache_use == 0
+        while engine.has_work:
+            engine.step()
 
 
 def test_explain_counts_all_rows_of_blocks(crowded: LLM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from itertools import count
@@ -61,27 +62,29 @@ class Crowd(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.llm, self.queue = crowded(), OutputQueue()
+        self.stack = ExitStack()
+        self.engine = self.stack.enter_context(self.llm.engine_loop.paused())
         self.open: dict[Generation, tuple[int, int]] = {}
 
     @rule(prompt=st.integers(0, len(PROMPTS) - 1), params=st.integers(0, len(PARAMS) - 1))
     def arrive(self, prompt: int, params: int) -> None:
         (group,) = self.llm.request_groups([PROMPTS[prompt]], PARAMS[params])
         generation = group.begin(0, self.queue)
-        self.llm.engine.add(generation)
+        self.engine.add(generation)
         self.open[generation] = (prompt, params)
 
     @precondition(lambda self: self.open)
     @rule(steps=st.integers(1, 6))
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            self.llm.engine.step()
+            self.engine.step()
         self.check()
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         generation = data.draw(st.sampled_from(list(self.open)))
-        self.llm.engine.cancel(generation)
+        self.engine.cancel(generation)
         self.check()
         assert generation not in self.open
 
@@ -96,10 +99,11 @@ class Crowd(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         steps = count()
-        while self.llm.engine.has_work:
-            self.llm.engine.step()
+        while self.engine.has_work:
+            self.engine.step()
             assert next(steps) < 1000, "every request ends"
         self.check()
+        self.stack.close()
         assert not self.open
         assert self.llm.stats().cache_use == 0
 

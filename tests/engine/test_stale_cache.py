@@ -26,7 +26,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9]]
 
 def poison(llm: LLM) -> None:
     """Replace everything in the caches by NaN, as requests whose values overflowed leave it."""
-    executor = llm.engine._executor
+    executor = llm.engine_loop.engine._executor
     executor._caches = jax.tree.map(lambda part: jnp.full_like(part, jnp.nan), executor._caches)
 
 

@@ -135,7 +135,7 @@ def test_a_failure_of_the_engine_reaches_all_callers(llm: LLM, monkeypatch: pyte
     async def ask() -> None:
         served = AsyncLLM(llm)
         with monkeypatch.context() as patch:
-            patch.setattr(llm.engine, "step", fail)
+            patch.setattr(llm.engine_loop.engine, "step", fail)
             first = asyncio.create_task(served.generate("1+1=", GREEDY))
             while not failing.is_set():
                 await asyncio.sleep(0.01)

@@ -252,7 +252,7 @@ def test_an_interrupted_step_does_not_change_later_outputs(golden: LLM, monkeypa
 
     prompt, greedy = [list(range(50, 83))], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     with monkeypatch.context() as patch:
-        patch.setattr(golden.engine._executor, "run", interrupt)
+        patch.setattr(golden.engine_loop.engine._executor, "run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             golden.generate(prompt, greedy)
     assert golden.stats().cache_use == golden.stats().running == golden.stats().waiting == 0
@@ -267,7 +267,7 @@ def test_warm_up_works_between_requests_and_is_refused_while_they_run(
     adder: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that was planned ahead may still be in flight."""
-    monkeypatch.setattr(type(adder.engine._sizes), "steps", lambda _: [])
+    monkeypatch.setattr(type(adder.engine_loop.engine._sizes), "steps", lambda _: [])
     adder.generate("1+1=", SamplingParams(temperature=0))
     adder.warm_up()
     (group,) = adder.request_groups("1+1=", SamplingParams(temperature=0))

@@ -8,6 +8,8 @@ import gc
 import multiprocessing
 import pickle
 import random
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -202,3 +204,17 @@ def test_a_forked_process_gets_an_error_in_words(llm: LLM) -> None:
     child.start()
     assert "make an LLM in the new process" in messages.get()
     child.join()
+
+
+@pytest.mark.parametrize(("ending", "status"), [("", 0), ("raise SystemExit(3)", 3)])
+def test_a_program_may_end_while_requests_run(ending: str, status: int) -> None:
+    """The thread ends before the interpreter does, which would abort the process."""
+    program = f"""
+from moe_jax import LLM, SamplingParams
+llm = LLM(mesh="data=1", dtype="float32")
+events = llm.stream("1+1=", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+next(events)
+{ending}
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (status, "")
