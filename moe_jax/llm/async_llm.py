@@ -13,7 +13,8 @@ from moe_jax.engine import Generation, Stats
 from moe_jax.engine.outputs import RequestOutput, StreamEvent
 from moe_jax.errors import RequestError
 from moe_jax.llm.engine_loop import Job
-from moe_jax.llm.llm import LLM, Prompt
+from moe_jax.llm.llm import LLM
+from moe_jax.llm.prompts import Prompt, as_prompts
 from moe_jax.llm.request_group import RequestGroup
 
 
@@ -112,7 +113,10 @@ class AsyncLLM:
 
     async def _group(self, prompt: Prompt, params: SamplingParams | None) -> RequestGroup:
         """Check a request on another thread: a long prompt takes seconds to tokenize."""
-        (group,) = await asyncio.to_thread(self._llm.request_groups, [prompt], params)
+        prompts = as_prompts(prompt)
+        if len(prompts) != 1:
+            raise RequestError(f"AsyncLLM takes one prompt a call, got {len(prompts)}: gather a call for each")
+        (group,) = await asyncio.to_thread(self._llm.request_groups, prompts, params)
         return group
 
     async def _events(self, group: RequestGroup, request_id: Hashable) -> AsyncGenerator[StreamEvent, None]:

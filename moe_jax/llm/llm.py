@@ -24,7 +24,7 @@ from moe_jax.engine.options import resolve_max_length
 from moe_jax.engine.outputs import RequestOutput, StreamEvent
 from moe_jax.errors import RequestError
 from moe_jax.llm.engine_loop import EngineLoop
-from moe_jax.llm.prompts import Prompt, make_request_groups
+from moe_jax.llm.prompts import Prompt, Prompts, as_prompts, make_request_groups
 from moe_jax.llm.request_group import RequestGroup
 from moe_jax.llm.settings import dtype_name, model_identity, shared_settings
 from moe_jax.models import ShardedDecoder
@@ -160,7 +160,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = False,
@@ -168,14 +168,15 @@ class LLM:
         """Continue each prompt.
 
         Args:
-          prompts: one text, or a sequence of texts and lists of token ids.
+          prompts: one prompt or several: texts, lists or arrays of token ids, or vLLM's dictionaries `{"prompt": text}`
+            and `{"prompt_token_ids": ids}`. A list of integers is one prompt.
           params: sampling parameters for all prompts, or for each.
           progress: show a progress bar.
 
         Raises:
           RequestError: a prompt is empty or too long, or has a token outside the vocabulary. Nothing is generated.
         """
-        request_groups = self.request_groups(prompts, params)
+        request_groups = self.request_groups(as_prompts(prompts), params)
         total = sum(group.max_tokens * group.params.n for group in request_groups)
         convert = Generation.count_new if progress else lambda generation: None
         with tqdm(total=total, desc="generating", unit=" tokens", disable=not progress, leave=False) as bar:
@@ -186,7 +187,7 @@ class LLM:
 
     def stream(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Generator[StreamEvent, None, None]:
         """Yield the tokens of all prompts as they are generated.
@@ -197,20 +198,22 @@ class LLM:
         Raises:
           RequestError: as for `generate`, before anything runs.
         """
-        return self._stream(self.request_groups(prompts, params))
+        return self._stream(self.request_groups(as_prompts(prompts), params))
 
     def _stream(self, request_groups: Sequence[RequestGroup]) -> Generator[StreamEvent, None, None]:
         for group in request_groups:
             yield from group.empty_events
         yield from self.engine_loop.run(request_groups, RequestGroup.event)
 
-    def logits(self, prompts: str | Sequence[Prompt]) -> list[Float[np.ndarray, "length vocab"]]:
+    def logits(self, prompts: Prompts) -> list[Float[np.ndarray, "length vocab"]]:
         """Return the float32 logits after each token of each prompt.
 
         Raises:
           RequestError: as for `generate`.
         """
-        request_groups = self.request_groups(prompts, SamplingParams(temperature=0, max_tokens=0), wants_logits=True)
+        request_groups = self.request_groups(
+            as_prompts(prompts), SamplingParams(temperature=0, max_tokens=0), wants_logits=True
+        )
         for _ in self.engine_loop.run(request_groups, _if_ended):
             pass
         return [np.concatenate(group.generations[0].prompt_output.logits) for group in request_groups]
@@ -257,7 +260,7 @@ class LLM:
 
     def request_groups(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         *,
         wants_logits: bool = False,

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Encoding
 
 from moe_jax import LLM, MoEJaxError, SamplingParams
 from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.engine import OutputQueue
 from moe_jax.errors import CheckpointError, ConfigError, PlacementError, RequestError
+from moe_jax.llm.prompts import as_prompts
 from moe_jax.sharding import Placement, ScatterCombine, make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "qwen3_moe_gqa4_e8_top2"
@@ -176,9 +179,74 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     ([[1, 97]], "prompt 0 holds token id 97, the ids go from 0 to 96"),
     ([[-1]], "prompt 0 holds token id -1"),
     ("text", "has no tokenizer.json: give prompts as lists of token ids"),
-    ([[1.5]], "prompt 0 must be a text or a list of token ids"),
-    ([1, 2], "prompt 0 must be a text or a list of token ids"),
+    ([[1.5]], "prompt 0 must be a text, a list of token ids, or a dictionary"),
+    ([1, 2.0], "prompt 0 must be a text, a list of token ids, .*, got int: 1"),
+    ([[1], [True]], "prompt 1 must be a text, .*, got list"),
+    ([[1], None], "prompt 1 must be a text, .*, got NoneType"),
+    ([b"text"], "prompt 0 must be a text, .*, got bytes"),
+    ([[[1]]], "prompt 0 must be a text"),
+    (b"text", "prompts must be a text, .*, got bytes"),
+    (7, "prompts must be .*, got int"),
+    (None, "prompts must be .*, got NoneType"),
+    ({1, 2}, "prompts must be .*, or a list of such prompts, got set"),
+    ((token for token in (1, 2)), "prompts must be .*, got generator"),
+    (np.int32(7), "prompts must be .*, got int32"),
+    (np.array([1.0, 2.0]), "prompt 0 must be .*, got float: 1.0"),
+    (np.zeros((1, 1, 1), int), "prompt 0 must be"),
+    ({}, "prompt 0 is a dictionary without a prompt"),
+    ({"prompt": None}, "prompt 0 is a dictionary without a prompt"),
+    ({"text": "1"}, "prompt 0 has the key 'text', which is not supported: give a text"),
+    ({"prompt_token_ids": [1], "multi_modal_data": {"image": 1}}, "has the key 'multi_modal_data'"),
+    ({"prompt_token_ids": "text"}, "prompt 0 must be"),
+    ({"prompt": {"prompt": "1"}}, "prompt 0 must be"),
+    ([{"prompt_token_ids": []}], "prompt 0 is empty"),
 ]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [1, 2],
+        (1, 2),
+        [[1, 2]],
+        range(1, 3),
+        np.array([1, 2]),
+        np.array([[1, 2]], np.int16),
+        jnp.array([1, 2]),
+        [np.array([1, 2])],
+        [np.int64(1), jnp.int32(2)],
+        {"prompt_token_ids": [1, 2]},
+        [{"prompt_token_ids": np.array([1, 2]), "prompt": "text", "multi_modal_data": None}],
+        {"prompt": [1, 2]},
+    ],
+)
+def test_prompts_of_all_kinds_are_served(golden: LLM, prompts: Any) -> None:
+    assert [group.prompt for group in golden.request_groups(as_prompts(prompts), GREEDY)] == [[1, 2]]
+
+
+def test_texts_of_all_kinds_are_served(adder: LLM) -> None:
+    kinds: list[Any] = ["1+1=", ["1+1="], {"prompt": "1+1="}, ({"prompt": "1+1=", "prompt_token_ids": None},)]
+    for prompts in kinds:
+        assert [output.text for output in adder.generate(prompts, GREEDY)] == ["2"]
+
+
+def test_a_text_far_too_long_is_refused_by_its_start(adder: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    tokenizer = adder.tokenizer
+    assert tokenizer
+
+    class Counting:
+        def encode(self, text: str) -> Encoding:
+            read.append(len(text))
+            return tokenizer.encode(text)
+
+    checkpoint = adder._checkpoint
+    monkeypatch.setitem(vars(checkpoint), "tokenizer", Counting())
+    with pytest.raises(RequestError, match="prompt 0 has 5,000,000 characters and more than 128 tokens"):
+        adder.generate("1" * 5_000_000)
+    assert sum(read) == 2**16
+    with pytest.raises(RequestError, match="prompt 0 has 65536 tokens, a sequence can have 64"):
+        adder.generate("1" * 2**16)
 
 
 @pytest.mark.parametrize(("prompts", "message"), BAD_PROMPTS)
@@ -270,7 +338,7 @@ def test_warm_up_works_between_requests_and_is_refused_while_they_run(
     monkeypatch.setattr(type(adder.engine_loop.engine._sizes), "steps", lambda _: [])
     adder.generate("1+1=", SamplingParams(temperature=0))
     adder.warm_up()
-    (group,) = adder.request_groups("1+1=", SamplingParams(temperature=0))
+    (group,) = adder.request_groups(["1+1="], SamplingParams(temperature=0))
     with adder.engine_loop.paused() as engine:
         engine.add(generation := group.begin(0, OutputQueue()))
         with pytest.raises(RequestError, match="requests are running"):

@@ -67,7 +67,6 @@ def test_events_carry_the_index_of_their_sample(llm: LLM) -> None:
 
 @pytest.mark.parametrize("ends", ["close", "delete", "break"])
 def test_leaving_a_stream_cancels_all_samples(llm: LLM, ends: str) -> None:
-    finished = llm.stats().finished
     events = llm.stream(PROMPT, LONG)
     next(events)
     if ends == "close":
@@ -79,8 +78,7 @@ def test_leaving_a_stream_cancels_all_samples(llm: LLM, ends: str) -> None:
             break
         events.close()
     with llm.engine_loop.paused() as engine:  # after the cancellations
-        assert (engine.stats.running, engine.stats.cache_use) == (0, 0)
-    assert llm.stats().finished - finished in (3, 6)
+        assert (engine.stats.running, engine.stats.waiting, engine.stats.cache_use) == (0, 0, 0)
 
 
 def test_a_group_is_finished_when_all_its_samples_have_ended(llm: LLM) -> None:
