@@ -203,8 +203,8 @@ def assert_parity(case: str, mesh: str, combine: str, residual: str, others: int
     )
     max_tokens = [steps] * len(prompts) + [1] * others
     greedy = [SamplingParams(temperature=0, max_tokens=limit, **schedule) for limit in max_tokens]
-    all_groups = llm.request_groups([*prompts, *[[0] * llm.max_length] * others], greedy, wants_logits=True)
-    list(llm.finished(all_groups))
+    all_groups = llm.request_groups([*prompts, *[[0] * llm.max_length] * others], greedy, logits_rows=llm.max_length)
+    list(llm.engine_loop.finished(all_groups))
     request_groups = all_groups[: len(prompts)]
 
     for group, padded in zip(request_groups, reference["prompt_logits"], strict=True):

@@ -41,7 +41,7 @@ class Generation:
         tokenizer: Tokenizer | None,
         queue: OutputQueue,
         *,
-        wants_logits: bool = False,
+        logits_rows: int = 0,
         sample: int = 0,
     ) -> None:
         """
@@ -50,11 +50,11 @@ class Generation:
           stop_ids: tokens that end the generation.
           tokenizer: decodes tokens into text; None for no text.
           queue: receives the generation whenever it has new output, or ends.
-          wants_logits: return the logits after each prompt token.
+          logits_rows: number of last prompt tokens after which the logits are returned.
           sample: number of the sample among those of the request.
         """
         self.request, self.params, self.seed, self.stop_ids = request, params, seed, stop_ids
-        self.wants_logits, self.sample = wants_logits, sample
+        self.logits_rows, self.sample = logits_rows, sample
         self.prompt_output = PromptOutput()
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -96,7 +96,7 @@ class Generation:
         is_needed = {
             OutputNeed.SAMPLING: not self.params.is_plain_greedy,
             OutputNeed.TOP_LOGPROBS: self.params.logprobs or self.params.prompt_logprobs,
-            OutputNeed.LOGITS: self.wants_logits,
+            OutputNeed.LOGITS: self.logits_rows,
         }
         return [need for need, needed in is_needed.items() if needed]
 
@@ -107,7 +107,7 @@ class Generation:
     @property
     def needs_prompt_rows(self) -> bool:
         """True if logits or log-probabilities of the prompt are requested."""
-        return self.wants_logits or self.params.prompt_logprobs is not None
+        return bool(self.logits_rows) or self.params.prompt_logprobs is not None
 
     def append(self, output: StepOutput) -> None:
         """Append the tokens of a step, up to a token or stop string that ends the generation."""

@@ -41,8 +41,8 @@ def add_prompt_output(generation: Generation, prompt: PromptRows, scored: Any) -
     Rows that were added already, before the request was preempted, are left out.
     """
     output, length = generation.prompt_output, len(generation.request.prompt)
-    if generation.wants_logits:
-        known = sum(map(len, output.logits))
+    if generation.logits_rows:
+        known = max(length - generation.logits_rows, 0) + sum(map(len, output.logits))
         rows = scored.logits[prompt.rows][max(known - prompt.start, 0) : length - prompt.start]
         output.logits.append(np.array(rows))
     offset = prompt.rows.start - prompt.start

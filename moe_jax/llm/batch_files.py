@@ -90,7 +90,7 @@ def _results(
         except RequestError as error:
             reason = str(error).replace("prompt 0", "the prompt", 1)
             yield number, {"id": ids.get(number, number), "error": reason}
-    for group in llm.finished(request_groups):
+    for group in llm.engine_loop.finished(request_groups):
         yield group.number, _result(group, ids[group.number])
 
 

@@ -136,6 +136,15 @@ class EngineLoop:
             if unfinished:
                 self.cancel(job)
 
+    def finished(self, groups: Sequence[RequestGroup]) -> Iterator[RequestGroup]:
+        """Run request groups; yield each group when all its samples have ended."""
+        yield from (group for group in groups if not group.samples)
+        unfinished = {group: group.samples for group in groups}
+        for group in self.run(groups, _if_ended):
+            unfinished[group] -= 1
+            if not unfinished[group]:
+                yield group
+
     def submit(self, job: Job) -> None:
         """Run a job.
 
@@ -259,6 +268,10 @@ class EngineLoop:
             job.fail(error)
             self._cancel(job)
         self._beginning.clear()
+
+
+def _if_ended(group: RequestGroup, generation: Generation) -> RequestGroup | None:
+    return group if generation.finish_reason is not None else None
 
 
 _OPEN: WeakSet[EngineLoop] = WeakSet()

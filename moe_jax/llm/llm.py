@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Self
@@ -205,18 +205,33 @@ class LLM:
             yield from group.empty_events
         yield from self.engine_loop.run(request_groups, RequestGroup.event)
 
-    def logits(self, prompts: Prompts) -> list[Float[np.ndarray, "length vocab"]]:
+    def logits(self, prompts: Prompts, *, last: int | None = None) -> list[Float[np.ndarray, "length vocab"]]:
         """Return the float32 logits after each token of each prompt.
+
+        Args:
+          prompts: as for `generate`.
+          last: return the logits after this many last tokens only. All logits of a prompt take `length * vocab * 4`
+            bytes of the host's memory; use `score` for the log-probabilities of given tokens.
 
         Raises:
           RequestError: as for `generate`.
         """
-        request_groups = self.request_groups(
-            as_prompts(prompts), SamplingParams(temperature=0, max_tokens=0), wants_logits=True
-        )
-        for _ in self.engine_loop.run(request_groups, _if_ended):
-            pass
-        return [np.concatenate(group.generations[0].prompt_output.logits) for group in request_groups]
+        rows = self.max_length if last is None else last
+        if rows < 1:
+            raise RequestError(f"last must be at least 1, got {last}: leave it out for all logits")
+        groups = self.request_groups(as_prompts(prompts), SamplingParams(max_tokens=0), logits_rows=rows)
+        list(self.engine_loop.finished(groups))
+        return [np.concatenate(group.generations[0].prompt_output.logits) for group in groups]
+
+    def score(self, prompts: Prompts) -> list[Float[np.ndarray, "length-1"]]:
+        """Return the float32 log-probability of each token of each prompt but the first, given the tokens before it.
+
+        Raises:
+          RequestError: as for `generate`.
+        """
+        groups = self.request_groups(as_prompts(prompts), SamplingParams(max_tokens=0, prompt_logprobs=0))
+        list(self.engine_loop.finished(groups))
+        return [np.array(group.generations[0].prompt_output.logprobs[1:], np.float32) for group in groups]
 
     def warm_up(self, *, sampling: bool = True, progress: bool = False) -> None:
         """Compile all steps of `generate` and `stream` in advance.
@@ -263,28 +278,14 @@ class LLM:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         *,
-        wants_logits: bool = False,
+        logits_rows: int = 0,
     ) -> list[RequestGroup]:
         """Check prompts and sampling parameters, and make a request group for each prompt.
 
         Raises:
           RequestError: as for `generate`.
         """
-        groups = make_request_groups(self._checkpoint, self.max_length, prompts, params, wants_logits=wants_logits)
+        groups = make_request_groups(self._checkpoint, self.max_length, prompts, params, logits_rows=logits_rows)
         if too_many := [group.params.n for group in groups if group.params.n > self.max_n]:
             raise RequestError(f"n must be at most {self.max_n}, got {too_many[0]}: use a smaller n, or raise max_n")
         return groups
-
-    def finished(self, request_groups: Iterable[RequestGroup]) -> Iterator[RequestGroup]:
-        """Run request groups; yield each group when all its samples have ended."""
-        request_groups = list(request_groups)
-        yield from (group for group in request_groups if not group.samples)
-        unfinished = {group: group.samples for group in request_groups}
-        for group in self.engine_loop.run(request_groups, _if_ended):
-            unfinished[group] -= 1
-            if not unfinished[group]:
-                yield group
-
-
-def _if_ended(group: RequestGroup, generation: Generation) -> RequestGroup | None:
-    return group if generation.finish_reason is not None else None

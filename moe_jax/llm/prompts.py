@@ -81,13 +81,13 @@ def make_request_groups(
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None,
     *,
-    wants_logits: bool = False,
+    logits_rows: int = 0,
 ) -> list[RequestGroup]:
     """Make a request group for each prompt.
 
     Args:
       max_length: maximum positions of a sequence.
-      wants_logits: return the logits after each prompt token.
+      logits_rows: number of last prompt tokens after which the logits are returned.
 
     Raises:
       RequestError: a prompt is empty or too long, or has a token outside the vocabulary; or sampling parameters do not
@@ -109,7 +109,7 @@ def make_request_groups(
             max_tokens=min(one.max_tokens, longest - len(prompt)),
             stop_ids=stop_ids[id(one)],
             tokenizer=checkpoint.tokenizer,
-            wants_logits=wants_logits,
+            logits_rows=logits_rows,
             new_request=new_request,
         )
         for number, (prompt, one) in enumerate(zip(encoded, params_each, strict=True))

@@ -30,8 +30,8 @@ class RequestGroup:
     stop_ids: frozenset[int]
     """Tokens that end a sample."""
     tokenizer: Tokenizer | None
-    wants_logits: bool = False
-    """Return the logits after each prompt token."""
+    logits_rows: int = 0
+    """Number of last prompt tokens after which the logits are returned."""
     new_request: Callable[..., Request] = Request
     """Makes the scheduler's request of a sample."""
     generations: list[Generation] = field(default_factory=list)
@@ -57,7 +57,7 @@ class RequestGroup:
             self.stop_ids,
             self.tokenizer,
             queue,
-            wants_logits=self.wants_logits,
+            logits_rows=self.logits_rows,
             sample=sample,
         )
         self.generations.append(generation)
@@ -105,7 +105,7 @@ class RequestGroup:
 
     @property
     def _needs_prompt_rows(self) -> bool:
-        return self.wants_logits or self.params.prompt_logprobs is not None
+        return bool(self.logits_rows) or self.params.prompt_logprobs is not None
 
     def _text(self, text: str) -> str | None:
         return None if self.tokenizer is None else text

@@ -32,7 +32,7 @@ def adder() -> LLM:
 @pytest.fixture(scope="module")
 def golden() -> LLM:
     """A model without a tokenizer, with 64 positions and a vocabulary of 97 tokens."""
-    return LLM(GOLDEN, mesh="expert=8", dtype="float32")
+    return LLM(GOLDEN, mesh="expert=8", dtype="float32", prefill_tokens=16)
 
 
 def test_the_bundled_model_adds(adder: LLM) -> None:
@@ -170,6 +170,27 @@ def test_combine_can_be_a_user_class() -> None:
 def test_no_prompts_give_no_outputs(golden: LLM) -> None:
     assert golden.generate([], GREEDY) == []
     assert golden.logits([]) == []
+
+
+def test_scores_are_the_log_probabilities_of_the_tokens(golden: LLM) -> None:
+    """Prompts take one step, or several; one has a prefix in the cache."""
+    prompts = [list(range(length)) for length in (1, 2, 33, 64)] + [list(range(40))]
+    for prompt, logits, scores in zip(prompts, golden.logits(prompts), golden.score(prompts), strict=True):
+        expected = jax.nn.log_softmax(logits)[np.arange(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+        assert scores.dtype == np.float32
+
+
+@pytest.mark.parametrize("last", [1, 2, 17, 63, 64, 100])
+def test_logits_of_the_last_tokens(golden: LLM, last: int) -> None:
+    prompts = [list(range(length)) for length in (1, 2, 33, 64)]
+    for few, whole in zip(golden.logits(prompts, last=last), golden.logits(prompts), strict=True):
+        np.testing.assert_allclose(few, whole[-last:], rtol=0, atol=1e-5)
+
+
+def test_no_logits_are_refused(golden: LLM) -> None:
+    with pytest.raises(RequestError, match="last must be at least 1, got 0"):
+        golden.logits([1], last=0)
 
 
 BAD_PROMPTS: list[tuple[Any, str]] = [

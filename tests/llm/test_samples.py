@@ -84,7 +84,8 @@ def test_leaving_a_stream_cancels_all_samples(llm: LLM, ends: str) -> None:
 def test_a_group_is_finished_when_all_its_samples_have_ended(llm: LLM) -> None:
     groups = llm.request_groups([PROMPT, "1+1="], replace(THREE, ignore_eos=False))
     finished = [
-        (group.number, [sample.finish_reason for sample in group.output().outputs]) for group in llm.finished(groups)
+        (group.number, [sample.finish_reason for sample in group.output().outputs])
+        for group in llm.engine_loop.finished(groups)
     ]
     assert sorted(number for number, _ in finished) == [0, 1]
     assert all(reason in ("stop", "length") for _, reasons in finished for reason in reasons)
