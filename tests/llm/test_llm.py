@@ -257,9 +257,9 @@ def test_a_text_far_too_long_is_refused_by_its_start(adder: LLM, monkeypatch: py
     assert tokenizer
 
     class Counting:
-        def encode(self, text: str) -> Encoding:
-            read.append(len(text))
-            return tokenizer.encode(text)
+        def encode_batch_fast(self, texts: list[str]) -> list[Encoding]:
+            read.extend(map(len, texts))
+            return tokenizer.encode_batch_fast(texts)
 
     checkpoint = adder._checkpoint
     monkeypatch.setitem(vars(checkpoint), "tokenizer", Counting())
