@@ -34,7 +34,7 @@ check: lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/installed-bench
-	for script in combine grouped_matmul moe decode schedule serve host quantization compile_time; do $(BIN)/python -m bench.$$script --quick || exit; done
+	for script in combine grouped_matmul moe decode schedule serve host quantization compile_time memory; do $(BIN)/python -m bench.$$script --quick || exit; done
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, as in: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

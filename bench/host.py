@@ -65,6 +65,7 @@ class InstantExecutor(Executor):
 
     def __init__(self, programs: Programs, stopwatch: Stopwatch, steps: int) -> None:
         self.programs, self._stopwatch, self._steps = programs, stopwatch, steps
+        self.weight_bytes = self.cache_bytes = 0
         self._sharding = NamedSharding(programs.decoder.placement.mesh, programs.decoder.rows_spec)
 
     def run(self, step_input: StepInput) -> tuple[Array, RowLogprobs | None]:

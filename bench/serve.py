@@ -29,11 +29,10 @@ import numpy as np
 from bench import model, script
 from bench.serving import BATCHINGS, ServingRun, arrivals, serve
 from bench.timing import Times
-from moe_jax.engine import Options
-from moe_jax.engine.distributed import SingleProcess
+from moe_jax.engine import Options, make_engine, plan_cache
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs, StepFlags
-from moe_jax.sharding import as_hardware
+from moe_jax.sharding import as_hardware, free_memory
 
 QUICK = {
     "repeats": 2, "requests": 24, "slots": 8, "positions": 64, "prompt": 4, "output": 4, "prefill": 16,
@@ -44,15 +43,16 @@ PERCENTS = (50, 90, 99)
 
 def measure(decoder: ShardedDecoder, options: Namespace) -> tuple[dict[str, Any], dict[str, list[ServingRun]]]:
     """Serve the same arrivals with each batching, interleaved; return the results and the runs."""
-    sizes = Options(options.positions, options.slots, options.prefill, options.decode_steps)
+    engine_options = Options(options.positions, options.slots, options.prefill, options.decode_steps)
     programs, parameters = Programs(decoder), decoder.init(seed=0)
     policy = decoder.policy(as_hardware(None), "auto", "auto", "exact")
-    sizes.engine(programs, parameters, policy, SingleProcess()).warm_up([StepFlags()], progress=True)
+    cache = plan_cache(engine_options, decoder, free_memory(decoder.placement))
+    make_engine(engine_options, cache, programs, parameters, policy).warm_up([StepFlags()], progress=True)
     compiled, requests = programs.compilations, arrivals(options, decoder.config.vocab_size)
     runs: dict[str, list[ServingRun]] = {name: [] for name in BATCHINGS}
     for repeat in range(options.repeats + 1):  # the first one warms up
         for name, batching in BATCHINGS.items():
-            engine = sizes.engine(programs, parameters, policy, SingleProcess())
+            engine = make_engine(engine_options, cache, programs, parameters, policy)
             done = serve(engine, requests, batching, options)
             if repeat:
                 runs[name].append(done)

@@ -24,6 +24,10 @@ class RequestError(MoEJaxError):
     """Invalid prompt or sampling parameter, or a request that cannot be served."""
 
 
+class CapacityError(RequestError):
+    """The devices have too little memory for a sequence."""
+
+
 class ProcessGroupError(MoEJaxError):
     """Processes that cannot join a group, or that differ in how they were started or are used."""
 

@@ -21,6 +21,7 @@ class Recorder(Executor):
 
     def __init__(self) -> None:
         self.programs = Programs(decoders.decoder("dp8_ep8"))
+        self.weight_bytes = self.cache_bytes = 0
         self.capacities: list[int] = []
         """Rows of a token shard in each dispatch."""
 

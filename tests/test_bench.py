@@ -213,3 +213,13 @@ def test_docs_scaling_has_the_current_predictions() -> None:
     assert [each.fits for each in predictions] == [True] * 3 + [False] * 3
     for text in (*map(str, predictions), *scaling.comparisons()):
         assert text in page
+
+
+def test_memory(tmp_path: Path) -> None:
+    printed, _, messages = bench("memory", tmp_path)
+    check_plot(tmp_path, "memory", messages)
+    assert [result["devices"] for result in printed["results"]] == [1, 8]
+    for result in printed["results"]:
+        assert result["peak"] > result["weights"] + result["cache"] > result["cache"] > 0
+        assert 0.3 < result["plan"] < 3, "the process is small, so that Python and JAX take most of it"
+        assert [compiled for _, compiled in result["answers"]][1] == 0, "the same prompt again compiles nothing"

@@ -12,6 +12,7 @@ import typer
 
 from moe_jax.config import WeightDtype
 from moe_jax.engine import Options
+from moe_jax.engine.cache_plan import ACCELERATOR_SHARE, CPU_SHARE
 from moe_jax.llm.llm import LLM
 from moe_jax.programs import PAGE
 from moe_jax.sharding.encoding import ENCODINGS
@@ -133,3 +134,10 @@ class EngineOptions:
             help=f"KV cache pages, of {PAGE} positions each, on each token shard.", show_default="as memory allows"
         ),
     ] = Options.cache_pages
+    cache_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of each device's free memory, after the weights, that the KV cache may take.",
+            show_default=f"{ACCELERATOR_SHARE} of an accelerator's, {CPU_SHARE} of a CPU's",
+        ),
+    ] = Options.cache_memory

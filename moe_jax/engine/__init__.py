@@ -1,6 +1,8 @@
 """Continuous batching: requests arrive and end at any step, and are decoded together.
 
-options.py           settings of an engine, and the engine that they make
+options.py           settings of an engine
+cache_plan.py        cache pages and maximum length that the free memory allows
+make_engine.py       the engine that the settings and the cache make
 engine.py            the loop: schedule a step, dispatch it, read the step before
 sizes.py             the few shapes of steps that are compiled
 step_inputs.py       from a scheduler's plan to host arrays; diffusion_inputs.py for block diffusion
@@ -12,10 +14,24 @@ stats.py             throughput and latencies
 distributed/         several processes
 """
 
+from moe_jax.engine.cache_plan import CachePlan, Pages, log_plan, plan_cache
 from moe_jax.engine.engine import Engine
 from moe_jax.engine.generation import Generation
+from moe_jax.engine.make_engine import make_engine
 from moe_jax.engine.options import Options
 from moe_jax.engine.output_queue import OutputQueue
 from moe_jax.engine.stats import Latency, Stats
 
-__all__ = ["Engine", "Generation", "Latency", "Options", "OutputQueue", "Stats"]
+__all__ = [
+    "CachePlan",
+    "Engine",
+    "Generation",
+    "Latency",
+    "Options",
+    "OutputQueue",
+    "Pages",
+    "Stats",
+    "log_plan",
+    "make_engine",
+    "plan_cache",
+]

@@ -149,6 +149,8 @@ class Engine:
             balance=meter.balance,
             pad_share=meter.pad_share,
             cache_use=sum(map(sum, scheduler.used_pages)) / sum(pages),
+            weight_bytes=self._executor.weight_bytes,
+            cache_bytes=self._executor.cache_bytes,
             preemptions=scheduler.preemptions,
             prefix_hits=scheduler.prefix_hits,
             compilations=self._executor.programs.compilations,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from jaxtyping import Array, Int32
 
+from moe_jax.analysis.roofline import held_bytes
 from moe_jax.engine.sizes import Sizes
 from moe_jax.models import Caches, Parameters
 from moe_jax.programs import PAGE, Programs, RowLogprobs, StepInput
@@ -23,6 +24,8 @@ class Executor:
           pages: number of cache pages on each token shard, for each attention window of the decoder.
         """
         self.programs = programs
+        self.weight_bytes = held_bytes(parameters)
+        """Bytes of the weights on each device."""
         self._parameters, self._policy, self._sizes = parameters, policy, sizes
         self._pages = pages
         self._routes: dict[int, Route] = {}
@@ -32,6 +35,8 @@ class Executor:
         """Replace caches and slots by empty ones; a step that failed may have donated them."""
         self._caches: Caches = []  # free the old caches first
         self._caches = self.programs.decoder.empty_caches(self._pages, PAGE, self._sizes.slots)
+        self.cache_bytes = held_bytes(self._caches)
+        """Bytes of the caches on each device."""
         self._slots = self.programs.empty_slots(self._sizes.slots, self._sizes.positions)
 
     def run(self, step_input: StepInput) -> tuple[Int32[Array, "shards*L W"], RowLogprobs | None]:

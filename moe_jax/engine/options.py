@@ -1,25 +1,17 @@
-"""Settings of an engine, the sizes that follow from them, and the engine itself."""
+"""Settings of an engine, and the sizes that follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
-from moe_jax.analysis.roofline import held_bytes
-from moe_jax.config import ModelConfig
-from moe_jax.engine.diffusion_input_builder import DiffusionInputBuilder
-from moe_jax.engine.distributed import ProcessGroup
-from moe_jax.engine.engine import Engine
-from moe_jax.engine.executor import Executor
-from moe_jax.engine.input_builder import StepInputBuilder
-from moe_jax.engine.sizes import MIN_PAGES, MIN_PAGES_OF_LOOP, Sizes, max_pages
+from moe_jax.engine.sizes import MIN_PAGES, MIN_PAGES_OF_LOOP, Sizes
 from moe_jax.errors import RequestError
 from moe_jax.kernels.kv_cache import attention_tile_on
-from moe_jax.models import Parameters, ShardedDecoder
-from moe_jax.programs import PAGE, Programs
-from moe_jax.scheduler import CacheGroup, DiffusionScheduler, Limits, Scheduler
-from moe_jax.sharding import Policy, Role
+from moe_jax.models import ShardedDecoder
+from moe_jax.programs import PAGE
+from moe_jax.scheduler import CacheGroup, Limits
+from moe_jax.sharding import Role
 
 MIN_PROMPTS, SHORT_PROMPT = 8, 64
 """Bound on the prompts of a step: `prefill_tokens / SHORT_PROMPT` on each token shard, but at least `MIN_PROMPTS`."""
@@ -33,8 +25,8 @@ class Options:
       RequestError: a number out of range.
     """
 
-    max_length: int
-    """Maximum positions of a sequence."""
+    max_length: int | None = None
+    """Maximum positions of a sequence; None for those of the model, or fewer if the cache holds fewer."""
     max_batch_size: int = 256
     """Maximum sequences decoded together; more sequences wait."""
     prefill_tokens: int = 512
@@ -44,8 +36,9 @@ class Options:
     cache_pages: int | None = None
     """Pages of the KV cache, of 16 positions, on each token shard; None for all pages that can be in use, as far as
     `cache_memory` allows."""
-    cache_memory: float = 0.8
-    """Share of each device's memory, after the weights, that the cache may take."""
+    cache_memory: float | None = None
+    """Share of each device's free memory, after the weights, that the cache may take; None for 0.8 of an accelerator's
+    and 0.1 of a CPU's, or more if one sequence of `max_length` needs more."""
     prefix_cache: bool = True
     """Share the cached pages of common prompt prefixes."""
 
@@ -53,10 +46,13 @@ class Options:
         for name in ("max_batch_size", "prefill_tokens", "decode_steps", "cache_pages"):
             if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value >= 1):
                 raise RequestError(f"{name} must be a whole number, at least 1, got {value!r}")
-        if not (isinstance(self.cache_memory, int | float) and 0 < self.cache_memory <= 1):
+        share = self.cache_memory
+        if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
             raise RequestError(f"cache_memory must be a share above 0 and at most 1, got {self.cache_memory!r}")
 
     def sizes(self, decoder: ShardedDecoder) -> Sizes:
+        """Return the sizes of steps, for settings with a maximum length."""
+        assert self.max_length is not None
         slots = -(-self.max_batch_size // decoder.placement.size(Role.TOKENS))
         prompts = min(max(self.prefill_tokens // SHORT_PROMPT, MIN_PROMPTS), slots)
         block = decoder.config.block
@@ -74,38 +70,6 @@ class Options:
             min_pages=MIN_PAGES if attention_tile_on(decoder.placement.device) is None else MIN_PAGES_OF_LOOP,
         )
 
-    def pages(self, decoder: ShardedDecoder, policy: Policy, sizes: Sizes) -> dict[int | None, int]:
-        """Return the number of cache pages on each token shard, for each attention window of the decoder.
-
-        Raises:
-          RequestError: the pages do not hold a single sequence.
-        """
-        needed = {window: sizes.needed_pages(window) for window in decoder.windows}
-        if self.cache_pages is not None:
-            pages = {window: min(self.cache_pages, limit) for window, limit in needed.items()}
-        else:
-            memory = policy.hardware.memory / policy.hardware.sharers(decoder.placement)
-            room = max(memory - held_bytes(decoder.parameters), 0) * self.cache_memory
-            without_pages, with_all_pages = (
-                held_bytes(decoder.abstract_caches(held, PAGE, sizes.slots))
-                for held in (dict.fromkeys(needed, 0), needed)
-            )
-            share = min(max(room - without_pages, 0) / max(with_all_pages - without_pages, 1), 1)
-            pages = {window: int(limit * share) for window, limit in needed.items()}
-        rows = max(sizes.prompt_rows, sizes.decode_steps)
-        one_sequence = {window: max_pages(window, sizes.positions, rows) for window in decoder.windows}
-        lacking = [window for window in pages if pages[window] < one_sequence[window]]
-        if lacking:
-            window = max(lacking, key=one_sequence.__getitem__)
-            advice = "lower max_length or max_batch_size, raise cache_memory, or use more devices"
-            if self.cache_pages is not None:
-                advice = f"set cache_pages to {one_sequence[window]} or more"
-            raise RequestError(
-                f"there is room for {pages[window]} pages of {PAGE} positions on each token shard, but a sequence of "
-                f"{self.max_length} positions needs {one_sequence[window]}: {advice}"
-            )
-        return pages
-
     def limits(self, decoder: ShardedDecoder, sizes: Sizes, pages: Mapping[int | None, int]) -> Limits:
         """Return the limits that the scheduler keeps."""
         return Limits(
@@ -120,27 +84,3 @@ class Options:
             prefix_cache=self.prefix_cache and not decoder.config.recurrent,  # pages hold no recurrent states
             block=sizes.block,
         )
-
-    def engine(self, programs: Programs, parameters: Parameters, policy: Policy, process_group: ProcessGroup) -> Engine:
-        """Make an engine with empty caches."""
-        decoder = programs.decoder
-        sizes = self.sizes(decoder)
-        pages = self.pages(decoder, policy, sizes)
-        executor = Executor(programs, parameters, policy, sizes, pages)
-        limits = self.limits(decoder, sizes, pages)
-        scheduler, builder = Scheduler, StepInputBuilder
-        if decoder.config.diffusion is not None:
-            scheduler, builder = DiffusionScheduler, partial(DiffusionInputBuilder, diffusion=decoder.config.diffusion)
-        return Engine(scheduler(limits), executor, sizes, decoder.placement, builder, process_group)
-
-
-def resolve_max_length(config: ModelConfig, requested: int | None) -> int:
-    """Return the maximum positions of a sequence: the requested number, by default that of the model.
-
-    Raises:
-      RequestError: the number is below 1, or above that of the model.
-    """
-    limit = config.max_positions
-    if requested is not None and not (isinstance(requested, int) and 1 <= requested <= limit):
-        raise RequestError(f"max_length must be from 1 to the {limit} positions of this model, got {requested!r}")
-    return requested or limit

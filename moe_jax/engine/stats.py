@@ -71,6 +71,10 @@ class Stats:
     """Share of padding among the rows that steps computed."""
     cache_use: float
     """Share of the cache pages that running requests hold."""
+    weight_bytes: int
+    """Bytes of the weights on each device."""
+    cache_bytes: int
+    """Bytes of the cache on each device, in use or not."""
     preemptions: int
     """Preemptions of requests for want of pages."""
     prefix_hits: int

@@ -18,9 +18,8 @@ from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.config import WeightDtype
 from moe_jax.config.sampling_params import SamplingParams
-from moe_jax.engine import Engine, Generation, Options, Stats
+from moe_jax.engine import Engine, Generation, Options, Stats, log_plan, make_engine, plan_cache
 from moe_jax.engine.distributed import ProcessGroup, SingleProcess
-from moe_jax.engine.options import resolve_max_length
 from moe_jax.engine.outputs import RequestOutput, StreamEvent
 from moe_jax.errors import RequestError
 from moe_jax.llm.engine_loop import EngineLoop
@@ -39,6 +38,7 @@ from moe_jax.sharding import (
     Strategy,
     as_hardware,
     as_placement,
+    free_memory,
 )
 
 MAX_N = 1024
@@ -77,8 +77,8 @@ class LLM:
         `moe-jax bench --calibrate`, or a `moe_jax.sharding.Hardware`; by default that of the devices.
       scan_layers: compile repeated layers as one loop. Compilation time no longer grows with the number of layers, but
         each step copies the attention weights.
-      max_length: maximum positions of a sequence, prompt included; by default those of the model. The last generated
-        token takes no position. vLLM: `max_model_len`.
+      max_length: maximum positions of a sequence, prompt included; by default those of the model, halved until the
+        default cache holds a sequence. The last generated token takes no position. vLLM: `max_model_len`.
       max_batch_size: maximum sequences decoded together; more sequences wait. vLLM: `max_num_seqs`.
       max_n: maximum `SamplingParams.n` of a request.
       prefill_tokens: maximum prompt tokens of a step on each token shard, besides the sequences that decode. vLLM:
@@ -86,8 +86,8 @@ class LLM:
       decode_steps: decode steps that the devices run before the host reads the tokens.
       cache_pages: pages of the KV cache, of 16 positions, on each token shard; by default all pages that can be in use,
         as far as `cache_memory` allows. vLLM: `num_gpu_blocks_override`.
-      cache_memory: share of each device's memory, after the weights, that the cache may take. vLLM:
-        `gpu_memory_utilization`, which is a share of the whole memory.
+      cache_memory: share of each device's free memory, after the weights, that the cache may take; by default 0.8 of an
+        accelerator's and 0.1 of a CPU's. vLLM: `gpu_memory_utilization`, which is a share of the whole memory.
       prefix_cache: share the cached pages of common prompt prefixes; models with recurrent layers share none. vLLM:
         `enable_prefix_caching`.
       process_group: the return value of `moe_jax.distributed.join`, if several processes hold the mesh. Each process
@@ -115,32 +115,34 @@ class LLM:
         prefill_tokens: int = Options.prefill_tokens,
         decode_steps: int = Options.decode_steps,
         cache_pages: int | None = Options.cache_pages,
-        cache_memory: float = Options.cache_memory,
+        cache_memory: float | None = Options.cache_memory,
         prefix_cache: bool = Options.prefix_cache,
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._checkpoint = Checkpoint(checkpoint)
         self.config, self.tokenizer = self._checkpoint.config, self._checkpoint.tokenizer
-        self.max_length = resolve_max_length(self.config, max_length)
         self.max_batch_size, self.max_n = max_batch_size, max_n
         options = Options(
-            self.max_length, max_batch_size, prefill_tokens, decode_steps, cache_pages, cache_memory, prefix_cache
+            max_length, max_batch_size, prefill_tokens, decode_steps, cache_pages, cache_memory, prefix_cache
         )
         weights = dtype_name(dtype or self._checkpoint.dtype), scan_layers, self._checkpoint.quantization(weight_dtype)
         decoder = ShardedDecoder(self.config, as_placement(mesh), *weights)
         self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
+        self._cache = plan_cache(options, decoder, free_memory(decoder.placement))
+        self.max_length = self._cache.max_length
         self.identity = model_identity(self._checkpoint.path, decoder, gather_dtype, self.max_length)
         """Settings that generated tokens depend on, as text."""
         self._programs = Programs(decoder)
         self._process_group = process_group or SingleProcess()
-        settings = shared_settings(decoder, options, self._policy.hardware, combine, residual, gather_dtype)
-        self.engine_loop = EngineLoop(self._load(options, settings))
+        self.engine_loop = EngineLoop(self._load(options, (combine, residual, gather_dtype)))
         """The engine's thread, which all callers share."""
 
-    def _load(self, options: Options, settings: Mapping[str, str]) -> Engine:
-        self._process_group.check_agreement(settings)
-        parameters = self._checkpoint.load(self._programs.decoder)
-        return options.engine(self._programs, parameters, self._policy, self._process_group)
+    def _load(self, options: Options, route: Sequence[object]) -> Engine:
+        decoder, hardware = self._programs.decoder, self._policy.hardware
+        self._process_group.check_agreement(shared_settings(decoder, options, self._cache.pages, hardware, *route))
+        parameters = self._checkpoint.load(decoder)
+        log_plan(self._cache, decoder)
+        return make_engine(options, self._cache, self._programs, parameters, self._policy, self._process_group)
 
     def __enter__(self) -> Self:
         return self
@@ -271,7 +273,8 @@ class LLM:
 
     def _explain(self, batch_size: int) -> Explanation:
         counts = evenly(batch_size, self._policy.placement.size(Role.TOKENS))
-        return explain(self._programs, self._policy, counts, self.max_length)
+        free, held = self._cache.free_bytes, self._cache.bytes_per_device
+        return explain(self._programs, self._policy, counts, self.max_length, free, held)
 
     def request_groups(
         self,

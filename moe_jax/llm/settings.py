@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe_jax.config import ModelConfig
-from moe_jax.engine import Options
+from moe_jax.engine import Options, Pages
 from moe_jax.models import ShardedDecoder
 from moe_jax.sharding import Hardware
 
 
-def shared_settings(decoder: ShardedDecoder, options: Options, hardware: Hardware, *route: object) -> dict[str, str]:
+def shared_settings(
+    decoder: ShardedDecoder, options: Options, pages: Pages, hardware: Hardware, *route: object
+) -> dict[str, str]:
     """Describe the settings that must be the same in all processes."""
     return {
         "the model": f"{shortened(decoder.config)} ({_digest(decoder.config)})",
@@ -25,6 +27,7 @@ def shared_settings(decoder: ShardedDecoder, options: Options, hardware: Hardwar
         "scan_layers": str(decoder.scan_layers),
         "the route": ", ".join(map(str, route)),
         "the options": str(options),
+        "the cache": str(pages),
     }
 
 

@@ -10,6 +10,7 @@ from moe_jax.sharding.combine import Combine, Gathered
 from moe_jax.sharding.divisibility import check_divisibility
 from moe_jax.sharding.encoding import DEFAULT_GATHER_DTYPE, EXACT, Encoding, as_encoding
 from moe_jax.sharding.hardware import Hardware, as_hardware
+from moe_jax.sharding.memory import free_memory
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.sharding.placement import Placement, Role, as_placement
 from moe_jax.sharding.policy import AUTO, Decision, Policy, Route, Strategy, as_residual_layout, as_strategy
@@ -52,5 +53,6 @@ __all__ = [
     "as_strategy",
     "bucket",
     "check_divisibility",
+    "free_memory",
     "make_mesh",
 ]

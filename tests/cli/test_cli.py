@@ -120,12 +120,14 @@ def test_plan_says_what_does_not_fit(run: Run, tmp_path: Path) -> None:
     small = replace(KNOWN["h100"], memory=2**28)
     save(small, tmp_path / "small.json")
     arguments = ["plan", "--model", str(tmp_path), "--mesh", "expert=2", "--hardware", str(tmp_path / "small.json")]
-    assert "exceeds 0.2 GiB (1/" in run(*arguments, "--rows", "1").out
+    assert "exceeds 0.2 GiB free (1/" in run(*arguments, "--rows", "64").out
     printed = run(*arguments, "--rows", "1", "--max-length", "64", "--json").json
     assert printed["fits"]
     assert printed["memory_bytes"] == sum(printed[f"{part}_bytes"] for part in ("weight", "cache", "temporary"))
     save(replace(small, memory=2**10), tmp_path / "small.json")
-    assert "the weights alone need" in run(*arguments, "--max-length", "64").out
+    plan = run(*arguments, "--max-length", "64").out
+    assert "the weights alone need" in plan
+    assert "engine       cannot start: there is room for 0 pages" in plan
 
 
 def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:

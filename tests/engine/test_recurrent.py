@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from moe_jax import LLM, SamplingParams
 from moe_jax.analysis.roofline import held_bytes, roofline
 from moe_jax.checkpoints import Checkpoint
-from moe_jax.engine import Options
+from moe_jax.engine import Options, plan_cache
 from moe_jax.errors import RequestError
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import PAGE
@@ -98,22 +97,17 @@ def test_recurrent_states_are_counted_in_the_memory_plan(checkpoint: Path) -> No
 def test_pages_fill_the_memory_left_by_weights_and_states(checkpoint: Path) -> None:
     decoder, states = decoder_and_state_bytes(checkpoint)
     options = Options(max_length=POSITIONS, max_batch_size=10, cache_memory=0.5)
-    sizes = options.sizes(decoder)
-    assert sizes.slots == 5
-    assert options.pages(decoder, decoder.policy(as_hardware("h100"), "auto", "auto", "exact"), sizes) == {
-        None: 5 * POSITIONS // PAGE
-    }
+    plan = plan_cache(options, decoder, 80e9)
+    assert plan.sizes.slots == 5
+    assert plan.pages == {None: 5 * POSITIONS // PAGE}
     page = 2 * PAGE * 2 * 8 * 2  # keys and values, positions, heads of each device, their width, bytes
 
-    def pages(room: float, devices: int = 1) -> int:
+    def pages(room: float) -> int:
         """Return the pages of each token shard if `room` bytes are left for caches after the weights."""
-        memory = devices * (held_bytes(decoder.parameters) + room / 0.5)
-        hardware = replace(as_hardware("h100"), memory=memory, shared=devices > 1)
-        return options.pages(decoder, decoder.policy(hardware, "auto", "auto", "exact"), sizes)[None]
+        return plan_cache(options, decoder, held_bytes(decoder.parameters) + room / 0.5).pages[None]
 
     for wanted in (8, 9, 20):
         assert pages(5 * states + (wanted + 0.5) * page) == wanted
-    assert pages(5 * states + 20.5 * page, devices=4) == 20, "all devices of a host share its memory"
     for room, fitting in ((5 * states + 7.5 * page, 7), (5 * states, 0), (4 * states, 0)):
         with pytest.raises(RequestError, match=rf"there is room for {fitting} pages .* a sequence of 128 .* needs 8"):
             pages(room)
