@@ -17,8 +17,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test quick lint check bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/moe-jax generate
-	$(BIN)/moe-jax eval
+	$(BIN)/moe-jax generate --temperature 0
+	$(BIN)/moe-jax selftest
 
 test: $(VENV)/installed-test $(VENV)/gpu-compiler
 	$(BIN)/python -m pytest -n auto --maxprocesses 8

@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding
 from bench import model, script
 from bench.timing import Times, format_time
 from moe_jax.config.sampling_params import SamplingParams
-from moe_jax.engine import Engine, Generation, Options, OutputQueue
+from moe_jax.engine import Engine, Generation, Options, OutputQueue, make_limits, make_sizes
 from moe_jax.engine.engine import InFlightStep
 from moe_jax.engine.executor import Executor
 from moe_jax.engine.sizes import Sizes
@@ -116,8 +116,10 @@ def measure(decoder: ShardedDecoder, options: Namespace, steps: int) -> dict[str
     stopwatch, programs = Stopwatch(), Programs(decoder)
     positions = 2 * PROMPT + steps * (options.repeats + options.requests)
     engine_options = Options(positions, options.requests, decode_steps=steps)
-    sizes, shards = engine_options.sizes(decoder), decoder.placement.size(Role.TOKENS)
-    limits = engine_options.limits(decoder, sizes, {window: sizes.needed_pages(window) for window in decoder.windows})
+    sizes, shards = make_sizes(engine_options, decoder), decoder.placement.size(Role.TOKENS)
+    limits = make_limits(
+        engine_options, decoder, sizes, {window: sizes.needed_pages(window) for window in decoder.windows}
+    )
     executor = InstantExecutor(programs, stopwatch, steps)
     engine = TimedEngine(TimedScheduler(limits, stopwatch), executor, sizes, decoder.placement, stopwatch)
     for number in range(options.requests):

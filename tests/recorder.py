@@ -8,7 +8,7 @@ import decoders
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.engine import Engine, Options
+from moe_jax.engine import Engine, Options, make_limits, make_sizes
 from moe_jax.engine.executor import Executor
 from moe_jax.programs import Programs, SampledTokens, StepInput
 from moe_jax.scheduler import Scheduler
@@ -38,6 +38,6 @@ def recorded(positions: int, slots: int, pages: int) -> tuple[Engine, Recorder]:
     recorder = Recorder()
     decoder = recorder.programs.decoder
     options = Options(positions, max_batch_size=8 * slots, prefill_tokens=positions, decode_steps=DECODE_STEPS)
-    sizes = options.sizes(decoder)
-    limits = options.limits(decoder, sizes, {None: pages})
+    sizes = make_sizes(options, decoder)
+    limits = make_limits(options, decoder, sizes, {None: pages})
     return Engine(Scheduler(limits), recorder, sizes, decoder.placement), recorder

@@ -8,12 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_jax.analysis.calibration import measure
 from moe_jax.cli.options import Hardware, Mesh
 from moe_jax.cli.output import Json, print_json
 from moe_jax.errors import ConfigError
-from moe_jax.sharding import as_hardware, as_placement
-from moe_jax.sharding.hardware import save
 
 
 def bench(
@@ -27,6 +24,10 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time collectives on these devices, next to the times that the policy estimates."""
+    from moe_jax.analysis.calibration import measure
+    from moe_jax.sharding import as_hardware, as_placement
+    from moe_jax.sharding.hardware import save
+
     if calibrate is not None and not calibrate.absolute().parent.is_dir():
         raise ConfigError(f"cannot write {calibrate}: there is no directory {calibrate.parent}")
     placement = as_placement(mesh)

@@ -8,11 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moe_jax.checkpoints import Checkpoint
-from moe_jax.checkpoints.checkpoint import check_new
 from moe_jax.cli.options import Mesh
-from moe_jax.models import ShardedDecoder
-from moe_jax.sharding import as_placement
 
 
 class Format(StrEnum):
@@ -29,6 +25,11 @@ def convert(
     mesh: Mesh = None,
 ) -> None:
     """Rewrite a checkpoint in another format, in the dtype that its config.json names."""
+    from moe_jax.checkpoints import Checkpoint
+    from moe_jax.checkpoints.checkpoint import check_new
+    from moe_jax.models import ShardedDecoder
+    from moe_jax.sharding import as_placement
+
     checkpoint = Checkpoint(source)
     check_new(output)
     decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), checkpoint.dtype)

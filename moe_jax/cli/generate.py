@@ -5,22 +5,22 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
-from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.cli.option_groups import option_groups
 from moe_jax.cli.options import EngineOptions, ModelOptions, RouteOptions
 from moe_jax.cli.output import Json, print_json
 from moe_jax.cli.processes import ProcessOptions
 from moe_jax.cli.sampling import SamplingOptions
 from moe_jax.config.sampling_params import SamplingParams
-from moe_jax.engine.outputs import RequestOutput
 from moe_jax.errors import RequestError
-from moe_jax.llm.batch_files import check_paths, generate_file
-from moe_jax.llm.llm import LLM
+
+if TYPE_CHECKING:
+    from moe_jax.engine.outputs import RequestOutput
+    from moe_jax.llm.llm import LLM
 
 BUILT_IN_PROMPTS = ["1+1=", "12+34=", "99+1=", "123+456=", "808+77=", "999+999=", "1234+5678=", "9999+1="]
 
@@ -45,10 +45,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue prompts, and show how the mesh was used."""
+    from moe_jax.llm.batch_files import check_paths
+
     params = sampling.params()
     if (input is None) != (output is None) or (input and prompts):
         raise RequestError("--input and --output go together, in place of prompts")
-    if not input and not prompts and model.model != ADDER:
+    if not input and not prompts and model.model is not None:
         raise RequestError("give prompts to continue: the built-in ones are sums for the bundled model")
     with processes.join() as process_group:
         if input and output and process_group.is_driver:
@@ -63,6 +65,8 @@ def generate(
 
 
 def _generate_file(llm: LLM, source: Path, output: Path, params: SamplingParams, *, as_json: bool) -> None:
+    from moe_jax.llm.batch_files import generate_file
+
     with tqdm(desc="generating", unit=" lines", disable=not sys.stderr.isatty(), leave=False) as bar:
 
         def show_progress(done: int, total: int) -> None:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moe_jax.config import WeightDtype
-from moe_jax.engine import Options
-from moe_jax.engine.cache_plan import ACCELERATOR_SHARE, CPU_SHARE
-from moe_jax.llm.llm import LLM
-from moe_jax.programs import PAGE
-from moe_jax.sharding.encoding import ENCODINGS
-from moe_jax.sharding.policy import AUTO, STRATEGIES
-from moe_jax.sharding.residual import RESIDUALS
+from moe_jax.config.choices import AUTO, COMBINES, GATHER_DTYPES, RESIDUAL_LAYOUTS
+from moe_jax.config.engine_options import ACCELERATOR_SHARE, CPU_SHARE, MAX_N, PAGE, Options
 
-DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in signature(LLM).parameters.items()}
-"""Default of each argument of `LLM`."""
+if TYPE_CHECKING:
+    from moe_jax.llm.llm import LLM
 
 Mesh = Annotated[
     str | None,
@@ -55,44 +49,46 @@ def _members(*names: str) -> dict[str, str]:
 class CombineName(StrEnum):
     """Names of the combine strategies, and `auto`."""
 
-    vars().update(_members(AUTO, *STRATEGIES))
+    vars().update(_members(AUTO, *COMBINES))
 
 
 class ResidualName(StrEnum):
     """Names of the residual layouts, and `auto`."""
 
-    vars().update(_members(AUTO, *RESIDUALS))
+    vars().update(_members(AUTO, *RESIDUAL_LAYOUTS))
 
 
 class GatherDtype(StrEnum):
     """Names of the encodings of gathered rows."""
 
-    vars().update(_members(*ENCODINGS))
+    vars().update(_members(*GATHER_DTYPES))
+
+
+AUTO_COMBINE, AUTO_RESIDUAL, EXACT_GATHER = CombineName(AUTO), ResidualName(AUTO), GatherDtype(GATHER_DTYPES[0])
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """A checkpoint, its mesh and its precision."""
 
-    model: Annotated[Path, typer.Option(help="Checkpoint directory.", show_default="the bundled model")] = DEFAULTS[
-        "checkpoint"
-    ]
-    mesh: Mesh = DEFAULTS["mesh"]
-    dtype: Annotated[str | None, typer.Option(help="Dtype of weights and computation.", show_default="as saved")] = (
-        DEFAULTS["dtype"]
-    )
+    model: Annotated[Path | None, typer.Option(help="Checkpoint directory.", show_default="the bundled model")] = None
+    mesh: Mesh = None
+    dtype: Annotated[str | None, typer.Option(help="Dtype of weights and computation.", show_default="as saved")] = None
     weight_dtype: Annotated[
         WeightDtype,
         typer.Option(help="Precision of attention and feed-forward matrices; exact keeps the dtype of computation."),
-    ] = DEFAULTS["weight_dtype"]
+    ] = WeightDtype.EXACT
     gather_dtype: Annotated[
         GatherDtype, typer.Option(help="Precision of the rows gathered for feed-forward blocks.")
-    ] = DEFAULTS["gather_dtype"]
+    ] = EXACT_GATHER
 
     def load(self, **others: Any) -> LLM:
         """Load the model, with any other arguments of `LLM`."""
+        from moe_jax.llm.llm import LLM
+
         arguments = asdict(self)
-        return LLM(arguments.pop("model"), **arguments, **others)
+        model = arguments.pop("model")
+        return LLM(*([] if model is None else [model]), **arguments, **others)
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ class RouteOptions:
     """The route of rows through the layers, and how the layers are compiled."""
 
     combine: Annotated[CombineName, typer.Option(help="Strategy that combines the outputs of feed-forward blocks.")] = (
-        DEFAULTS["combine"]
+        AUTO_COMBINE
     )
     residual: Annotated[
         ResidualName,
@@ -108,20 +104,21 @@ class RouteOptions:
             help="Residual rows on devices that split attention heads: whole on each, or split between them "
             "(sequence parallelism)."
         ),
-    ] = DEFAULTS["residual"]
-    hardware: Hardware = DEFAULTS["hardware"]
+    ] = AUTO_RESIDUAL
+    hardware: Hardware = None
     scan_layers: Annotated[
         bool,
         typer.Option(help="Compile repeated layers as one loop; compilation is faster, but steps copy more weights."),
-    ] = DEFAULTS["scan_layers"]
+    ] = True
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """The sizes of the engine's batches and cache."""
 
-    max_length: MaxLength = DEFAULTS["max_length"]
+    max_length: MaxLength = Options.max_length
     max_batch_size: Annotated[int, typer.Option(help="Maximum sequences decoded together.")] = Options.max_batch_size
+    max_n: Annotated[int, typer.Option(help="Maximum samples of a prompt, in the lines of a file.")] = MAX_N
     prefill_tokens: Annotated[int, typer.Option(help="Maximum prompt tokens per step on each token shard.")] = (
         Options.prefill_tokens
     )
@@ -141,3 +138,7 @@ class EngineOptions:
             show_default=f"{ACCELERATOR_SHARE} of an accelerator's, {CPU_SHARE} of a CPU's",
         ),
     ] = Options.cache_memory
+
+    def options(self) -> Options:
+        """Return the options of an engine."""
+        return Options(**{field.name: getattr(self, field.name) for field in fields(self) if field.name != "max_n"})

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import jax
 import typer
 
-from moe_jax.analysis.explain import explain
-from moe_jax.analysis.targets import CHIPS, COMPILER_OPTIONS, target_placement
-from moe_jax.checkpoints import Checkpoint
 from moe_jax.cli.option_groups import option_groups
 from moe_jax.cli.options import EngineOptions, ModelOptions, RouteOptions
 from moe_jax.cli.output import Json, print_json
-from moe_jax.engine import Options, plan_cache
+from moe_jax.config.choices import TARGETS
 from moe_jax.errors import CapacityError, RequestError
-from moe_jax.models import ShardedDecoder
-from moe_jax.programs import Programs
-from moe_jax.sharding import Role, as_hardware, as_placement, free_memory
+
+if TYPE_CHECKING:
+    from moe_jax.analysis.explain import Explanation
+    from moe_jax.models import ShardedDecoder
 
 
 @option_groups
@@ -28,7 +24,7 @@ def plan(
     target: Annotated[
         str | None,
         typer.Option(
-            help=f"GPUs to compile for, which need not be present: {', '.join(CHIPS)}.", show_default="the devices"
+            help=f"GPUs to compile for, which need not be present: {', '.join(TARGETS)}.", show_default="the devices"
         ),
     ] = None,
     route: RouteOptions,
@@ -41,7 +37,32 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Explain one decode step on a mesh. It needs config.json but no weights, and with --target no GPU."""
-    checkpoint = Checkpoint(model.model)
+    explanation, error = _explain(model, target, route, (rows, counts), engine)
+    if as_json:
+        print_json({**explanation.as_dict(), "engine_error": error})
+    else:
+        typer.echo(f"{explanation}\nengine       cannot start: {error}" if error else explanation)
+
+
+def _explain(
+    model: ModelOptions,
+    target: str | None,
+    route: RouteOptions,
+    sequences: tuple[int, str | None],
+    engine: EngineOptions,
+) -> tuple[Explanation, str | None]:
+    """Return the explanation, and the reason that the engine could not start."""
+    import jax
+
+    from moe_jax.analysis.explain import explain
+    from moe_jax.analysis.targets import COMPILER_OPTIONS, target_placement
+    from moe_jax.checkpoints import Checkpoint
+    from moe_jax.checkpoints.bundled import ADDER
+    from moe_jax.models import ShardedDecoder
+    from moe_jax.programs import Programs
+    from moe_jax.sharding import Role, as_hardware, as_placement, free_memory
+
+    checkpoint = Checkpoint(model.model or ADDER)
     if target is None:
         placement, compiler_options = as_placement(model.mesh), None
     else:
@@ -53,21 +74,20 @@ def plan(
     hardware = as_hardware(route.hardware or target)
     policy = decoder.policy(hardware, route.combine, route.residual, model.gather_dtype)
     shards = placement.size(Role.TOKENS)
-    sequences = [rows] * shards if counts is None else _whole_numbers(counts, shards)
+    rows, text = sequences
+    counts = [rows] * shards if text is None else _whole_numbers(text, shards)
     is_there = target is None and route.hardware is None
     free = free_memory(placement) if is_there else hardware.memory / hardware.sharers(placement)
     length, held, error = _plan_cache(engine, decoder, free)
-    explanation = explain(Programs(decoder, compiler_options), policy, sequences, length, free, held)
-    if as_json:
-        print_json({**explanation.as_dict(), "engine_error": error})
-    else:
-        typer.echo(f"{explanation}\nengine       cannot start: {error}" if error else explanation)
+    return explain(Programs(decoder, compiler_options), policy, counts, length, free, held), error
 
 
 def _plan_cache(engine: EngineOptions, decoder: ShardedDecoder, free: float) -> tuple[int, int | None, str | None]:
     """Return the maximum length and the bytes of the cache on each device, or the reason that no cache fits."""
+    from moe_jax.engine import plan_cache
+
     try:
-        cache = plan_cache(Options(**asdict(engine)), decoder, free)
+        cache = plan_cache(engine.options(), decoder, free)
     except CapacityError as error:
         return engine.max_length or decoder.config.max_positions, None, str(error)
     return cache.max_length, cache.bytes_per_device, None

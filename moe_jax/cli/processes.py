@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import jax
 import typer
 
-from moe_jax.engine.distributed import ProcessGroup, SingleProcess, join
+if TYPE_CHECKING:
+    from moe_jax.engine.distributed import ProcessGroup
+
+DEFAULT_CACHE = Path.home() / ".cache" / "moe_jax"
+"""Directory of compiled programs."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class ProcessOptions:
         Raises:
           ProcessGroupError: the processes cannot be joined.
         """
+        from moe_jax.engine.distributed import SingleProcess, join
+
         if not self.distributed and self.coordinator is self.num_processes is self.process_id is None:
             yield SingleProcess()
             return
@@ -51,6 +56,8 @@ class ProcessOptions:
 
 def use_compilation_cache(directory: Path | None) -> None:
     """Keep compiled programs in `directory`, or nowhere, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    import jax
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", None if directory is None else str(directory))
 

@@ -12,12 +12,14 @@ from moe_jax.config.sampling_params import DEFAULT_CONFIDENCE_THRESHOLD, Samplin
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """The sampling parameters of all prompts. Decoding is greedy by default, unlike that of `SamplingParams`."""
+    """The sampling parameters of all prompts."""
 
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens to generate for each prompt.")] = (
         SamplingParams.max_tokens
     )
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 means greedy decoding.")] = 0.0
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 means greedy decoding.")] = (
+        SamplingParams.temperature
+    )
     top_k: Annotated[int, typer.Option(help="Number of most likely tokens to sample from; 0 keeps all tokens.")] = (
         SamplingParams.top_k
     )

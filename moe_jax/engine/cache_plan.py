@@ -7,20 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moe_jax.analysis.roofline import held_bytes
-from moe_jax.engine.options import Options
+from moe_jax.config.engine_options import ACCELERATOR_SHARE, CPU_SHARE, PAGE, Options
+from moe_jax.engine.options import make_sizes
 from moe_jax.engine.sizes import Sizes, max_pages
 from moe_jax.errors import CapacityError, RequestError
 from moe_jax.models import ShardedDecoder
-from moe_jax.programs import PAGE
 
 logger = logging.getLogger(__name__)
 
 Pages = dict[int | None, int]
 """Number of cache pages on each token shard, for each attention window."""
-
-ACCELERATOR_SHARE, CPU_SHARE = 0.8, 0.1
-"""Default shares of the free memory, after the weights, that the cache takes at most. The rest of an accelerator's
-memory holds the temporary arrays of steps; that of a CPU serves other programs."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ class _Attempt:
         """
         assert options.max_length is not None
         self.options, self.decoder, self.room, self.length = options, decoder, room, options.max_length
-        self.sizes = options.sizes(decoder)
+        self.sizes = make_sizes(options, decoder)
         rows = max(self.sizes.prompt_rows, self.sizes.decode_steps)
         self.one_sequence = {window: max_pages(window, self.sizes.positions, rows) for window in decoder.windows}
         self.pages = self._pages()

@@ -90,7 +90,7 @@ class Stats:
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens_per_second:.0f} tokens/s, first token {self.first_token.p50 * 1e3:.0f} ms, "
+            f"{self.tokens_per_second:,.0f} tokens/s, first token {self.first_token.p50 * 1e3:.0f} ms, "
             f"then {self.between_tokens.p50 * 1e3:.1f} ms each, {self.running} running, {self.waiting} waiting, "
             f"balance {self.balance:.2f}, cache {self.cache_use:.0%}, "
             f"{self.compilations} programs compiled in {self.compile_seconds:.1f} s"

@@ -7,13 +7,12 @@ the output. A run that was killed resumes from the journal and decodes no finish
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.errors import RequestError
@@ -139,7 +138,7 @@ class Journal:
         """
         self._file = self._path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process
+            _lock(self._file)
         except BlockingIOError as error:
             self._file.close()
             raise RequestError(f"another run writes to {self._path}: wait for it, or give another output") from error
@@ -180,3 +179,17 @@ class Journal:
     def _write(self, entry: Entry) -> None:
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Lock a file until it is closed, or the process ends.
+
+    Raises:
+      BlockingIOError: another process has locked the file.
+      RequestError: the platform has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise RequestError("files of prompts need Linux or macOS: on Windows, use WSL 2") from error
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from moe_jax.analysis.explain import Explanation, evenly, explain
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.config import WeightDtype
+from moe_jax.config.engine_options import MAX_N
 from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.engine import Engine, Generation, Options, Stats, log_plan, make_engine, plan_cache
 from moe_jax.engine.distributed import ProcessGroup, SingleProcess
@@ -25,7 +27,7 @@ from moe_jax.errors import RequestError
 from moe_jax.llm.engine_loop import EngineLoop
 from moe_jax.llm.prompts import Prompt, Prompts, as_prompts, make_request_groups
 from moe_jax.llm.request_group import RequestGroup
-from moe_jax.llm.settings import dtype_name, model_identity, shared_settings
+from moe_jax.llm.settings import description, dtype_name, model_identity, shared_settings
 from moe_jax.models import ShardedDecoder
 from moe_jax.programs import Programs, StepFlags, StepInput
 from moe_jax.sharding import (
@@ -41,8 +43,7 @@ from moe_jax.sharding import (
     free_memory,
 )
 
-MAX_N = 1024
-"""Default for the maximum `SamplingParams.n`."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ class LLM:
         decoder, hardware = self._programs.decoder, self._policy.hardware
         self._process_group.check_agreement(shared_settings(decoder, options, self._cache.pages, hardware, *route))
         parameters = self._checkpoint.load(decoder)
+        rows = self._cache.sizes.slots * decoder.config.block
+        logger.info("%r; %s", self, self._policy.decide([rows] * decoder.placement.size(Role.TOKENS), rows))
         log_plan(self._cache, decoder)
         return make_engine(options, self._cache, self._programs, parameters, self._policy, self._process_group)
 
@@ -155,6 +158,10 @@ class LLM:
             "an LLM holds the memory of devices, so that it cannot be copied or pickled: make another LLM of the "
             "same checkpoint where it is needed"
         )
+
+    def __repr__(self) -> str:
+        cache_bytes = self._cache.bytes_per_device
+        return f"<LLM {description(self._checkpoint.path, self._programs.decoder, cache_bytes)}>"
 
     def close(self) -> None:
         """Cancel all requests, and free weights and cache. Later calls of the other methods are errors."""
@@ -211,7 +218,6 @@ class LLM:
         """Return the float32 logits after each token of each prompt.
 
         Args:
-          prompts: as for `generate`.
           last: return the logits after this many last tokens only. All logits of a prompt take `length * vocab * 4`
             bytes of the host's memory; use `score` for the log-probabilities of given tokens.
 

@@ -9,6 +9,7 @@ from reprlib import repr as shortened
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from moe_jax.analysis.roofline import held_bytes
 from moe_jax.config import ModelConfig
 from moe_jax.engine import Options, Pages
 from moe_jax.models import ShardedDecoder
@@ -35,6 +36,17 @@ def model_identity(path: Path, decoder: ShardedDecoder, gather_dtype: str, max_l
     """Describe the settings that generated tokens depend on, besides the sampling parameters."""
     model = f"{path.resolve()}, {_digest(decoder.config)}"
     return f"{model}, {_format_dtype(decoder)}, {gather_dtype}, {max_length}"
+
+
+def description(path: Path, decoder: ShardedDecoder, cache_bytes: int) -> str:
+    """Describe model, dtype, placement and memory in one line.
+
+    Args:
+      cache_bytes: bytes of the cache on each device.
+    """
+    weights, cache = held_bytes(decoder.parameters) / 2**30, cache_bytes / 2**30
+    memory = f"{weights:.2f} GiB of weights and {cache:.2f} GiB of cache on each device"
+    return f"{path.name} in {_format_dtype(decoder)} on {decoder.placement}: {memory}"
 
 
 def dtype_name(dtype: DTypeLike) -> str:

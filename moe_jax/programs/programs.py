@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from jaxtyping import Array, Int32
 
+from moe_jax.config.engine_options import PAGE
 from moe_jax.kernels.forward_batch import QueryLayout
 from moe_jax.models import BatchShape, Caches, Parameters, Segments, ShardedDecoder, pack, zeros
 from moe_jax.models.decoder import Decoder
@@ -31,9 +32,6 @@ from moe_jax.programs.step_input import Slots, StepInput
 from moe_jax.sharding import Role, Route
 
 logger = logging.getLogger(__name__)
-
-PAGE = 16
-"""Positions of a page of the KV cache."""
 
 
 class Programs:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from inspect import isabstract
 from typing import Any, TypeVar
 
+from moe_jax.config.choices import AUTO
 from moe_jax.errors import PlacementError
 from moe_jax.sharding.all_to_all import AllToAllCombine
 from moe_jax.sharding.combine import Combine
@@ -16,9 +17,6 @@ from moe_jax.sharding.placement import Placement, Role
 from moe_jax.sharding.residual import RESIDUALS, ResidualLayout, WholeResidual
 from moe_jax.sharding.strategies import RaggedCombine, ReduceCombine, ScatterCombine
 from moe_jax.sharding.traffic import RowBytes, sent_bytes
-
-AUTO = "auto"
-"""Value of the options `combine` and `residual` that leaves the choice to the policy."""
 
 Strategy = type[Combine]
 STRATEGIES: dict[str, Strategy] = {

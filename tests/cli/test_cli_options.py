@@ -22,7 +22,6 @@ from moe_jax.cli.output import Json
 from moe_jax.cli.sampling import SamplingOptions
 from moe_jax.config import WeightDtype
 from moe_jax.config.sampling_params import SamplingParams
-from moe_jax.engine import Options
 from moe_jax.llm.llm import LLM
 from moe_jax.sharding.encoding import ENCODINGS
 from moe_jax.sharding.policy import STRATEGIES
@@ -35,7 +34,8 @@ CHOICES = {
     "weight_dtype": list(WeightDtype),
 }
 """Choices of each option that takes one of several names."""
-OPTIONS_OF = {"generate": set(CHOICES), "plan": set(CHOICES), "eval": {"gather_dtype", "weight_dtype"}}
+QUANTIZED = {"gather_dtype", "weight_dtype"}
+OPTIONS_OF = {"generate": set(CHOICES), "plan": set(CHOICES), "eval": QUANTIZED, "selftest": QUANTIZED}
 """Options of each command that take one of several names."""
 SOURCES = sorted(Path(moe_jax.cli.__file__).parent.glob("*.py"))
 
@@ -76,9 +76,8 @@ def test_defaults_are_those_of_the_library() -> None:
     arguments = signature(LLM).parameters
     for group in (ModelOptions(), RouteOptions(), EngineOptions()):
         for name, value in vars(group).items():
-            argument = arguments.get("checkpoint" if name == "model" else name)
-            assert value == (getattr(Options, name) if argument is None else argument.default)
-    assert SamplingOptions().params() == SamplingParams(temperature=0)
+            assert value == (None if name == "model" else arguments[name].default)
+    assert SamplingOptions().params() == SamplingParams()
 
 
 @dataclass(frozen=True)

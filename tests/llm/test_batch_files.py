@@ -97,9 +97,9 @@ class Killed(Exception):
 def record_started(llm: LLM, patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Record the prompts that begin from now on, in order."""
     started: list[tuple[int, ...]] = []
-    engine = llm.engine_loop.engine
-    add = engine.add
-    patch.setattr(engine, "add", lambda generation: (started.append(tuple(generation.prompt)), add(generation)))
+    with llm.engine_loop.paused() as engine:  # after the cancellations of an earlier run
+        add = engine.add
+        patch.setattr(engine, "add", lambda generation: (started.append(tuple(generation.prompt)), add(generation)))
     return started
 
 
