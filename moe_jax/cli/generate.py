@@ -73,13 +73,14 @@ def _generate_file(llm: LLM, source: Path, output: Path, params: SamplingParams,
             bar.total, bar.n = total, done
             bar.set_postfix_str(str(llm.stats()))
 
-        failed = generate_file(llm, source, output, params, show_progress)
-    if failed:
-        typer.echo(f"lines that could not be served: {failed}; each has its error in {output}", err=True)
+        lines, failed = generate_file(llm, source, output, params, show_progress)
     if as_json:
-        print_json({"output": str(output), "failed": failed, **asdict(llm.stats())})
+        print_json({"output": str(output), "lines": lines, "failed": failed, **asdict(llm.stats())})
     else:
         typer.echo(f"written to {output}: {_speed(llm)}")
+    if failed:
+        typer.echo(f"{failed} of {lines} lines failed: each has its error in {output}", err=True)
+        raise typer.Exit(1)
 
 
 def _generate_texts(llm: LLM, prompts: list[str], params: SamplingParams, *, as_json: bool) -> None:

@@ -1,26 +1,40 @@
 """Batch files: a file of prompts in, a file of results out, resumable.
 
-Input: one JSON object a line, with `prompt` (a text or token ids), optionally `id`, and any fields of `SamplingParams`.
+Input: one JSON object a line, with `prompt` (a text or token ids), optionally `id` (any JSON value, which comes back as
+it was written), and any fields of `SamplingParams`.
 Output: one line for each input line, in the same order. Until all results are there, they are kept in a journal next to
 the output. A run that was killed resumes from the journal and decodes no finished prompt again.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, NamedTuple
+
+import msgspec
 
 from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.errors import RequestError
+from moe_jax.llm.journal import Journal, Result
 from moe_jax.llm.llm import LLM
 from moe_jax.llm.request_group import RequestGroup
 
 Entry = dict[str, Any]
 """JSON object of one line."""
+
+
+class FileReport(NamedTuple):
+    """Numbers of lines of a batch file."""
+
+    lines: int
+    failed: int
+    """Lines that could not be served, or whose samples ended in an error."""
+
+
 PARAMETERS = {field.name for field in fields(SamplingParams)}
 
 
@@ -44,8 +58,8 @@ def generate_file(
     output: Path,
     defaults: SamplingParams,
     on_progress: Callable[[int, int], None] = lambda *_: None,
-) -> int:
-    """Continue every prompt of a file. Return the number of lines that could not be served.
+) -> FileReport:
+    """Continue every prompt of a file.
 
     The result of a line that could not be served has an `error` in place of samples.
 
@@ -60,47 +74,71 @@ def generate_file(
       RequestError: see `check_paths`; or the journal belongs to another input, or to other parameters.
     """
     check_paths(source, output)
-    lines = [line for line in source.read_bytes().split(b"\n") if line.strip()]
+    lines = _lines(source)
     journal_path = output.with_name(output.name + ".partial")
-    with Journal(journal_path, _fingerprint(llm, lines, defaults)) as journal:
+    with Journal(journal_path, _fingerprint(llm, lines, defaults), len(lines)) as journal:
         on_progress(len(journal.results), len(lines))
-        for number, result in _results(llm, lines, defaults, journal.results):
-            journal.add(number, result)
+        for result in _results(llm, lines, defaults, journal.results):
+            journal.add(result)
             on_progress(len(journal.results), len(lines))
-        unfinished = output.with_name(output.name + ".unfinished")
-        unfinished.write_text("".join(json.dumps(journal.results[number]) + "\n" for number in range(len(lines))))
-        unfinished.replace(output)
+        journal.write_output(output)
     journal_path.unlink()
-    return sum("error" in result for result in journal.results.values())
+    return FileReport(len(lines), sum(result.has_failed for result in journal.results.values()))
+
+
+def _lines(source: Path) -> list[bytes]:
+    """Return the lines that are not blank. Lines end in LF, CRLF or CR.
+
+    Raises:
+      RequestError: the file is compressed, not in UTF-8, or one JSON array.
+    """
+    content = source.read_bytes().removeprefix(codecs.BOM_UTF8)
+    remedies = {
+        b"\x1f\x8b": "is compressed: unpack it with gunzip",
+        b"\x28\xb5\x2f\xfd": "is compressed: unpack it with unzstd",
+        codecs.BOM_UTF16_LE: "is in UTF-16: save it in UTF-8",
+        codecs.BOM_UTF16_BE: "is in UTF-16: save it in UTF-8",
+        b"[": "holds a JSON array: write one object on each line, as `jq -c '.[]'` does",
+    }
+    for start, remedy in remedies.items():
+        if content.lstrip().startswith(start):
+            raise RequestError(f"{source} {remedy}")
+    return [line for line in content.splitlines() if line.strip()]
 
 
 def _results(
-    llm: LLM, lines: list[bytes], defaults: SamplingParams, finished: Mapping[int, Entry]
-) -> Iterator[tuple[int, Entry]]:
-    """Yield the number and result of each line that is not finished, in the order of completion."""
+    llm: LLM, lines: list[bytes], defaults: SamplingParams, finished: Mapping[int, Result]
+) -> Iterator[Result]:
+    """Yield the result of each line that is not finished, in the order of completion."""
     request_groups: list[RequestGroup] = []
-    ids: dict[int, Any] = {}
+    ids: dict[int, msgspec.Raw] = {}
     for number in sorted(set(range(len(lines))) - finished.keys()):
+        ids[number] = msgspec.Raw(str(number).encode())
         try:
-            request = _parse(lines[number])
-            ids[number] = request.pop("id", number)
+            fields = _parse(lines[number])
+            ids[number] = fields.pop("id", ids[number])
+            request = {name: msgspec.json.decode(value) for name, value in fields.items()}
             (group,) = llm.request_groups([request.pop("prompt")], _params(request, defaults))
             request_groups.append(replace(group, number=number))
-        except RequestError as error:
+        except (RequestError, msgspec.MsgspecError, RecursionError) as error:
             reason = str(error).replace("prompt 0", "the prompt", 1)
-            yield number, {"id": ids.get(number, number), "error": reason}
+            yield _result(number, {"id": ids[number], "error": reason}, has_failed=True)
     for group in llm.engine_loop.finished(request_groups):
-        yield group.number, _result(group, ids[group.number])
+        yield _group_result(group, ids[group.number])
 
 
-def _parse(line: bytes) -> Entry:
+def _parse(line: bytes) -> dict[str, msgspec.Raw]:
+    """Return the fields of a line as they are written: an `id` comes back exactly."""
     try:
-        request = json.loads(line.decode())
+        line.decode()
+        fields = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        fields = {}
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the line is not valid JSON: {error}") from error
-    if not isinstance(request, dict) or "prompt" not in request:
+    if "prompt" not in fields:
         raise RequestError("each line must be a JSON object with a prompt")
-    return request
+    return fields
 
 
 def _params(request: Entry, defaults: SamplingParams) -> SamplingParams:
@@ -109,87 +147,17 @@ def _params(request: Entry, defaults: SamplingParams) -> SamplingParams:
     return replace(defaults, **request)
 
 
-def _result(group: RequestGroup, id: Any) -> Entry:
+def _group_result(group: RequestGroup, id: msgspec.Raw) -> Result:
     output = group.output()
     result = {"id": id, "samples": [asdict(completion) for completion in output.outputs]}
     if output.prompt_logprobs is not None:
         result |= {"prompt_logprobs": output.prompt_logprobs, "prompt_top_logprobs": output.prompt_top_logprobs}
-    return result
+    return _result(group.number, result, has_failed=any(completion.error for completion in output.outputs))
+
+
+def _result(number: int, result: Entry, *, has_failed: bool) -> Result:
+    return Result(number, has_failed, msgspec.Raw(msgspec.json.encode(result)))
 
 
 def _fingerprint(llm: LLM, lines: list[bytes], defaults: SamplingParams) -> str:
     return hashlib.sha256(b"\n".join([llm.identity.encode(), repr(defaults).encode(), *lines])).hexdigest()
-
-
-class Journal:
-    """File of results in the order of completion; each result is flushed before the next is added."""
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        """`fingerprint` identifies the input, the model and the parameters that the results belong to."""
-        self._path, self._fingerprint = path, fingerprint
-        self.results: dict[int, Entry] = {}
-        """Results by line number."""
-
-    def __enter__(self) -> Self:
-        """Open the journal, lock it, and read its results.
-
-        Raises:
-          RequestError: the journal has another fingerprint or is damaged, or another run has locked it.
-        """
-        self._file = self._path.open("a+b")
-        try:
-            _lock(self._file)
-        except BlockingIOError as error:
-            self._file.close()
-            raise RequestError(f"another run writes to {self._path}: wait for it, or give another output") from error
-        self._file.seek(0)
-        complete, _, _ = self._file.read().rpartition(b"\n")  # a kill may leave an incomplete last line
-        entries = [self._read(number, line) for number, line in enumerate(complete.splitlines(), 1)]
-        if entries and entries[0] != self._header:
-            self._file.close()
-            raise RequestError(
-                f"{self._path} belongs to another input, model, dtype or length, or to other parameters: resume with "
-                "those, or delete it to start again"
-            )
-        self._file.truncate(len(complete) + 1 if entries else 0)
-        if not entries:
-            self._write(self._header)
-        self.results = {entry["number"]: entry["result"] for entry in entries[1:]}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, number: int, result: Entry) -> None:
-        """Add the result of a line."""
-        self.results[number] = result
-        self._write({"number": number, "result": result})
-
-    @property
-    def _header(self) -> Entry:
-        return {"fingerprint": self._fingerprint}
-
-    def _read(self, number: int, line: bytes) -> Entry:
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            self._file.close()
-            raise RequestError(f"{self._path} is damaged at line {number}: delete it to start again") from error
-
-    def _write(self, entry: Entry) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Lock a file until it is closed, or the process ends.
-
-    Raises:
-      BlockingIOError: another process has locked the file.
-      RequestError: the platform has no such locks.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise RequestError("files of prompts need Linux or macOS: on Windows, use WSL 2") from error
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
