@@ -28,11 +28,11 @@ def convert(
     from moe_jax.checkpoints import Checkpoint
     from moe_jax.checkpoints.checkpoint import check_new
     from moe_jax.models import ShardedDecoder
-    from moe_jax.sharding import as_placement
+    from moe_jax.sharding import placement_for
 
     checkpoint = Checkpoint(source)
     check_new(output)
-    decoder = ShardedDecoder(checkpoint.config, as_placement(mesh), checkpoint.dtype)
+    decoder = ShardedDecoder(checkpoint.config, placement_for(checkpoint.config, mesh), checkpoint.dtype)
     parameters = checkpoint.load(decoder)
     if to is Format.ORBAX:
         checkpoint.save_orbax(output, parameters)

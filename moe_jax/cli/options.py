@@ -21,7 +21,7 @@ Mesh = Annotated[
     typer.Option(
         help="Mesh axes and sizes, as in 'data=2,expert=4', with optional roles after semicolons, as in "
         "'data=2,expert=4; tokens=data; heads=expert'.",
-        show_default="all devices on expert",
+        show_default="all devices, as many as divide the model on expert",
     ),
 ]
 Hardware = Annotated[

@@ -60,11 +60,11 @@ def _explain(
     from moe_jax.checkpoints.bundled import ADDER
     from moe_jax.models import ShardedDecoder
     from moe_jax.programs import Programs
-    from moe_jax.sharding import Role, as_hardware, as_placement, free_memory
+    from moe_jax.sharding import Role, as_hardware, free_memory, placement_for
 
     checkpoint = Checkpoint(model.model or ADDER)
     if target is None:
-        placement, compiler_options = as_placement(model.mesh), None
+        placement, compiler_options = placement_for(checkpoint.config, model.mesh), None
     else:
         jax.config.update("jax_platforms", "cpu")
         placement, compiler_options = target_placement(target, model.mesh), COMPILER_OPTIONS

@@ -155,8 +155,9 @@ class EngineLoop:
 
     def cancel(self, job: Job) -> None:
         """End the samples of a job before the next step. Do nothing if the loop is closed."""
-        with suppress(RequestError):
-            self._post(lambda: self._cancel(job))
+        if not self._is_closed:  # at the end of the interpreter, nothing else may be touched
+            with suppress(RequestError):
+                self._post(lambda: self._cancel(job))
 
     @contextmanager
     def paused(self) -> Iterator[Engine]:

@@ -39,8 +39,8 @@ from moe_jax.sharding import (
     Role,
     Strategy,
     as_hardware,
-    as_placement,
     free_memory,
+    placement_for,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class LLM:
     Args:
       checkpoint: directory in Hugging Face layout, or written by `moe-jax convert`; by default the bundled model, which
         adds numbers.
-      mesh: `"data=2,expert=4"` (axes left out have size 1), axis sizes, a mesh or a `Placement`; by default all devices
-        on `expert`.
+      mesh: `"data=2,expert=4"` (axes left out have size 1), axis sizes, a mesh or a `Placement`; by default all
+        devices, as many of them as divide the model on `expert`.
       dtype: dtype of weights, cache and computation; by default that of the checkpoint.
       weight_dtype: precision of attention and feed-forward matrices. `"exact"` keeps `dtype`. `"int8"` and
         `"float8_e4m3fn"` hold eight bits for each weight, with a scale for each output; a checkpoint in float8 keeps
@@ -127,7 +127,7 @@ class LLM:
             max_length, max_batch_size, prefill_tokens, decode_steps, cache_pages, cache_memory, prefix_cache
         )
         weights = dtype_name(dtype or self._checkpoint.dtype), scan_layers, self._checkpoint.quantization(weight_dtype)
-        decoder = ShardedDecoder(self.config, as_placement(mesh), *weights)
+        decoder = ShardedDecoder(self.config, placement_for(self.config, mesh), *weights)
         self._policy = decoder.policy(as_hardware(hardware), combine, residual, gather_dtype)
         self._cache = plan_cache(options, decoder, free_memory(decoder.placement))
         self.max_length = self._cache.max_length

@@ -7,7 +7,7 @@ from moe_jax.errors import PlacementError, ReductionError
 from moe_jax.sharding.all_to_all import AllToAllCombine
 from moe_jax.sharding.collectives import PartialSum
 from moe_jax.sharding.combine import Combine, Gathered
-from moe_jax.sharding.divisibility import check_divisibility
+from moe_jax.sharding.divisibility import check_divisibility, placement_for
 from moe_jax.sharding.encoding import DEFAULT_GATHER_DTYPE, EXACT, Encoding, as_encoding
 from moe_jax.sharding.hardware import Hardware, as_hardware
 from moe_jax.sharding.memory import free_memory
@@ -55,4 +55,5 @@ __all__ = [
     "check_divisibility",
     "free_memory",
     "make_mesh",
+    "placement_for",
 ]

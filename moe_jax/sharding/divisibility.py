@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import cast
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from moe_jax.config import (
     AttentionConfig,
@@ -15,15 +20,55 @@ from moe_jax.config import (
     ModelConfig,
 )
 from moe_jax.errors import PlacementError
-from moe_jax.sharding.placement import Placement, Role
+from moe_jax.sharding.mesh import DATA, EXPERT, TENSOR
+from moe_jax.sharding.placement import Placement, Role, as_placement
+
+logger = logging.getLogger(__name__)
+
+
+def placement_for(config: ModelConfig, mesh: str | Mapping[str, int] | Mesh | Placement | None) -> Placement:
+    """Convert text, axis sizes or a mesh to a placement for a model.
+
+    `None` uses all devices: as many as divide the model on `expert`, and the others on `data`.
+
+    Raises:
+      PlacementError: see `as_placement`.
+    """
+    if mesh is not None:
+        return as_placement(mesh)
+    devices = len(jax.devices())
+    text = fitting_mesh(config, devices)
+    if not text.startswith(EXPERT) and devices > 1:
+        logger.info("mesh %s, since the model does not divide over %s=%d", text, EXPERT, devices)
+    return as_placement(text)
+
+
+def fitting_mesh(config: ModelConfig, devices: int) -> str:
+    """Return the mesh of a number of devices with the largest `expert` axis that divides the model, as text."""
+    for experts in range(devices, 1, -1):
+        if devices % experts == 0:
+            sizes = {DATA: devices // experts, EXPERT: experts, TENSOR: 1}
+            mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+            if not _problems(config, Placement(cast(Mesh, mesh))):
+                return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+    return f"{DATA}={devices}"
 
 
 def check_divisibility(config: ModelConfig, placement: Placement) -> None:
     """Check that the devices of each role divide the dimensions that the role splits.
 
     Raises:
-      PlacementError: names every size that does not divide.
+      PlacementError: names every size that does not divide, and a mesh of as many devices that fits.
     """
+    if problems := _problems(config, placement):
+        fitting = fitting_mesh(config, placement.mesh.size)
+        raise PlacementError(
+            f"the model does not fit the placement: {'; '.join(problems)} (choose axes that divide these numbers, such "
+            f"as mesh '{fitting}')"
+        )
+
+
+def _problems(config: ModelConfig, placement: Placement) -> list[str]:
     split = {part: None for layer in config.layers for part in _split_sizes(layer)}
     split["embedding rows", config.vocab_rows, Role.HEADS] = None
     problems = [
@@ -36,11 +81,7 @@ def check_divisibility(config: ModelConfig, placement: Placement) -> None:
         if groups % heads and heads % groups:
             over = placement.describe(Role.HEADS)
             problems.append(f"{groups} {what} neither divide over {over} nor repeat evenly on them")
-    if problems:
-        raise PlacementError(
-            f"the model does not fit the placement: {'; '.join(problems)} "
-            "(choose a mesh whose axes divide these numbers)"
-        )
+    return problems
 
 
 def _head_groups(layer: LayerConfig) -> Iterator[tuple[int, str]]:

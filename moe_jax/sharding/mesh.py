@@ -72,3 +72,31 @@ def make_mesh(sizes: str | Mapping[str, int] | None = None, devices: Sequence[De
             "mesh, or start fewer processes"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
+
+
+def renamed(mesh: Mesh, axes: Mapping[str, str | Sequence[str]] | None) -> Mesh:
+    """Return a mesh of the axes `data`, `expert` and `tensor` over the devices of a mesh with other axes.
+
+    Args:
+      axes: axes of `mesh` for each of the three, which are joined; by default the axis of the same name.
+
+    Raises:
+      PlacementError: `mesh` has other axes, or an axis of more than one device is left out or used twice.
+    """
+    mapping = {axis: axis for axis in mesh.axis_names} if axes is None else axes
+    parts = {axis: (names,) if isinstance(names, str) else tuple(names) for axis, names in mapping.items()}
+    used = [name for axis in AXES for name in parts.get(axis, ())]
+    unused = [name for name in mesh.axis_names if name not in used]
+    if (
+        set(parts) - set(AXES)
+        or set(used) - set(mesh.axis_names)
+        or len(set(used)) < len(used)
+        or any(mesh.shape[name] > 1 for name in unused)
+    ):
+        raise PlacementError(
+            f"cannot use the axes {dict(mesh.shape)} as {dict(mapping)}: map each of {', '.join(AXES)} to axes of the "
+            "mesh, each once, as in Placement.from_mesh(mesh, {'data': 'dp', 'expert': ('x', 'y')})"
+        )
+    order = [mesh.axis_names.index(name) for name in used + unused]
+    shape = tuple(math.prod(mesh.shape[name] for name in parts.get(axis, ())) for axis in AXES)
+    return Mesh(mesh.devices.transpose(order).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)

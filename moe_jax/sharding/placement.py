@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import PlacementError
 from moe_jax.sharding import collectives
-from moe_jax.sharding.mesh import AXES, DATA, EXPERT, TENSOR, Device, make_mesh
+from moe_jax.sharding.mesh import AXES, DATA, EXPERT, TENSOR, Device, make_mesh, renamed
 
 _ROLES = ("tokens", "heads", "experts", "ffn")
 """Roles that a `Placement` is given; the others follow from them."""
@@ -62,8 +62,8 @@ class Placement:
     def __post_init__(self) -> None:
         if self.mesh.axis_names != AXES or set(self.mesh.axis_types) != {AxisType.Auto}:
             raise PlacementError(
-                f"a mesh needs the axes {', '.join(AXES)}, all of type Auto, got {self.mesh}: "
-                "make it with moe_jax.sharding.make_mesh"
+                f"a placement needs a mesh of the axes {', '.join(AXES)}, all of type Auto, got {self.mesh}: make the "
+                "mesh with moe_jax.sharding.make_mesh, or the placement with Placement.from_mesh"
             )
         for role in _ROLES:
             if not isinstance(getattr(self, role), tuple):
@@ -97,6 +97,19 @@ class Placement:
                 )
             roles[role] = tuple(axis for axis in (name.strip() for name in axes.split(",")) if axis)
         return cls(make_mesh(sizes, devices), **roles)
+
+    @classmethod
+    def from_mesh(cls, mesh: Mesh, axes: Mapping[str, str | Sequence[str]] | None = None) -> Placement:
+        """Create a placement from a mesh with axes of any names and types, such as `jax.make_mesh` makes.
+
+        Args:
+          axes: axes of `mesh` for each of `data`, `expert` and `tensor`, as in `{"data": "dp", "expert": ("x", "y")}`;
+            several are joined. By default each is the axis of the same name. Axes left out have size 1.
+
+        Raises:
+          PlacementError: the mesh has other axes, or an axis of more than one device is left out.
+        """
+        return cls(renamed(mesh, axes))
 
     @classmethod
     def from_sizes(cls, devices: Sequence[Device] | int, attention_dp: int, ep: int, replicas: int = 1) -> Placement:
@@ -253,6 +266,6 @@ def as_placement(mesh: str | Mapping[str, int] | Mesh | Placement | None) -> Pla
         case str():
             return Placement.parse(mesh)
         case Mesh():
-            return Placement(mesh)
+            return Placement.from_mesh(mesh)
         case _:
             return Placement(make_mesh(mesh))
