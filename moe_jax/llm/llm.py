@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -21,7 +20,7 @@ from moe_jax.config import WeightDtype
 from moe_jax.config.engine_options import MAX_N
 from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.engine import Engine, Generation, Options, Stats, log_plan, make_engine, plan_cache
-from moe_jax.engine.distributed import ProcessGroup, SingleProcess
+from moe_jax.engine.distributed import ExplainRequest, ProcessGroup, SingleProcess
 from moe_jax.engine.outputs import RequestOutput, StreamEvent
 from moe_jax.errors import RequestError
 from moe_jax.llm.engine_loop import EngineLoop
@@ -44,13 +43,6 @@ from moe_jax.sharding import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExplainRequest:
-    """Message to the workers: compile the step of `LLM.explain`, since compilers of several processes may cooperate."""
-
-    batch_size: int
 
 
 class LLM:

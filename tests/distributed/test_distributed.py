@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import pytest
 from moe_jax import LLM, SamplingParams
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.bundled import ADDER
-from moe_jax.engine.distributed import Driver, SingleProcess, Worker
+from moe_jax.engine.distributed import Driver, SingleProcess, Worker, decode, encode
 from moe_jax.errors import ProcessGroupError
 from moe_jax.llm.batch_files import generate_file
 from moe_jax.models import ShardedDecoder
@@ -224,13 +223,13 @@ class Recording(SingleProcess):
     """A process group that records the driver's messages and replays them to a worker."""
 
     def __init__(self) -> None:
-        self.pickled: list[bytes] = []
+        self.encoded: list[bytes] = []
 
     def broadcast(self, message: Any) -> None:
-        self.pickled.append(pickle.dumps(message))
+        self.encoded.append(encode(message))
 
     def messages(self) -> Iterator[Any]:
-        return map(pickle.loads, self.pickled)
+        return map(decode, self.encoded)
 
 
 def test_a_worker_that_runs_the_messages_has_the_same_token_buffer() -> None:

@@ -8,11 +8,15 @@ member.py          base of driver and worker: the end of a process, and its fail
 driver.py          process 0
 worker.py          the other processes
 initialize.py      `join`: connect the processes
+rendezvous.py      connections from the driver to the workers, with a proof of the key
+addresses.py       the interface on which the driver listens
+messages.py        messages as bytes that can run no code
 """
 
 from moe_jax.engine.distributed.driver import Driver
 from moe_jax.engine.distributed.initialize import join
+from moe_jax.engine.distributed.messages import ExplainRequest, decode, encode
 from moe_jax.engine.distributed.process_group import ProcessGroup, SingleProcess
 from moe_jax.engine.distributed.worker import Worker
 
-__all__ = ["Driver", "ProcessGroup", "SingleProcess", "Worker", "join"]
+__all__ = ["Driver", "ExplainRequest", "ProcessGroup", "SingleProcess", "Worker", "decode", "encode", "join"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from moe_jax.engine.distributed.member import GRACE, Member, Shutdown
+from moe_jax.engine.distributed.member import GRACE, Member, end
+from moe_jax.engine.distributed.messages import MAX_BYTES, Shutdown, decode, encode
 from moe_jax.errors import ProcessGroupError
 
 
@@ -28,10 +28,10 @@ class Driver(Member):
         threading.Thread(target=self._watch, daemon=True).start()
 
     def broadcast(self, message: Any) -> None:
-        pickled = pickle.dumps(message)
+        encoded = encode(message)
         with self._send_lock:
             for connection in self._workers:
-                connection.send_bytes(pickled)
+                connection.send_bytes(encoded)
 
     def messages(self) -> Iterator[Any]:
         raise ProcessGroupError(
@@ -46,11 +46,12 @@ class Driver(Member):
         connection = wait(self._workers)[0]
         assert isinstance(connection, Connection)
         shutdown = Shutdown.death(self._workers[connection])
-        with suppress(EOFError, OSError):
-            shutdown = connection.recv()
+        with suppress(EOFError, OSError, ProcessGroupError):
+            received = decode(connection.recv_bytes(MAX_BYTES))
+            shutdown = received if isinstance(received, Shutdown) else shutdown
         if not self._is_over:
             self._send_shutdown(shutdown)
-            shutdown.end()
+            end(shutdown)
 
     def _leave(self) -> ProcessGroupError | None:
         self._is_over = True
@@ -66,8 +67,8 @@ class Driver(Member):
         if self._send_lock.acquire(timeout=GRACE):
             for connection in self._workers:
                 with suppress(OSError):
-                    connection.send(shutdown)
+                    connection.send_bytes(encode(shutdown))
         for connection in self._workers:
             with suppress(EOFError, OSError):
                 while connection.poll(max(until - time.monotonic(), 0)):
-                    connection.recv()
+                    connection.recv_bytes(MAX_BYTES)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 import secrets
-import socket
-from contextlib import suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all
 
+from moe_jax.engine.distributed.addresses import interface_of, outward, split_address, with_port
 from moe_jax.engine.distributed.driver import Driver
+from moe_jax.engine.distributed.messages import Invitation, decode, encode
 from moe_jax.engine.distributed.process_group import ProcessGroup, SingleProcess
+from moe_jax.engine.distributed.rendezvous import accept_workers, connect, listening
 from moe_jax.engine.distributed.worker import Worker
 from moe_jax.errors import ProcessGroupError
 
@@ -38,6 +35,11 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         processes, or JAX is in use already.
     """
     _check(coordinator, processes, process)
+    bind, address = None, None
+    if coordinator is not None and process == 0:
+        host, port = split_address(coordinator)
+        address = interface_of(host)
+        bind = with_port(address, port)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -45,6 +47,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             coordinator,
             processes,
             process,
+            coordinator_bind_address=bind,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
@@ -55,8 +58,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         ) from error
     if jax.process_count() == 1:
         return SingleProcess()
-    host = coordinator.rpartition(":")[0].strip("[]") if coordinator else _outward_address()
-    return _become_driver(host) if jax.process_index() == 0 else _become_worker()
+    return _become_driver(address or outward()) if jax.process_index() == 0 else _become_worker()
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -67,11 +69,7 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
         )
     if coordinator is None or processes is None or process is None:
         return
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ProcessGroupError(
-            f"the coordinator must be the HOST:PORT of process 0, such as 10.0.0.1:1234, got {coordinator!r}"
-        )
+    split_address(coordinator)
     if not 0 <= process < processes:
         raise ProcessGroupError(
             f"the number of this process must be from 0 to {processes - 1} for {processes} processes, got {process}"
@@ -79,36 +77,19 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
 
 
 def _become_driver(host: str) -> Driver:
-    key, others = secrets.token_bytes(32), jax.process_count() - 1
-    family = socket.getaddrinfo(host, None)[0][0].name
-    with Listener((host, 0), family, others, key) as listener:
-        _broadcast(((host, listener.address[1]), family, key))
-        workers: dict[Connection, int] = {}
-        while len(workers) < others:
-            with suppress(AuthenticationError, EOFError, OSError):  # a stranger's connection
-                connection = listener.accept()
-                workers[connection] = connection.recv()
-    return Driver(workers)
+    key = secrets.token_bytes(32)
+    with listening(host) as server:
+        _broadcast(Invitation(host, server.getsockname()[1], key))
+        return Driver(accept_workers(server, key, jax.process_count() - 1))
 
 
 def _become_worker() -> Worker:
-    connection = Client(*_broadcast(None))
-    connection.send(jax.process_index())
-    return Worker(jax.process_index(), connection)
+    invitation = _broadcast(None)
+    return Worker(jax.process_index(), connect(invitation, jax.process_index()))
 
 
-def _broadcast(content: Any) -> Any:
-    """Return the content that process 0 gives, in every process. A collective."""
-    pickled = np.frombuffer(pickle.dumps(content), np.uint8)
-    size = broadcast_one_to_all(np.int32(pickled.size))
-    return pickle.loads(broadcast_one_to_all(np.resize(pickled, int(size))).tobytes())
-
-
-def _outward_address() -> str:
-    """Return the address of this machine on the way to others; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 1))
-            return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostname()
+def _broadcast(invitation: Invitation | None) -> Invitation:
+    """Return the invitation that process 0 gives, in every process. A collective."""
+    encoded = np.frombuffer(encode(invitation), np.uint8)
+    size = broadcast_one_to_all(np.int32(encoded.size))
+    return decode(broadcast_one_to_all(np.resize(encoded, int(size))).tobytes())

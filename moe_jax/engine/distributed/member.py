@@ -11,12 +11,12 @@ import sys
 import time
 import traceback
 from abc import abstractmethod
-from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
 import jax
 
+from moe_jax.engine.distributed.messages import Shutdown
 from moe_jax.engine.distributed.process_group import ProcessGroup
 from moe_jax.errors import MoEJaxError, ProcessGroupError
 
@@ -24,25 +24,13 @@ GRACE = 5
 """Seconds for the news of a death to arrive before its effects: collectives that fail, and sockets that close."""
 
 
-@dataclass(frozen=True)
-class Shutdown:
-    """Reason for which one process ends early, and with it all others."""
+def end(shutdown: Shutdown) -> NoReturn:
+    """End this process at once.
 
-    reason: str
-    status: int = 1
-
-    @classmethod
-    def death(cls, process: int) -> Shutdown:
-        """Make the shutdown that follows the death of a process."""
-        return cls(f"process {process} has died, so all processes end: start them again; written results are kept")
-
-    def end(self) -> NoReturn:
-        """End this process at once.
-
-        An orderly exit of JAX waits for all processes, and the main thread may be stuck.
-        """
-        print(f"moe-jax: {self.reason}", file=sys.stderr, flush=True)
-        os._exit(self.status)
+    An orderly exit of JAX waits for all processes, and the main thread may be stuck.
+    """
+    print(f"moe-jax: {shutdown.reason}", file=sys.stderr, flush=True)
+    os._exit(shutdown.status)
 
 
 class Member(ProcessGroup):
@@ -76,4 +64,4 @@ class Member(ProcessGroup):
         sys.stdout.flush()
         status = 2 if is_mistake else 1
         self._send_shutdown(Shutdown(f"process {self.process} has ended: {type(error).__name__}: {error}", status))
-        Shutdown(str(error) or type(error).__name__, status).end()
+        end(Shutdown(str(error) or type(error).__name__, status))

@@ -9,7 +9,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from moe_jax.engine.distributed.member import Member, Shutdown
+from moe_jax.engine.distributed.member import Member, end
+from moe_jax.engine.distributed.messages import MAX_BYTES, Shutdown, decode, encode
 from moe_jax.errors import ProcessGroupError
 
 
@@ -46,10 +47,16 @@ class Worker(Member):
         """Put the driver's messages into the inbox, until the driver leaves or dies."""
         message: Any = Shutdown.death(0)
         with suppress(EOFError, OSError):
-            while (message := self._driver.recv()) is not None and not isinstance(message, Shutdown):
+            while (message := self._read()) is not None and not isinstance(message, Shutdown):
                 self._inbox.put(message)
                 message = Shutdown.death(0)
-        self._inbox.put(None) if message is None else message.end()
+        self._inbox.put(None) if message is None else end(message)
+
+    def _read(self) -> Any:
+        try:
+            return decode(self._driver.recv_bytes(MAX_BYTES))
+        except ProcessGroupError as error:
+            return Shutdown(str(error), 2)
 
     def _leave(self) -> ProcessGroupError | None:
         if self._inbox.get() is not None:
@@ -59,4 +66,4 @@ class Worker(Member):
 
     def _send_shutdown(self, shutdown: Shutdown) -> None:
         with suppress(OSError):
-            self._driver.send(shutdown)
+            self._driver.send_bytes(encode(shutdown))
