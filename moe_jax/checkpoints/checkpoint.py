@@ -6,6 +6,7 @@ hf_quant_config.json     optional; quantization of NVIDIA's Model Optimizer, if 
 generation_config.json   optional; its `eos_token_id` takes precedence over that of config.json
 model.safetensors        weights in Hugging Face format; or several files with model.safetensors.index.json
 parameters/              weights in orbax format, instead of safetensors
+tensor_dtypes.json       beside parameters/: the dtype of each tensor before it was converted
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
@@ -36,9 +38,12 @@ from moe_jax.config import Quantization, WeightDtype, as_weight_dtype
 from moe_jax.errors import CheckpointError
 from moe_jax.kernels.quantized import QuantizedWeight
 from moe_jax.models import Parameters, ShardedDecoder
+from moe_jax.sharding import Placement
 
 CONFIG, TOKENIZER, GENERATION, ORBAX = "config.json", "tokenizer.json", "generation_config.json", "parameters"
-MODELOPT = "hf_quant_config.json"
+MODELOPT, DTYPES = "hf_quant_config.json", "tensor_dtypes.json"
+FLOATS = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
+"""Dtypes of tensors by their names in safetensors files."""
 KEPT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
 """Suffixes of the files that a converted checkpoint keeps: configs, tokenizers, chat templates, licences."""
 
@@ -163,6 +168,9 @@ class Checkpoint:
         check_exact(parameters)
         with self._new_directory(path) as new:
             orbax_store.save(new / ORBAX, parameters)
+            names = {dtype: name for name, dtype in FLOATS.items()}
+            dtypes = {name: names[dtype] for name, dtype in self.tensor_dtypes.items()}
+            (new / DTYPES).write_text(json.dumps(dtypes))
 
     def save_hugging_face(self, path: str | Path, decoder: ShardedDecoder, parameters: Parameters) -> None:
         """Write this model with the given weights to a new directory, in Hugging Face format.
@@ -175,14 +183,38 @@ class Checkpoint:
             self.write_tensors(new, decoder, parameters)
 
     def write_tensors(self, directory: Path, decoder: ShardedDecoder, parameters: Parameters) -> None:
-        """Write the weights as safetensors files, in the dtype of config.json."""
-        export.export(directory, regions(decoder, self.family.sources), parameters, jnp.dtype(self.dtype))
+        """Write the weights as safetensors files. A tensor has the dtype that it came with, or that of config.json."""
+        default, dtypes = jnp.dtype(self.dtype), self.tensor_dtypes
+        parts = regions(decoder, self.family.sources)
+        export.export(directory, parts, parameters, lambda name: dtypes.get(name, default))
+
+    @cached_property
+    def tensor_dtypes(self) -> Mapping[str, np.dtype]:
+        """Dtypes of the tensors in Hugging Face format, by name; empty if they are quantized or not known."""
+        if self._schemes:
+            return {}
+        if (self.path / ORBAX).is_dir():
+            known = _read_json(self.path / DTYPES) or {}
+        else:
+            with TensorFiles(self.path) as files:
+                known = {name: dtype for name, (_, dtype) in files.shapes().items()}
+        return {name: FLOATS[dtype] for name, dtype in known.items() if dtype in FLOATS}
+
+    def exact_dtype(self, placement: Placement) -> str:
+        """Return the dtype in which a decoder holds each tensor of the files without rounding."""
+        decoder = ShardedDecoder(self.config, placement, self.dtype)
+        held = dict(nnx.to_flat_state(decoder.parameters))
+        for region in regions(decoder, self.family.sources):
+            size = held[region.path].get_value().dtype.itemsize
+            if any(self.tensor_dtypes.get(entry.name, FLOATS["F16"]).itemsize > size for entry in region.entries):
+                return "float32"
+        return self.dtype
 
     @contextmanager
     def _new_directory(self, path: str | Path) -> Iterator[Path]:
         with new_directory(path) as new:
             for file in self.path.iterdir():
-                if file.suffix in KEPT_SUFFIXES and file.name not in (INDEX, MODELOPT):
+                if file.suffix in KEPT_SUFFIXES and file.name not in (INDEX, MODELOPT, DTYPES):
                     shutil.copy(file, new / file.name)
             if self._schemes:  # exported weights are dequantized
                 (new / CONFIG).write_text(json.dumps(_without_quantization(self._raw), indent=2))

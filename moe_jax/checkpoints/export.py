@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,18 +25,19 @@ def export(
     directory: Path,
     regions: Iterable[Region],
     parameters: Parameters,
-    dtype: np.dtype,
+    dtype_of: Callable[[str], np.dtype],
     largest_file: int = LARGEST_FILE,
 ) -> None:
-    """Write the parameters as safetensors files with tensors of one dtype.
+    """Write the parameters as safetensors files.
 
     Host memory holds the tensors of one file, the region that is being copied, and tensors shared by several parameters
     (such as a fused query, key and value) until they are complete.
 
     Args:
+      dtype_of: returns the dtype of a tensor by name.
       largest_file: size of a file in bytes above which the next tensor begins another one.
     """
-    files, file_of = list(_write_files(directory, _tensors(regions, parameters, dtype), largest_file)), {}
+    files, file_of = list(_write_files(directory, _tensors(regions, parameters, dtype_of), largest_file)), {}
     if len(files) == 1:
         (directory / files[0][0]).rename(directory / SINGLE)
         return
@@ -47,14 +48,17 @@ def export(
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": file_of}, indent=2))
 
 
-def _tensors(regions: Iterable[Region], parameters: Parameters, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    regions: Iterable[Region], parameters: Parameters, dtype_of: Callable[[str], np.dtype]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and value of each tensor. A tensor of several parameters comes when all of them are copied."""
     flat = dict(nnx.to_flat_state(parameters))
     incomplete: dict[str, tuple[np.ndarray, int]] = {}
     for region in regions:
-        host = np.asarray(_slice(flat[region.path].get_value(), region.start, region.shape)).astype(dtype)
+        host = np.asarray(_slice(flat[region.path].get_value(), region.start, region.shape))
         for entry in region.entries:
-            part = entry.to_tensor(host[entry.at])
+            dtype = dtype_of(entry.name)
+            part = entry.to_tensor(host[entry.at].astype(dtype))
             if entry.rows is None:
                 yield entry.name, np.ascontiguousarray(part)
                 continue

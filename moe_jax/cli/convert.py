@@ -24,7 +24,7 @@ def convert(
     to: Annotated[Format, typer.Option(help="Format to write.")],
     mesh: Mesh = None,
 ) -> None:
-    """Rewrite a checkpoint in another format, in the dtype that its config.json names."""
+    """Rewrite a checkpoint in another format. Tensors of Hugging Face files keep the dtypes that they came with."""
     from moe_jax.checkpoints import Checkpoint
     from moe_jax.checkpoints.checkpoint import check_new
     from moe_jax.models import ShardedDecoder
@@ -32,7 +32,9 @@ def convert(
 
     checkpoint = Checkpoint(source)
     check_new(output)
-    decoder = ShardedDecoder(checkpoint.config, placement_for(checkpoint.config, mesh), checkpoint.dtype)
+    placement = placement_for(checkpoint.config, mesh)
+    dtype = checkpoint.exact_dtype(placement) if to is Format.HUGGING_FACE else checkpoint.dtype
+    decoder = ShardedDecoder(checkpoint.config, placement, dtype)
     parameters = checkpoint.load(decoder)
     if to is Format.ORBAX:
         checkpoint.save_orbax(output, parameters)

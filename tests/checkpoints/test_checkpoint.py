@@ -16,11 +16,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_goldens import GOLDENS, MAIN_CASES
+from typer.testing import CliRunner
 
 from moe_jax.checkpoints import Checkpoint, loading
 from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.checkpoints.export import export
 from moe_jax.checkpoints.regions import regions
+from moe_jax.cli.app import app
 from moe_jax.errors import CheckpointError
 from moe_jax.models import Parameters, ShardedDecoder
 from moe_jax.sharding import as_placement
@@ -68,6 +70,43 @@ def test_conversion_to_orbax_and_back_keeps_the_tensors(case: str, tmp_path: Pat
     assert Checkpoint(tmp_path / "out").config == checkpoint.config
 
 
+MIXED = ["deepseek_v3_e8_top2_groups_yarn", ONE, "jamba_e8_top2"]
+
+
+@pytest.mark.parametrize("case", MIXED)
+@pytest.mark.parametrize("wide", ["router", "all norms and routers"])
+def test_conversion_keeps_the_dtype_of_each_tensor(case: str, wide: str, tmp_path: Path) -> None:
+    """Float32 tensors of a bfloat16 model keep their values; orbax keeps those that the decoder holds in float32."""
+    path = Path(shutil.copytree(GOLDENS / case, tmp_path / case))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    parts = ("gate", "router") if wide == "router" else ("gate", "router", "norm")
+    kept = [name for name in tensors(path) if name.split(".")[-2] in parts or "correction_bias" in name]
+    mixed = {name: value if name in kept else value.astype(ml_dtypes.bfloat16) for name, value in tensors(path).items()}
+    assert len(kept) > 1
+    for file in path.glob("*.safetensors"):
+        save_file({name: mixed[name] for name in load_file(file)}, file)
+
+    def convert(source: Path, to: str) -> Path:
+        run = CliRunner().invoke(
+            app, ["-q", "convert", str(source), str(tmp_path / to), "--to", to, "--mesh", "expert=2"]
+        )
+        assert run.exit_code == 0, run.output
+        return tmp_path / to
+
+    direct = tensors(convert(path, "huggingface"))
+    for name, value in mixed.items():
+        assert direct[name].dtype == value.dtype
+        np.testing.assert_array_equal(direct[name], value, err_msg=name)
+    orbax = convert(path, "orbax")
+    shutil.rmtree(tmp_path / "huggingface")
+    by_way_of_orbax = tensors(convert(orbax, "huggingface"))
+    for name, value in mixed.items():
+        assert by_way_of_orbax[name].dtype == value.dtype
+        if wide == "router":
+            np.testing.assert_array_equal(by_way_of_orbax[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize("case", [ONE, "qwen3_5_moe_text_e4_top3"])
 def test_large_parameters_load_region_by_region(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = "data=2,expert=2,tensor=2"
@@ -92,7 +131,7 @@ def test_large_exports_are_split_and_indexed(tmp_path: Path) -> None:
     parameters = checkpoint.load(target)
     shutil.copy(GOLDENS / ONE / "config.json", tmp_path)
     parts = regions(target, checkpoint.family.sources)
-    export(tmp_path, parts, parameters, np.dtype(np.float32), largest_file=40_000)
+    export(tmp_path, parts, parameters, lambda _: np.dtype(np.float32), largest_file=40_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     assert not list(tmp_path.glob("part-*"))
     assert_equal(load(tmp_path), load(GOLDENS / ONE))
