@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from reprlib import repr as shortened
 from typing import Any, TypeVar
 
 from moe_jax.errors import ConfigError
@@ -51,6 +52,13 @@ elsewhere, the number of multi-token-prediction (MTP) layers."""
 
 TEXT = "text_config"
 """Field of a multimodal config that holds the config of its language model."""
+
+LAYERS, MAX_LAYERS = ("num_hidden_layers", "num_layers", "n_layers"), 10_000
+"""Names of the number of layers, and its maximum."""
+MAX_INT = 2**31 - 1
+"""Maximum of other sizes."""
+MIN_FLOAT, MAX_FLOAT = 1e-37, 1e38
+"""Bounds of numbers, which float32 can hold."""
 
 _REQUIRED: Any = object()
 
@@ -151,6 +159,10 @@ class Fields:
             self.problem(f"{name} must be of type {kind.__name__}, got {value!r}")
         elif kind is not bool and not 0 < value < math.inf:
             self.problem(f"{name} must be positive and finite, got {value}")
+        elif kind is float and not MIN_FLOAT <= value <= MAX_FLOAT:
+            self.problem(f"{name} must be from {MIN_FLOAT:g} to {MAX_FLOAT:g}, got {shortened(value)}")
+        elif kind is int and value > (limit := MAX_LAYERS if name in LAYERS else MAX_INT):
+            self.problem(f"{name} must be at most {limit:,}, got {shortened(value)}")
         else:
             return kind(value)
         return kind(1)

@@ -105,6 +105,8 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "theta", "width")
+        if isinstance(self.scaling, YarnScaling) and self.theta <= 1:
+            raise ConfigError(f"YaRN needs falling frequencies: rope_theta must be above 1, got {self.theta}")
 
 
 def check_rotated(rope: RopeConfig, head_dim: int) -> None:
@@ -113,5 +115,9 @@ def check_rotated(rope: RopeConfig, head_dim: int) -> None:
     if width % 2 or width > head_dim:
         name, bound = ("head_dim", "") if rope.width is None else ("RopeConfig.width", f" and at most {head_dim}")
         raise ConfigError(f"rotary embedding rotates pairs of channels: {name} must be even{bound}, got {width}")
+    if isinstance(rope.scaling, NTKScaling) and width == 2:
+        raise ConfigError(
+            "NTK scaling keeps the first frequency and stretches the last: the rotated width must be above 2"
+        )
     if isinstance(rope.scaling, LongRopeScaling) and len(rope.scaling.factors) != width // 2:
         raise ConfigError(f"{width // 2} frequencies need {width // 2} factors, got {len(rope.scaling.factors)}")
