@@ -12,7 +12,6 @@ tensor_dtypes.json       beside parameters/: the dtype of each tensor before it 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from moe_jax.checkpoints import export, loading
+from moe_jax.checkpoints.directories import new_directory
 from moe_jax.checkpoints.families import FAMILIES, Family
 from moe_jax.checkpoints.fields import TEXT, Fields
 from moe_jax.checkpoints.formats import FIELD, DequantizedTensors, EightBits, read_schemes
@@ -255,32 +255,6 @@ def check_exact(parameters: Parameters) -> None:
     """Raise `CheckpointError` if weights are quantized."""
     if any(isinstance(param.get_value(), QuantizedWeight) for _, param in nnx.to_flat_state(parameters)):
         raise CheckpointError("weights in eight bits cannot be saved: load the checkpoint with weight_dtype=exact")
-
-
-def check_new(path: Path) -> None:
-    """Raise `CheckpointError` if `path` exists. Call it before long work whose result goes there."""
-    if path.exists() or path.is_symlink():
-        raise CheckpointError(f"{path} exists already: name a new directory, or remove this one")
-
-
-@contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary directory that is renamed to `path` when the block ends without an error.
-
-    After an error the temporary directory is removed, and nothing appears at `path`.
-
-    Raises:
-      CheckpointError: `path` exists.
-    """
-    path = Path(path)
-    check_new(path)
-    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

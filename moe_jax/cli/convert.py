@@ -26,7 +26,7 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint in another format. Tensors of Hugging Face files keep the dtypes that they came with."""
     from moe_jax.checkpoints import Checkpoint
-    from moe_jax.checkpoints.checkpoint import check_new
+    from moe_jax.checkpoints.directories import check_new
     from moe_jax.models import ShardedDecoder
     from moe_jax.sharding import placement_for
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import optax
 
-from moe_jax.checkpoints.checkpoint import CONFIG, TOKENIZER, Checkpoint, check_new, new_directory
+from moe_jax.checkpoints.checkpoint import CONFIG, TOKENIZER, Checkpoint
+from moe_jax.checkpoints.directories import check_new, new_directory
 from moe_jax.checkpoints.families import FAMILIES
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.errors import CheckpointError

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +300,36 @@ def test_conversion_keeps_the_chat_template_and_leaves_neighbours_alone(copy: Pa
     checkpoint.save_orbax(tmp_path / "out", load(copy))
     assert (tmp_path / "out" / "chat_template.jinja").exists()
     assert (tmp_path / "out.unfinished").exists()
+
+
+KILLED = """
+import os, sys
+from moe_jax.checkpoints import export, orbax_store
+def write_a_part(path, *_, **__):
+    path.mkdir(exist_ok=True)
+    (path / "part").write_text("x")
+    os.kill(os.getpid(), 9)
+orbax_store.save = export.export = write_a_part
+from moe_jax.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("to", ["orbax", "huggingface"])
+def test_a_killed_conversion_leaves_no_checkpoint_and_can_be_repeated(to: str, tmp_path: Path) -> None:
+    """On another mesh, too."""
+    source, output = ADDER, tmp_path / "output"
+    if to == "huggingface":
+        bundled = Checkpoint(ADDER)
+        bundled.save_orbax(source := tmp_path / "source", bundled.load(decoder(bundled, "data=1", "bfloat16")))
+    arguments = ["convert", str(source), str(output), "--to", to, "--mesh"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments, "expert=2"], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = (path for path in tmp_path.iterdir() if path != source)
+    assert left.name.startswith("output.unfinished-")
+    assert CliRunner().invoke(app, [*arguments, "expert=4,tensor=2"]).exit_code == 0
+    assert set(tmp_path.iterdir()) - {source} == {output}
+    assert_equal(load(output, "tensor=2", "bfloat16"), load(ADDER, "tensor=2", "bfloat16"))
 
 
 def test_damaged_orbax(tmp_path: Path) -> None:
