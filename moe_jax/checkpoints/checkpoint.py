@@ -28,12 +28,12 @@ from tokenizers import Tokenizer
 
 from moe_jax.checkpoints import export, loading
 from moe_jax.checkpoints.directories import new_directory
-from moe_jax.checkpoints.families import FAMILIES, Family
+from moe_jax.checkpoints.families import ALIASES, FAMILIES, Family
 from moe_jax.checkpoints.fields import TEXT, Fields
 from moe_jax.checkpoints.formats import FIELD, DequantizedTensors, EightBits, read_schemes
 from moe_jax.checkpoints.formats.modelopt import config_in
 from moe_jax.checkpoints.regions import regions
-from moe_jax.checkpoints.tensor_files import INDEX, TensorFiles
+from moe_jax.checkpoints.tensor_files import INDEX, SINGLE, TensorFiles
 from moe_jax.config import Quantization, WeightDtype, as_weight_dtype
 from moe_jax.errors import CheckpointError
 from moe_jax.kernels.quantized import QuantizedWeight
@@ -190,8 +190,8 @@ class Checkpoint:
 
     @cached_property
     def tensor_dtypes(self) -> Mapping[str, np.dtype]:
-        """Dtypes of the tensors in Hugging Face format, by name; empty if they are quantized or not known."""
-        if self._schemes:
+        """Dtypes of the tensors in Hugging Face format, by name; empty if they are quantized, not known or not there."""
+        if self._schemes or not any((self.path / name).exists() for name in (ORBAX, INDEX, SINGLE)):
             return {}
         if (self.path / ORBAX).is_dir():
             known = _read_json(self.path / DTYPES) or {}
@@ -246,9 +246,10 @@ def family_of(raw_config: dict[str, Any]) -> Family:
       CheckpointError: the model type is unknown.
     """
     kind = raw_config.get("model_type")
-    if family := FAMILIES.get(str(kind)):
+    if family := FAMILIES.get(ALIASES.get(str(kind), str(kind))):
         return family
-    raise CheckpointError(f"model_type {kind!r} is not known: the families are {', '.join(sorted(FAMILIES))}")
+    known = ", ".join(sorted({*FAMILIES, *ALIASES}))
+    raise CheckpointError(f"model_type {kind!r} is not known: the families are {known}")
 
 
 def check_exact(parameters: Parameters) -> None:

@@ -14,6 +14,7 @@ C = TypeVar("C")
 
 BOOKKEEPING = frozenset(
     [
+        "add_cross_attention",
         "architectures",
         "attention_dropout",
         "auto_map",
@@ -23,32 +24,71 @@ BOOKKEEPING = frozenset(
         "dtype",
         "eos_token_id",
         "ep_size",
+        "expert_dropout",
+        "finetuning_task",
         "hidden_dropout",
         "id2label",
         "initializer_range",
         "is_decoder",
         "is_encoder_decoder",
+        "is_moe",
         "label2id",
         "model_type",
+        "name_or_path",
         "num_mtp_layers",
         "num_nextn_predict_layers",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
+        "output_scores",
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
+        "pruned_heads",
         "return_dict",
+        "return_dict_in_generate",
         "router_aux_loss_coef",
         "router_jitter_noise",
         "seq_aux",
+        "sep_token_id",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
         "torch_dtype",
+        "torchscript",
         "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
         "use_cache",
+        "use_grouped_mm",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "suppress_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
     ]
 )
-"""Fields that do not change what a decoder computes: records, training settings, token ids that sampling reads
-elsewhere, the number of multi-token-prediction (MTP) layers."""
+"""Fields that do not change what a decoder computes: records, training settings, token ids and settings of generation
+that sampling reads elsewhere, the number of multi-token-prediction (MTP) layers."""
 
 TEXT = "text_config"
 """Field of a multimodal config that holds the config of its language model."""
@@ -139,6 +179,10 @@ class Fields:
             self._raw = {name: self._raw[alias], **self._raw}
             self._seen.add(alias)
 
+    def zero_as_missing(self, *names: str) -> None:
+        """Read a field of 0 as a missing one."""
+        self._raw = {name: None if name in names and value == 0 else value for name, value in self._raw.items()}
+
     def problem(self, text: str) -> None:
         """Record a problem, which `read` raises."""
         self._problems.append(self._prefix + text)
@@ -187,6 +231,6 @@ class Fields:
         return config
 
     def _unknown(self) -> Iterator[str]:
-        yield from (self._prefix + name for name in set(self._raw) - self._seen)
+        yield from (self._prefix + name for name in set(self.names) - self._seen)
         for inner in self._inner.values():
             yield from inner._unknown()

@@ -47,6 +47,8 @@ MODEL_TYPES = (
     "step3p7",
 )
 """Values of `model_type` in `config.json`. The family of each is the module of that name."""
+ALIASES: Mapping[str, str] = {"hunyuan": "hunyuan_v1_moe", "kimi_k2": "deepseek_v3"}
+"""Other values of `model_type`, with the one that means the same."""
 
 
 @dataclass(frozen=True)

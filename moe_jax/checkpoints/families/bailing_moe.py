@@ -63,6 +63,7 @@ def read_model(
       theta: default of `rope_theta`.
     """
     fields.expect_all(SUPPORTED)
+    fields.zero_as_missing("n_group", "topk_group")  # no groups
     fields.ignore(*IGNORED_FIELDS)
     head_dim = fields.take("head_dim", int, fields.take("hidden_size", int) // fields.take("num_attention_heads", int))
     norm = QKNorm.HEAD if fields.take("use_qk_norm", bool, qk_norm) else None

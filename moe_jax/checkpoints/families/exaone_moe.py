@@ -7,14 +7,17 @@ from moe_jax.checkpoints.families.llama_fields import attention, layer_windows, 
 from moe_jax.checkpoints.families.shared_names import ATTENTION_BLOCK, DENSE_MLP, MLP, MODEL, MOE, SHARED
 from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.weight_mapping import plain
-from moe_jax.config import LayerConfig, ModelConfig, QKNorm
+from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, QKNorm
 
 BIAS = {"ffn.router.selection_bias": plain(MLP + "e_score_correction_bias")}
 SOURCES = {**MODEL, **ATTENTION_BLOCK, **DENSE_MLP, **MOE, **SHARED, **BIAS}
 
 
 def read(fields: Fields) -> ModelConfig:
+    fields.rename("first_last_k_dense_replace", "first_k_dense_replace")
+    fields.expect_all({"scoring_func": "sigmoid", "topk_method": "noaux_tc"})
     ffns = feed_forwards(fields, experts="num_experts", shared="num_shared_experts", scale=2.5, dense=1)
+    fields.expect("is_moe_layer", [isinstance(ffn, MoEConfig) for ffn in ffns])
     sliding = attention(fields, theta=1e4, qk_norm=QKNorm.HEAD)
     full = replace(sliding, rope=None) if fields.has("sliding_window") else sliding
     windows = layer_windows(fields, len(ffns), pattern=_pattern(fields, len(ffns)))

@@ -6,6 +6,8 @@ from moe_jax.checkpoints.fields import Fields
 from moe_jax.checkpoints.weight_mapping import linear, plain
 from moe_jax.config import LayerConfig, ModelConfig, MoEConfig, QKNorm, RouterConfig, SharedExpertConfig
 
+IMAGES = ("anyres_", "im_", "image_", "mask_init_", "num_media_", "text_end_", "text_start_", "video_", "vit_")
+"""Prefixes of fields for images and videos, which the language model does not read."""
 SHARED = MLP + "shared_mlp."
 SOURCES = {
     **MODEL,
@@ -20,7 +22,8 @@ SOURCES = {
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.ignore("eod_token_id", "sep_token_id")
+    fields.ignore("eod_token_id")
+    _check_published_fields(fields)
     bias = fields.take("attention_bias", bool, False)
     attn = attention(fields, theta=1e4, qk_norm=QKNorm.ROTATED_HEAD, bias=bias, output_bias=bias)
     count, width = experts(fields), fields.take("intermediate_size", int)
@@ -29,6 +32,36 @@ def read(fields: Fields) -> ModelConfig:
         for top_k in _each_top_k(fields, fields.take("num_hidden_layers", int))
     ]
     return model(fields, [LayerConfig(attn, moe) for moe in moes], eps=1e-5)
+
+
+def _check_published_fields(fields: Fields) -> None:
+    """Read the fields that transformers has no names for, which the checkpoints on the hub have."""
+    fields.rename("attention_head_dim", "head_dim")
+    for name, value in (("moe_intermediate_size", fields.get("intermediate_size", None)), ("num_shared_expert", 1)):
+        each = fields.get(name, value)
+        if any(one != value for one in (each if isinstance(each, list) else [each])):
+            fields.problem(f"{name} must be {value!r} in all layers, got {each!r}")
+    fields.expect_all(
+        {
+            "add_classification_head": False,
+            "group_limited_greedy": False,
+            "mlp_bias": False,
+            "moe_drop_tokens": False,
+            "moe_layer_num_skipped": 0,
+            "norm_topk_prob": True,
+            "norm_type": "rms",
+            "position_embedding_xdrope": False,
+            "routed_scaling_factor": 1.0,
+            "use_cla": False,
+            "use_mixed_mlp_moe": True,
+            "use_mla": False,
+            "use_qk_norm": True,
+            "use_rotary_pos_emb": True,
+        }
+    )
+    fields.ignore("cla_share_factor", "class_num", "dense_list", "moe_random_routing_dropped_token", "org_vocab_size")
+    fields.ignore("pad_id", "pool_type", "skip_cls_token")
+    fields.ignore(*(name for name in fields.names if name.startswith(IMAGES)))
 
 
 def _each_top_k(fields: Fields, layers: int) -> list[int]:

@@ -21,7 +21,17 @@ SOURCES = {
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.expect("mlp_bias", False)
+    fields.expect_all(
+        {
+            "mlp_bias": False,
+            "moe_router_enable_expert_bias": True,
+            "moe_router_use_sigmoid": True,
+            "qk_norm": True,
+            "route_norm": True,
+        }
+    )
+    fields.expect("expert_hidden_dim", fields.get("moe_intermediate_size", None))
+    fields.ignore("enable_attention_fp32_softmax", "enable_lm_head_fp32")  # both are in float32 here
     fields.ignore("enable_moe_fp32_combine")  # routed and shared experts are always added in the dtype of the rows
     bias = fields.take("attention_bias", bool, False)
     attn = attention(fields, theta=11158840.0, qk_norm=QKNorm.HEAD, bias=bias, output_bias=bias)

@@ -40,7 +40,8 @@ SOURCES = {
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.expect("sliding_window", None)
+    fields.expect_all({"sliding_window": None, "mamba_inner_layernorms": True})
+    fields.rename("n_ctx", "max_position_embeddings")
     fields.ignore("use_mamba_kernels", "use_mambapy", "use_associative_scan")  # choices of kernels
     fields.ignore("num_logits_to_keep", "calc_logits_for_entire_prompt")
     hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)

@@ -9,5 +9,6 @@ SOURCES = bailing_moe.SOURCES
 
 
 def read(fields: Fields) -> ModelConfig:
+    fields.expect("using_split_qkv_in_self_attention", False)
     model = bailing_moe.read_model(fields, qk_norm=True, biased=True, scale=2.5)
     return with_block_diffusion(fields, model, block=32, mask=156895)

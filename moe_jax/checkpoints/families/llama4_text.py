@@ -88,6 +88,7 @@ def _query_scaling(fields: Fields) -> QueryScalingConfig | None:
 
 def _rope_layers(fields: Fields, layers: int) -> list[bool]:
     """For each layer, True if it has a rotary embedding: `no_rope_layers` holds 1 for such a layer."""
+    fields.rename("nope_layer_interval", "no_rope_layer_interval")
     interval = fields.take("no_rope_layer_interval", int, 4)
     listed = fields.take_list("no_rope_layers", int) or [int((layer + 1) % interval > 0) for layer in range(layers)]
     if len(listed) != layers or set(listed) - {0, 1}:

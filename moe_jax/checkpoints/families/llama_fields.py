@@ -40,7 +40,7 @@ def model(fields: Fields, layers: Iterable[LayerConfig], *, eps: float, **choice
       eps: default of `rms_norm_eps`.
       choices: further fields of `ModelConfig`; `tied` is the default of `tie_word_embeddings`.
     """
-    fields.expect("hidden_act", "silu")
+    fields.expect("hidden_act", "silu", "swish")
     return ModelConfig(
         vocab_size=fields.take("vocab_size", int),
         hidden=fields.take("hidden_size", int),

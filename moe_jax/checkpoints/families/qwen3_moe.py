@@ -10,7 +10,8 @@ SOURCES = {**MODEL, **ATTENTION_BLOCK, **DENSE_MLP, **MOE}
 
 
 def read(fields: Fields) -> ModelConfig:
-    fields.expect("attention_bias", False)
+    fields.expect_all({"attention_bias": False, "qkv_bias": False, "use_qk_norm": True})
+    fields.expect("shared_expert_intermediate_size", 0)
     fields.ignore("max_window_layers")  # either all layers have a window, or none
     window = fields.take_optional("sliding_window", int)
     window = window if fields.take("use_sliding_window", bool, False) else None

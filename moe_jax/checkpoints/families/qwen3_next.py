@@ -24,6 +24,7 @@ IGNORED_PREFIXES = ("mtp.",)
 
 
 def read(fields: Fields) -> ModelConfig:
+    fields.expect("use_sliding_window", False)
     ffns = feed_forwards(fields, shared_expert(fields), norm=True)
     layers = map(LayerConfig, gated_delta.mixers(fields), ffns)
     return model(fields, layers, eps=1e-6, norm=Norm.RMS_AROUND_ONE)
