@@ -190,7 +190,7 @@ class Checkpoint:
 
     @cached_property
     def tensor_dtypes(self) -> Mapping[str, np.dtype]:
-        """Dtypes of the tensors in Hugging Face format, by name; empty if they are quantized, not known or not there."""
+        """Dtypes of the tensors in Hugging Face format, by name; empty if they are quantized or not known."""
         if self._schemes or not any((self.path / name).exists() for name in (ORBAX, INDEX, SINGLE)):
             return {}
         if (self.path / ORBAX).is_dir():
