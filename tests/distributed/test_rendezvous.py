@@ -20,7 +20,8 @@ from moe_jax.engine.distributed.rendezvous import accept_workers, connect, liste
 from moe_jax.errors import ProcessGroupError
 
 KEY = bytes(range(32))
-Stranger = Callable[[Invitation], None]
+Stranger = Callable[[Invitation, threading.Event], None]
+"""Connects, and holds the connection until the event if it can."""
 
 
 @pytest.fixture
@@ -37,21 +38,21 @@ def dial(where: Invitation) -> socket.socket:
     return socket.create_connection((where.host, where.port), timeout=10)
 
 
-def says_nothing(where: Invitation) -> None:
+def says_nothing(where: Invitation, leave: threading.Event) -> None:
     with dial(where) as connection, suppress(OSError):
         connection.recv(1000)
-        time.sleep(2)
+        leave.wait()
 
 
-def speaks_slowly(where: Invitation) -> None:
+def speaks_slowly(where: Invitation, leave: threading.Event) -> None:
     with dial(where) as connection, suppress(OSError):
-        for byte in struct.pack("!i", 200) + bytes(16):
-            connection.send(bytes([byte]))
-            time.sleep(0.1)
+        connection.send(struct.pack("!i", 200))
+        while not leave.wait(0.05):
+            connection.send(b"x")
 
 
 def says(data: bytes) -> Stranger:
-    def stranger(where: Invitation) -> None:
+    def stranger(where: Invitation, _: threading.Event) -> None:
         with dial(where) as connection, suppress(OSError):
             connection.sendall(data)
             connection.recv(1000)
@@ -59,7 +60,7 @@ def says(data: bytes) -> Stranger:
     return stranger
 
 
-def has_a_wrong_key(where: Invitation) -> None:
+def has_a_wrong_key(where: Invitation, _: threading.Event) -> None:
     with pytest.raises(ProcessGroupError, match=r"cannot connect to process 0 at 127\.0\.0\.1:\d+ \(digest"):
         connect(replace(where, key=bytes(32)), 1)
 
@@ -77,14 +78,17 @@ STRANGERS: dict[str, Stranger] = {
 
 @pytest.mark.parametrize("stranger", STRANGERS.values(), ids=list(STRANGERS))
 def test_strangers_delay_no_worker(server: socket.socket, stranger: Stranger) -> None:
-    where = invitation(server)
+    where, leave = invitation(server), threading.Event()
     with ThreadPoolExecutor(8) as pool:
-        accepted = pool.submit(accept_workers, server, KEY, 2, 30.0)
-        strangers = [pool.submit(stranger, where) for _ in range(3)]
-        time.sleep(0.05)
-        workers = [pool.submit(connect, where, process) for process in (2, 1)]
-        assert sorted(accepted.result().values()) == [1, 2]
-        assert [worker.result() is not None for worker in workers] == [True, True]
+        try:
+            accepted = pool.submit(accept_workers, server, KEY, 2, 30.0)
+            strangers = [pool.submit(stranger, where, leave) for _ in range(3)]
+            time.sleep(0.05)
+            workers = [pool.submit(connect, where, process) for process in (2, 1)]
+            assert sorted(accepted.result().values()) == [1, 2]
+            assert [worker.result() is not None for worker in workers] == [True, True]
+        finally:
+            leave.set()
         for each in strangers:
             each.result()
 
