@@ -103,13 +103,20 @@ MIN_FLOAT, MAX_FLOAT = 1e-37, 1e38
 _REQUIRED: Any = object()
 
 
+class _Problems(list[str]):
+    """Problems of one config file, in the order in which they were found."""
+
+    has_replaced = False
+    """True once a wrong value was replaced: what later checks find may follow from the replacement."""
+
+
 class Fields:
     """The fields of one config file, or of one object within it. `read` raises all problems at once."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self._raw = raw
         self._seen = {name for name in raw if name in BOOKKEEPING or name.startswith("_")}
-        self._problems: list[str] = []
+        self._problems = _Problems()
         self._prefix = ""
         self._inner: dict[str, Fields] = {}
 
@@ -124,8 +131,7 @@ class Fields:
         """
         value = self.get(name, default)
         if value is _REQUIRED:
-            self.problem(f"{name} is missing")
-            return kind(1)
+            return self._replaced(f"{name} is missing", kind(1))
         return self._checked(name, value, kind)
 
     def take_optional(self, name: str, kind: type[T]) -> T | None:
@@ -138,8 +144,7 @@ class Fields:
         value = self.get(name, [])
         if isinstance(value, list) and all(type(item) in kinds for item in value):
             return value
-        self.problem(f"{name} must be a list of {kind.__name__}, got {value!r}")
-        return []
+        return self._replaced(f"{name} must be a list of {kind.__name__}, got {shortened(value)}", [])
 
     def get(self, name: str, default: Any) -> Any:
         """Return the field unchecked, or `default` if it is missing or null."""
@@ -169,13 +174,13 @@ class Fields:
         """Require a field to have one of the supported values, or to be missing or null."""
         value = self.get(name, supported[0])
         if value not in supported:
-            self.problem(f"{name}={value!r} is not supported (only {', '.join(map(repr, supported))})")
+            self._report(f"{name}={shortened(value)} is not supported (only {', '.join(map(repr, supported))})")
 
     def rename(self, alias: str, name: str) -> None:
         """Accept `alias` as another name of the field `name`."""
         if alias in self._raw:
             if self.has(name) and self._raw[alias] != self._raw[name]:
-                self.problem(f"{alias} and {name} are two names of one thing: remove one")
+                self._report(f"{alias} and {name} are two names of one thing: remove one")
             self._raw = {name: self._raw[alias], **self._raw}
             self._seen.add(alias)
 
@@ -184,32 +189,42 @@ class Fields:
         self._raw = {name: None if name in names and value == 0 else value for name, value in self._raw.items()}
 
     def problem(self, text: str) -> None:
-        """Record a problem, which `read` raises."""
+        """Record a problem, which `read` raises, unless it may follow from a wrong value that was reported before."""
+        if not self._problems.has_replaced:
+            self._report(text)
+
+    def _report(self, text: str) -> None:
         self._problems.append(self._prefix + text)
+
+    def _replaced(self, text: str, replacement: C) -> C:
+        """Report a wrong value, and return another one to go on with."""
+        self._report(text)
+        self._problems.has_replaced = True
+        return replacement
 
     def inner(self, name: str) -> Fields:
         """Return an object within this one, read as strictly. Errors name its fields as `name.field`."""
         if name not in self._inner:
             value = self.get(name, {})
             if not isinstance(value, dict):
-                self.problem(f"{name} must be an object, got {value!r}")
-                value = {}
+                value = self._replaced(f"{name} must be an object, got {shortened(value)}", {})
             inner = self._inner[name] = Fields(value)
             inner._prefix, inner._problems = f"{self._prefix}{name}.", self._problems
         return self._inner[name]
 
     def _checked(self, name: str, value: Any, kind: type[T]) -> T:
+        limit = MAX_LAYERS if name in LAYERS else MAX_INT
         if isinstance(value, bool) is not (kind is bool) or not isinstance(value, (int, kind)):
-            self.problem(f"{name} must be of type {kind.__name__}, got {value!r}")
+            wanted = f"of type {kind.__name__}"
         elif kind is not bool and not 0 < value < math.inf:
-            self.problem(f"{name} must be positive and finite, got {value}")
+            wanted = "positive and finite"
         elif kind is float and not MIN_FLOAT <= value <= MAX_FLOAT:
-            self.problem(f"{name} must be from {MIN_FLOAT:g} to {MAX_FLOAT:g}, got {shortened(value)}")
-        elif kind is int and value > (limit := MAX_LAYERS if name in LAYERS else MAX_INT):
-            self.problem(f"{name} must be at most {limit:,}, got {shortened(value)}")
+            wanted = f"from {MIN_FLOAT:g} to {MAX_FLOAT:g}"
+        elif kind is int and value > limit:
+            wanted = f"at most {limit:,}"
         else:
             return kind(value)
-        return kind(1)
+        return self._replaced(f"{name} must be {wanted}, got {shortened(value)}", kind(1))
 
     def read(self, reader: Callable[[Fields], C]) -> C:
         """Return `reader(self)`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,25 @@ def test_aliases_of_model_types_are_read_alike(alias: str, name: str, tmp_path: 
     raw = raw_config(case.name)
     assert raw["model_type"] == name
     assert read(raw | {"model_type": alias}, tmp_path) == Checkpoint(case).config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": -8}, "num_attention_heads must be positive and finite, got -8"),
+        (
+            {"num_hidden_layers": "4", "layer_types": ["full_attention"] * 2},
+            "num_hidden_layers must be of type int, got '4'",
+        ),
+        ({"num_experts": 0, "num_experts_per_tok": 9}, "num_experts must be positive and finite, got 0"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config.quant_method='hqq' is not supported"),
+        ({"hidden_size": None, "head_dim": 0}, "hidden_size is missing; head_dim must be positive and finite, got 0"),
+        ({"quantization_config": 7}, "quantization_config must be an object, got 7"),
+    ],
+)
+def test_an_error_names_causes_and_not_their_consequences(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(raw_config(QWEN3) | fields, tmp_path)
+    assert re.fullmatch(
+        re.escape(f"config.json: {message}") + r"( \(only .*\))?(; fields not understood.*)?", str(caught.value)
+    )
