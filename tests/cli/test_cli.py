@@ -120,7 +120,7 @@ def test_plan_says_what_does_not_fit(run: Run, tmp_path: Path) -> None:
     small = replace(KNOWN["h100"], memory=2**28)
     save(small, tmp_path / "small.json")
     arguments = ["plan", "--model", str(tmp_path), "--mesh", "expert=2", "--hardware", str(tmp_path / "small.json")]
-    assert "exceeds 0.2 GiB free (1/" in run(*arguments, "--rows", "64").out
+    assert "exceeds 256.00 MiB free (1/" in run(*arguments, "--rows", "64").out
     printed = run(*arguments, "--rows", "1", "--max-length", "64", "--json").json
     assert printed["fits"]
     assert printed["memory_bytes"] == sum(printed[f"{part}_bytes"] for part in ("weight", "cache", "temporary"))
