@@ -19,10 +19,15 @@ from moe_jax.errors import RequestError
 @option_groups
 def evaluate(
     *,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 file whose perplexity to measure.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 file whose perplexity to measure.", show_default="none")
+    ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(help="File of examples, one JSON object a line, with a prompt and its answer, to match exactly."),
+        typer.Option(
+            help="File of examples, one JSON object a line, with a prompt and its answer, to match exactly.",
+            show_default="none",
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens of a window of the text.", show_default="the maximum length")
@@ -31,7 +36,9 @@ def evaluate(
         int | None, typer.Option(help="Tokens from one window to the next.", show_default="half a window")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.", min=1)] = 32,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.", show_default="none")
+    ] = None,
     model: ModelOptions,
     engine: EngineOptions,
     as_json: Json = False,

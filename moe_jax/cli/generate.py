@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,18 +25,30 @@ if TYPE_CHECKING:
 BUILT_IN_PROMPTS = ["1+1=", "12+34=", "99+1=", "123+456=", "808+77=", "999+999=", "1234+5678=", "9999+1="]
 
 
+@dataclass(frozen=True)
+class FileOptions:
+    """A file of prompts, and the file for its results."""
+
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of prompts, one JSON object a line: a prompt, and any sampling parameters.", show_default="none"
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the results of a file of prompts; a repeated run resumes after the last result.",
+            show_default="none",
+        ),
+    ] = None
+
+
 @option_groups
 def generate(
     *,
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.", show_default="a few sums")] = None,
-    input: Annotated[
-        Path | None,
-        typer.Option(help="File of prompts, one JSON object a line: a prompt, and any sampling parameters."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="File for the results of a file of prompts; a repeated run resumes after the last result."),
-    ] = None,
+    files: FileOptions,
     model: ModelOptions,
     route: RouteOptions,
     sampling: SamplingOptions,
@@ -47,7 +59,7 @@ def generate(
     """Continue prompts, and show how the mesh was used."""
     from moe_jax.llm.batch_files import check_paths
 
-    params = sampling.params()
+    params, input, output = sampling.params(), files.input, files.output
     if (input is None) != (output is None) or (input and prompts):
         raise RequestError("--input and --output go together, in place of prompts")
     if not input and not prompts and model.model is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -194,6 +195,35 @@ def test_mistakes_are_one_line_and_status_2(run: Run, arguments: list[str], mess
     assert run.err.startswith("moe-jax: ")
     assert message in run.err
     assert run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "level"),
+    [([], [], "INFO"), (["-v"], [], "DEBUG"), ([], ["-v"], "DEBUG"), (["-q"], [], "WARNING"), ([], ["-q"], "WARNING")],
+)
+def test_the_log_is_chosen_before_or_after_the_command(
+    run: Run, before: list[str], after: list[str], level: str
+) -> None:
+    run(*before, "plan", "--hardware", "abacus", *after)
+    assert logging.getLevelName(logging.getLogger("moe_jax").level) == level
+    *details, last = run.err.splitlines()
+    assert last.startswith("moe-jax: no hardware 'abacus'")
+    assert any("Traceback" in line for line in details) == (level == "DEBUG")
+    assert run.out == ""
+
+
+def test_an_interrupt_is_status_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_jax.analysis.calibration.measure", interrupt)
+    assert run("bench").status == 130
+    assert "Traceback" not in run.err
+
+
+def test_errors_of_the_operating_system_name_the_file(run: Run) -> None:
+    assert run("eval", "--text", "/nowhere").err == "moe-jax: No such file or directory: '/nowhere'\n"
+    assert run("eval", "--answers", "/").err == "moe-jax: Is a directory: '/'\n"
 
 
 @pytest.mark.parametrize("arguments", [["generate", "--combine", "both"], ["selftest", "--problems", "0"], ["fly"]])

@@ -100,10 +100,8 @@ def test_the_cache_is_reported(caplog: pytest.LogCaptureFixture, monkeypatch: py
         assert (stats.weight_bytes, stats.cache_bytes) == (held_bytes(made.parameters), bytes_of(32))
         assert explanation.as_dict()["engine_cache_bytes"] == bytes_of(32)
         assert explanation.as_dict()["free_bytes"] == free
-        assert (
-            f"engine       holds {format_bytes(stats.weight_bytes)} weights + {format_bytes(stats.cache_bytes)} cache = "
-            in str(explanation)
-        )
+        weights, cache = format_bytes(stats.weight_bytes), format_bytes(stats.cache_bytes)
+        assert f"engine       holds {weights} weights + {cache} cache = " in str(explanation)
         (output,) = llm.generate([[1] * 30], SamplingParams(max_tokens=9, temperature=0, ignore_eos=True))
         assert len(output.token_ids) == 3
 
