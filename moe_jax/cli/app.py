@@ -130,14 +130,14 @@ def main() -> None:
     """Run the command line.
 
     A user's mistake, or a file that cannot be read or written, is reported as one line on standard error, with exit
-    status 2.
+    status 1. Wrong options have status 2, and an interrupt has 130.
     """
     try:
         app()
     except (MoEJaxError, OSError) as error:
         LOGGER.debug("where the error arose:", exc_info=True)
         typer.echo(f"moe-jax: {_describe(error)}", err=True)
-        sys.exit(2)
+        sys.exit(1)
 
 
 def _describe(error: Exception) -> str:

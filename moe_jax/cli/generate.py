@@ -102,12 +102,14 @@ def _generate_texts(llm: LLM, prompts: list[str], params: SamplingParams, *, as_
         texts = [_as_dict(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
         speed = llm.stats().tokens_per_second
         print_json({"outputs": texts, "tokens_per_second": speed, **explanation.as_dict()})
-        return
-    for prompt, output in zip(prompts, outputs, strict=True):
-        typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
-        if output.error:
-            typer.echo(f"    failed: {output.error}", err=True)
-    typer.echo(f"\n{explanation}\nspeed        {_speed(llm)}")
+    else:
+        for prompt, output in zip(prompts, outputs, strict=True):
+            typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
+            if output.error:
+                typer.echo(f"    failed: {output.error}", err=True)
+        typer.echo(f"\n{explanation}\nspeed        {_speed(llm)}")
+    if any(output.error for output in outputs):
+        raise typer.Exit(1)
 
 
 def _as_dict(prompt: str, output: RequestOutput) -> dict[str, object]:

@@ -78,7 +78,8 @@ def perplexity(
       progress: show a progress bar.
 
     Raises:
-      RequestError: the text has fewer than two tokens, or a size of the windows does not fit.
+      RequestError: the text has fewer than two tokens, a size of the windows does not fit, or the model's logits are
+        not finite.
     """
     length = llm.max_length if length is None else length
     stride = max(length // 2, 1) if stride is None else stride
@@ -99,6 +100,8 @@ def perplexity(
             scores = llm.score([tokens[part.start : part.end] for part in group])
             total -= sum(float(each[part.scored - part.end :].sum()) for part, each in zip(group, scores, strict=True))
             bar.update(len(group))
+    if math.isnan(total):
+        raise RequestError("the model's logits are not finite: check its weights, or use a wider dtype")
     scored = len(tokens) - 1
     return Perplexity(scored, len(text.encode()), total / scored)
 
@@ -132,8 +135,15 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def answer(llm: LLM, examples: Sequence[Example], params: SamplingParams, *, progress: bool = False) -> list[str]:
-    """Return the model's answers, without white space around them."""
+    """Return the model's answers, without white space around them.
+
+    Raises:
+      RequestError: a prompt cannot be served, or failed.
+    """
     outputs = llm.generate([example.prompt for example in examples], params, progress=progress)
+    for number, output in enumerate(outputs):
+        if output.error:
+            raise RequestError(f"prompt {number} failed: {output.error}")
     return [(output.text or "").strip() for output in outputs]
 
 

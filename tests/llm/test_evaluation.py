@@ -129,4 +129,4 @@ def test_eval_prints_both_measures(
     _, out, _ = run(monkeypatch, capsys, "--answers", str(tmp_path / "answers"))
     assert out == "exact match 100.00%, 1 of 1\n"
     status, _, error = run(monkeypatch, capsys)
-    assert (status, error) == (2, "moe-jax: give --text FILE for perplexity, or --answers FILE for exact matches\n")
+    assert (status, error) == (1, "moe-jax: give --text FILE for perplexity, or --answers FILE for exact matches\n")
