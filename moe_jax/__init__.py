@@ -6,6 +6,7 @@ A name of this package imports JAX when it is first used, so that `moe-jax --hel
 
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
     from moe_jax.errors import MoEJaxError  # base class of all errors that a user can cause
 
     __version__: str
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return version(__name__)
+        if name in _MODULES:
+            return getattr(import_module(_MODULES[name]), name)
+        if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["LLM", "AsyncLLM", "MoEJaxError", "RequestOutput", "SamplingParams", "StreamEvent", "distributed"]
 
@@ -37,14 +49,6 @@ _MODULES = {
     "StreamEvent": "moe_jax.engine.outputs",
     "distributed": "moe_jax.engine",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version(__name__)
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

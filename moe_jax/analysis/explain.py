@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_jax.analysis.census import Collective, collectives, count, sent_bytes
 from moe_jax.analysis.roofline import Roofline, roofline
+from moe_jax.analysis.units import format_bytes
 from moe_jax.programs import Programs
 from moe_jax.sharding import FINE, Decision, Hardware, Policy, bucket
 
@@ -109,21 +110,22 @@ class Explanation:
         parts = (self.roofline.weight_bytes, self.roofline.cache_bytes, self.temporary_bytes, self.memory_bytes)
         unit, name = (2**30, "GiB") if self.memory_bytes >= 2**30 else (2**20, "MiB")
         weights, cache, temporary, total = (f"{part / unit:.2f}" for part in parts)
-        limit = f"{self.free_bytes / 2**30:.1f} GiB free"
+        limit = f"{format_bytes(self.free_bytes)} free"
         verdict = f"fits in {limit}" if self.fits else f"exceeds {limit} ({self._remedy()})"
         return f"{weights} weights + {cache} cache + {temporary} temporary = {total} {name} on each device: {verdict}"
 
     def _format_engine(self) -> str:
         if self.engine_cache_bytes is None:
             return ""
-        weights, cache = (part / 2**30 for part in (self.roofline.weight_bytes, self.engine_cache_bytes))
+        weights, cache = self.roofline.weight_bytes, self.engine_cache_bytes
+        held, all_held = weights + cache, (weights + cache) * self.device_count
         return (
-            f"engine       holds {weights:.2f} weights + {cache:.2f} cache = {weights + cache:.2f} GiB on each device, "
-            f"{(weights + cache) * self.device_count:.2f} GiB on all{self._format_process()}\n"
+            f"engine       holds {format_bytes(weights)} weights + {format_bytes(cache)} cache = {format_bytes(held)} "
+            f"on each device, {format_bytes(all_held)} on all{self._format_process()}\n"
         )
 
     def _format_process(self) -> str:
-        return f"; the process takes about {self.process_bytes / 2**30:.1f} GiB" if self.process_bytes else ""
+        return f"; the process takes about {format_bytes(self.process_bytes)}" if self.process_bytes else ""
 
     def _remedy(self) -> str:
         free = self.free_bytes - self.roofline.weight_bytes - self.temporary_bytes

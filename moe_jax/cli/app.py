@@ -8,11 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import wraps
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import typer
 from tqdm import tqdm
@@ -22,6 +20,7 @@ from moe_jax.cli.bench import bench
 from moe_jax.cli.convert import convert
 from moe_jax.cli.eval import evaluate
 from moe_jax.cli.generate import generate
+from moe_jax.cli.option_groups import option_groups, with_group
 from moe_jax.cli.plan import plan
 from moe_jax.cli.selftest import selftest
 from moe_jax.cli.train import train
@@ -38,6 +37,8 @@ COMMANDS = {
 }
 """Commands by name, in the order of `moe-jax --help`."""
 
+LOGGER = logging.getLogger("moe_jax")
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -47,11 +48,28 @@ app = typer.Typer(
 
 
 @dataclass(frozen=True)
+class LogOptions:
+    """The amount of the log on standard error."""
+
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log details to standard error, and where an error arose.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors alone.")] = False
+
+    @property
+    def level(self) -> int:
+        return logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO
+
+    def __or__(self, other: LogOptions) -> LogOptions:
+        return LogOptions(self.verbose or other.verbose, self.quiet or other.quiet)
+
+
+@dataclass(frozen=True)
 class Setup:
-    """Options of the program itself."""
+    """Devices and log of the program."""
 
     cpu_devices: int
-    log_level: int
+    log: LogOptions
 
     def apply(self) -> None:
         """Set up the devices, the compilation cache and the log."""
@@ -62,9 +80,8 @@ class Setup:
 
         jax.config.update("jax_num_cpu_devices", self.cpu_devices)
         use_compilation_cache(DEFAULT_CACHE)
-        logger = logging.getLogger("moe_jax")
-        logger.handlers[:] = [LogLines()]
-        logger.setLevel(self.log_level)
+        LOGGER.handlers[:] = [LogLines()]
+        LOGGER.setLevel(self.log.level)
 
 
 SETUP: ContextVar[Setup] = ContextVar("SETUP")
@@ -85,41 +102,46 @@ def _show_version(is_requested: bool) -> None:
 
 
 @app.callback()
+@option_groups
 def configure(
+    *,
     cpu_devices: Annotated[
         int, typer.Option(help="Number of virtual CPU devices on a machine without accelerators.", min=1)
     ] = 8,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every detail to standard error.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors alone.")] = False,
+    log: LogOptions,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     """Decode Mixture-of-Experts language models in batches on a JAX mesh."""
-    SETUP.set(Setup(cpu_devices, logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO))
+    SETUP.set(Setup(cpu_devices, log))
 
 
-def _set_up(command: Callable[..., None]) -> Callable[..., None]:
-    @wraps(command)
-    def run(**values: Any) -> None:
-        SETUP.get().apply()
-        command(**values)
-
-    return run
+def _set_up(log: LogOptions) -> None:
+    setup = SETUP.get()
+    replace(setup, log=setup.log | log).apply()
 
 
 for name, command in COMMANDS.items():
-    app.command(name)(_set_up(command))
+    app.command(name)(with_group(command, LogOptions, _set_up))
 
 
 def main() -> None:
     """Run the command line.
 
     A user's mistake, or a file that cannot be read or written, is reported as one line on standard error, with exit
-    status 2.
+    status 1. Wrong options have status 2, and an interrupt has 130.
     """
     try:
         app()
     except (MoEJaxError, OSError) as error:
-        typer.echo(f"moe-jax: {error}", err=True)
-        sys.exit(2)
+        LOGGER.debug("where the error arose:", exc_info=True)
+        typer.echo(f"moe-jax: {_describe(error)}", err=True)
+        sys.exit(1)
+
+
+def _describe(error: Exception) -> str:
+    """Describe an error as `No such file or directory: 'in.jsonl'` if it is of the operating system."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {str(error.filename)!r}"
+    return str(error)

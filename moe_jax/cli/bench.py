@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,13 +12,19 @@ from moe_jax.cli.options import Hardware, Mesh
 from moe_jax.cli.output import Json, print_json
 from moe_jax.errors import ConfigError
 
+if TYPE_CHECKING:
+    from moe_jax.sharding import Hardware as HardwareRecord
+
 
 def bench(
     mesh: Mesh = None,
     repeats: Annotated[int, typer.Option(help="Number of timed calls of each collective.", min=1)] = 30,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="File for a hardware record fitted to the measured times; --hardware reads such a record."),
+        typer.Option(
+            help="File for a hardware record fitted to the measured times; --hardware reads such a record.",
+            show_default="none",
+        ),
     ] = None,
     hardware: Hardware = None,
     as_json: Json = False,
@@ -48,13 +54,15 @@ def bench(
     ]
     if as_json:
         print_json({"hardware": asdict(record), "collectives": rows})
-        return
-    for row in rows:
-        typer.echo(_line(row))
-    speeds = f"{record.local.bandwidth / 1e9:.2f} GB/s sent, {record.memory_bandwidth / 1e9:.2f} GB/s in memory"
-    typer.echo(f"launch {record.launch * 1e6:.0f} us, {speeds} ({record.source})")
+    else:
+        typer.echo("\n".join([*map(_line, rows), _speeds(record)]))
 
 
 def _line(row: dict[str, Any]) -> str:
     micro = f"{row['seconds'] * 1e6:10.0f} us measured {row['reckoned_seconds'] * 1e6:10.0f} us modelled"
     return f"{row['collective']:15} {row['rows']:5} rows {row['sent_bytes'] / 1024:9.0f} KiB sent {micro}"
+
+
+def _speeds(record: HardwareRecord) -> str:
+    sent, memory = record.local.bandwidth / 1e9, record.memory_bandwidth / 1e9
+    return f"launch {record.launch * 1e6:.0f} us, {sent:.2f} GB/s sent, {memory:.2f} GB/s in memory ({record.source})"

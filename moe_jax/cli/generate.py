@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,18 +25,30 @@ if TYPE_CHECKING:
 BUILT_IN_PROMPTS = ["1+1=", "12+34=", "99+1=", "123+456=", "808+77=", "999+999=", "1234+5678=", "9999+1="]
 
 
+@dataclass(frozen=True)
+class FileOptions:
+    """A file of prompts, and the file for its results."""
+
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of prompts, one JSON object a line: a prompt, and any sampling parameters.", show_default="none"
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the results of a file of prompts; a repeated run resumes after the last result.",
+            show_default="none",
+        ),
+    ] = None
+
+
 @option_groups
 def generate(
     *,
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.", show_default="a few sums")] = None,
-    input: Annotated[
-        Path | None,
-        typer.Option(help="File of prompts, one JSON object a line: a prompt, and any sampling parameters."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="File for the results of a file of prompts; a repeated run resumes after the last result."),
-    ] = None,
+    files: FileOptions,
     model: ModelOptions,
     route: RouteOptions,
     sampling: SamplingOptions,
@@ -47,7 +59,7 @@ def generate(
     """Continue prompts, and show how the mesh was used."""
     from moe_jax.llm.batch_files import check_paths
 
-    params = sampling.params()
+    params, input, output = sampling.params(), files.input, files.output
     if (input is None) != (output is None) or (input and prompts):
         raise RequestError("--input and --output go together, in place of prompts")
     if not input and not prompts and model.model is not None:
@@ -90,12 +102,14 @@ def _generate_texts(llm: LLM, prompts: list[str], params: SamplingParams, *, as_
         texts = [_as_dict(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
         speed = llm.stats().tokens_per_second
         print_json({"outputs": texts, "tokens_per_second": speed, **explanation.as_dict()})
-        return
-    for prompt, output in zip(prompts, outputs, strict=True):
-        typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
-        if output.error:
-            typer.echo(f"    failed: {output.error}", err=True)
-    typer.echo(f"\n{explanation}\nspeed        {_speed(llm)}")
+    else:
+        for prompt, output in zip(prompts, outputs, strict=True):
+            typer.echo(f"{prompt}{output.text if output.text is not None else output.token_ids}")
+            if output.error:
+                typer.echo(f"    failed: {output.error}", err=True)
+        typer.echo(f"\n{explanation}\nspeed        {_speed(llm)}")
+    if any(output.error for output in outputs):
+        raise typer.Exit(1)
 
 
 def _as_dict(prompt: str, output: RequestOutput) -> dict[str, object]:

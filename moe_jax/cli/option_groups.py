@@ -32,10 +32,26 @@ def option_groups(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**values, **built)
 
-    expanded: Any = run
-    expanded.__signature__ = Signature(options)
-    expanded.__annotations__ = {option.name: option.annotation for option in options}
-    return expanded
+    return _with_options(run, options)
+
+
+def with_group(command: Callable[..., None], group: type, use: Callable[[Any], None]) -> Callable[..., None]:
+    """Add the options of a dataclass to a command. `use` receives the dataclass before the command runs."""
+    hints = get_type_hints(command, include_extras=True)
+    own = [parameter.replace(annotation=hints[name]) for name, parameter in signature(command).parameters.items()]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        use(group(**{field.name: values.pop(field.name) for field in fields(group)}))
+        command(**values)
+
+    return _with_options(run, [*own, *_options(group)])
+
+
+def _with_options(run: Any, options: list[Parameter]) -> Callable[..., None]:
+    run.__signature__ = Signature(options)
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
 
 
 def _options(group: Any) -> Iterator[Parameter]:

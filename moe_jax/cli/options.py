@@ -138,6 +138,9 @@ class EngineOptions:
             show_default=f"{ACCELERATOR_SHARE} of an accelerator's, {CPU_SHARE} of a CPU's",
         ),
     ] = Options.cache_memory
+    prefix_cache: Annotated[bool, typer.Option(help="Share the cached pages of common prompt prefixes.")] = (
+        Options.prefix_cache
+    )
 
     def options(self) -> Options:
         """Return the options of an engine."""

@@ -29,7 +29,9 @@ class SamplingOptions:
     seed: Annotated[
         int | None, typer.Option(help="Seed of the random draws.", show_default="a new seed for each prompt")
     ] = SamplingParams.seed
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a continuation; may be repeated.")] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a continuation; may be repeated.", show_default="none")
+    ] = None
     denoising_steps: Annotated[
         int | None,
         typer.Option(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moe_jax.analysis.roofline import held_bytes
+from moe_jax.analysis.units import format_bytes
 from moe_jax.config.engine_options import ACCELERATOR_SHARE, CPU_SHARE, PAGE, Options
 from moe_jax.engine.options import make_sizes
 from moe_jax.engine.sizes import Sizes, max_pages
@@ -67,9 +68,9 @@ def log_plan(plan: CachePlan, decoder: ShardedDecoder) -> None:
     devices, model = decoder.placement.mesh.devices.size, decoder.config.max_positions
     shorter = f" of the model's {model:,}" if plan.max_length < model else ""
     logger.info(
-        "KV cache: %.2f GiB on %d devices, for sequences of up to %s%s positions; cache_memory, cache_pages and "
+        "KV cache: %s on %d devices, for sequences of up to %s%s positions; cache_memory, cache_pages and "
         "max_length change it",
-        plan.bytes_per_device * devices / 2**30,
+        format_bytes(plan.bytes_per_device * devices),
         devices,
         f"{plan.max_length:,}",
         shorter,

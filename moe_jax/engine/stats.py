@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_jax.analysis.units import format_seconds
+
 
 class Histogram:
     """Times from a microsecond to an hour, in bins that grow by a twentieth."""
@@ -90,10 +92,10 @@ class Stats:
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens_per_second:,.0f} tokens/s, first token {self.first_token.p50 * 1e3:.0f} ms, "
-            f"then {self.between_tokens.p50 * 1e3:.1f} ms each, {self.running} running, {self.waiting} waiting, "
-            f"balance {self.balance:.2f}, cache {self.cache_use:.0%}, "
-            f"{self.compilations} programs compiled in {self.compile_seconds:.1f} s"
+            f"{self.tokens_per_second:,.0f} tokens/s, first token {format_seconds(self.first_token.p50)}, "
+            f"then {format_seconds(self.between_tokens.p50)} each, {self.running:,} running, {self.waiting:,} waiting, "
+            f"balance {self.balance:.0%}, cache {self.cache_use:.0%}, "
+            f"{self.compilations:,} programs compiled in {format_seconds(self.compile_seconds)}"
         )
 
 

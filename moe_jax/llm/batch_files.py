@@ -8,7 +8,6 @@ the output. A run that was killed resumes from the journal and decodes no finish
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
@@ -22,6 +21,7 @@ from moe_jax.errors import RequestError
 from moe_jax.llm.journal import Journal, Result
 from moe_jax.llm.llm import LLM
 from moe_jax.llm.request_group import RequestGroup
+from moe_jax.llm.text_files import read_json_lines
 
 Entry = dict[str, Any]
 """JSON object of one line."""
@@ -71,10 +71,11 @@ def generate_file(
       on_progress: called after each result with the number of results and the number of lines.
 
     Raises:
-      RequestError: see `check_paths`; or the journal belongs to another input, or to other parameters.
+      RequestError: see `check_paths` and `read_json_lines`; or the journal belongs to another input, or to other
+        parameters.
     """
     check_paths(source, output)
-    lines = _lines(source)
+    lines = [line for line in read_json_lines(source) if line.strip()]
     journal_path = output.with_name(output.name + ".partial")
     with Journal(journal_path, _fingerprint(llm, lines, defaults), len(lines)) as journal:
         on_progress(len(journal.results), len(lines))
@@ -84,26 +85,6 @@ def generate_file(
         journal.write_output(output)
     journal_path.unlink()
     return FileReport(len(lines), sum(result.has_failed for result in journal.results.values()))
-
-
-def _lines(source: Path) -> list[bytes]:
-    """Return the lines that are not blank. Lines end in LF, CRLF or CR.
-
-    Raises:
-      RequestError: the file is compressed, not in UTF-8, or one JSON array.
-    """
-    content = source.read_bytes().removeprefix(codecs.BOM_UTF8)
-    remedies = {
-        b"\x1f\x8b": "is compressed: unpack it with gunzip",
-        b"\x28\xb5\x2f\xfd": "is compressed: unpack it with unzstd",
-        codecs.BOM_UTF16_LE: "is in UTF-16: save it in UTF-8",
-        codecs.BOM_UTF16_BE: "is in UTF-16: save it in UTF-8",
-        b"[": "holds a JSON array: write one object on each line, as `jq -c '.[]'` does",
-    }
-    for start, remedy in remedies.items():
-        if content.lstrip().startswith(start):
-            raise RequestError(f"{source} {remedy}")
-    return [line for line in content.splitlines() if line.strip()]
 
 
 def _results(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 from tqdm import tqdm
 
 from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.errors import RequestError
 from moe_jax.llm.llm import LLM
+from moe_jax.llm.text_files import read_json_lines
 
 WINDOWS_AT_ONCE = 64
 """Windows of a text that are scored in one call."""
@@ -32,7 +33,10 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -74,7 +78,8 @@ def perplexity(
       progress: show a progress bar.
 
     Raises:
-      RequestError: the text has fewer than two tokens, or a size of the windows does not fit.
+      RequestError: the text has fewer than two tokens, a size of the windows does not fit, or the model's logits are
+        not finite.
     """
     length = llm.max_length if length is None else length
     stride = max(length // 2, 1) if stride is None else stride
@@ -95,6 +100,8 @@ def perplexity(
             scores = llm.score([tokens[part.start : part.end] for part in group])
             total -= sum(float(each[part.scored - part.end :].sum()) for part, each in zip(group, scores, strict=True))
             bar.update(len(group))
+    if math.isnan(total):
+        raise RequestError("the model's logits are not finite: check its weights, or use a wider dtype")
     scored = len(tokens) - 1
     return Perplexity(scored, len(text.encode()), total / scored)
 
@@ -114,29 +121,29 @@ def read_examples(path: Path) -> list[Example]:
       RequestError: a line is no such object, or there is none.
     """
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_json_lines(path), 1):
         if line.strip():
             try:
-                entry = json.loads(line)
-                examples.append(Example(_text(entry["prompt"]), _text(entry["answer"])))
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                examples.append(msgspec.json.decode(line, type=Example))
+            except (ValueError, RecursionError) as error:  # errors of msgspec and of UTF-8 are ValueErrors
                 raise RequestError(
-                    f'{path}, line {number}: expected an object such as {{"prompt": "1+1=", "answer": "2"}}'
+                    f'{path}, line {number}: {error}; expected an object such as {{"prompt": "1+1=", "answer": "2"}}'
                 ) from error
     if not examples:
         raise RequestError(f"{path} has no lines: give one with a prompt and its answer on each line")
     return examples
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
 def answer(llm: LLM, examples: Sequence[Example], params: SamplingParams, *, progress: bool = False) -> list[str]:
-    """Return the model's answers, without white space around them."""
+    """Return the model's answers, without white space around them.
+
+    Raises:
+      RequestError: a prompt cannot be served, or failed.
+    """
     outputs = llm.generate([example.prompt for example in examples], params, progress=progress)
+    for number, output in enumerate(outputs):
+        if output.error:
+            raise RequestError(f"prompt {number} failed: {output.error}")
     return [(output.text or "").strip() for output in outputs]
 
 

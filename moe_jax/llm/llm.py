@@ -135,7 +135,11 @@ class LLM:
         self._process_group.check_agreement(shared_settings(decoder, options, self._cache.pages, hardware, *route))
         parameters = self._checkpoint.load(decoder)
         rows = self._cache.sizes.slots * decoder.config.block
-        logger.info("%r; %s", self, self._policy.decide([rows] * decoder.placement.size(Role.TOKENS), rows))
+        decision = self._policy.decide([rows] * decoder.placement.size(Role.TOKENS), rows)
+        logger.info("%s", self._describe())
+        logger.info("combine: %s", decision)
+        for cost in decision.candidates:
+            logger.debug("candidate: %s", cost)
         log_plan(self._cache, decoder)
         return make_engine(options, self._cache, self._programs, parameters, self._policy, self._process_group)
 
@@ -152,8 +156,10 @@ class LLM:
         )
 
     def __repr__(self) -> str:
-        cache_bytes = self._cache.bytes_per_device
-        return f"<LLM {description(self._checkpoint.path, self._programs.decoder, cache_bytes)}>"
+        return f"<LLM {self._describe()}>"
+
+    def _describe(self) -> str:
+        return description(self._checkpoint.path, self._programs.decoder, self._cache.bytes_per_device)
 
     def close(self) -> None:
         """Cancel all requests, and free weights and cache. Later calls of the other methods are errors."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from moe_jax.analysis.roofline import held_bytes
+from moe_jax.analysis.units import format_bytes
 from moe_jax.config import ModelConfig
 from moe_jax.engine import Options, Pages
 from moe_jax.models import ShardedDecoder
@@ -44,8 +45,8 @@ def description(path: Path, decoder: ShardedDecoder, cache_bytes: int) -> str:
     Args:
       cache_bytes: bytes of the cache on each device.
     """
-    weights, cache = held_bytes(decoder.parameters) / 2**30, cache_bytes / 2**30
-    memory = f"{weights:.2f} GiB of weights and {cache:.2f} GiB of cache on each device"
+    weights, cache = format_bytes(held_bytes(decoder.parameters)), format_bytes(cache_bytes)
+    memory = f"{weights} of weights and {cache} of cache on each device"
     return f"{path.name} in {_format_dtype(decoder)} on {decoder.placement}: {memory}"
 
 

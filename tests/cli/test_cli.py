@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.flax import load_file, save_file
 
 from moe_jax import cli
+from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.cli.options import CombineName, GatherDtype, ResidualName
 from moe_jax.config import WeightDtype
 from moe_jax.sharding.encoding import ENCODINGS
@@ -120,7 +124,7 @@ def test_plan_says_what_does_not_fit(run: Run, tmp_path: Path) -> None:
     small = replace(KNOWN["h100"], memory=2**28)
     save(small, tmp_path / "small.json")
     arguments = ["plan", "--model", str(tmp_path), "--mesh", "expert=2", "--hardware", str(tmp_path / "small.json")]
-    assert "exceeds 0.2 GiB free (1/" in run(*arguments, "--rows", "64").out
+    assert "exceeds 256.00 MiB free (1/" in run(*arguments, "--rows", "64").out
     printed = run(*arguments, "--rows", "1", "--max-length", "64", "--json").json
     assert printed["fits"]
     assert printed["memory_bytes"] == sum(printed[f"{part}_bytes"] for part in ("weight", "cache", "temporary"))
@@ -188,12 +192,58 @@ def test_train_then_convert_there_and_back(run: Run, tmp_path: Path) -> None:
         (["plan", "--model", GOLDEN, "--mesh", "tensor=3"], "8 attention heads do not divide over 3 devices"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(run: Run, arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_line_and_status_1(run: Run, arguments: list[str], message: str) -> None:
     run("-q", *arguments)
-    assert run.status == 2
+    assert run.status == 1
     assert run.err.startswith("moe-jax: ")
     assert message in run.err
     assert run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "level"),
+    [([], [], "INFO"), (["-v"], [], "DEBUG"), ([], ["-v"], "DEBUG"), (["-q"], [], "WARNING"), ([], ["-q"], "WARNING")],
+)
+def test_the_log_is_chosen_before_or_after_the_command(
+    run: Run, before: list[str], after: list[str], level: str
+) -> None:
+    run(*before, "plan", "--hardware", "abacus", *after)
+    assert logging.getLevelName(logging.getLogger("moe_jax").level) == level
+    *details, last = run.err.splitlines()
+    assert last.startswith("moe-jax: no hardware 'abacus'")
+    assert any("Traceback" in line for line in details) == (level == "DEBUG")
+    assert run.out == ""
+
+
+def test_an_interrupt_is_status_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_jax.analysis.calibration.measure", interrupt)
+    assert run("bench").status == 130
+    assert "Traceback" not in run.err
+
+
+def test_a_prompt_that_fails_is_status_1(run: Run, tmp_path: Path) -> None:
+    """The weights of the last norm are finite, but the logits overflow."""
+    shutil.copytree(ADDER, tmp_path / "model")
+    tensors = load_file(ADDER / "model.safetensors")
+    save_file({name: value * 1e38 if name == "model.norm.weight" else value for name, value in tensors.items()},
+              tmp_path / "model" / "model.safetensors")  # fmt: skip
+    arguments = ("--model", str(tmp_path / "model"), "--mesh", "expert=1", "--temperature", "0")
+    assert run("-q", "generate", "1+1=", *arguments).status == 1
+    assert run.err == "    failed: the model's logits are not finite: check its weights, or use a wider dtype\n"
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}))
+    (tmp_path / "text").write_text("1+1=2")
+    for arguments in (("--answers", str(tmp_path / "answers.jsonl")), ("--text", str(tmp_path / "text"))):
+        run("-q", "eval", *arguments, "--model", str(tmp_path / "model"), "--mesh", "expert=1")
+        assert (run.status, run.out) == (1, "")
+        assert "the model's logits are not finite" in run.err
+
+
+def test_errors_of_the_operating_system_name_the_file(run: Run) -> None:
+    assert run("eval", "--text", "/nowhere").err == "moe-jax: No such file or directory: '/nowhere'\n"
+    assert run("eval", "--answers", "/").err == "moe-jax: Is a directory: '/'\n"
 
 
 @pytest.mark.parametrize("arguments", [["generate", "--combine", "both"], ["selftest", "--problems", "0"], ["fly"]])

@@ -57,6 +57,22 @@ def test_every_option_has_a_help_text_that_is_a_sentence(name: str, parameter: A
     assert parameter.help.endswith(".")
 
 
+@pytest.mark.parametrize(("name", "parameter"), parameters(), ids=[name for name, _ in parameters()])
+def test_every_option_shows_its_default(name: str, parameter: Any) -> None:
+    """Required options have none, and a flag without an opposite is off."""
+    is_flag = parameter.default is False and not parameter.secondary_opts
+    assert parameter.required or is_flag or parameter.default is not None or isinstance(parameter.show_default, str)
+    shown = help_of(*name.split()[:1]) if not name.startswith("moe-jax ") else help_of()
+    text = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
+    if not parameter.required and not is_flag and not isinstance(text, bool):
+        assert f"[default: {text}]" in shown or f"[default: ({text})]" in shown
+
+
+def test_every_argument_of_an_llm_is_an_option() -> None:
+    options = {parameter.name for name, parameter in parameters() if name.startswith("generate ")}
+    assert signature(LLM).parameters.keys() - options == {"checkpoint", "process_group"}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_lists_the_choices_that_the_library_has(command: str) -> None:
     shown = help_of(command)

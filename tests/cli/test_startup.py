@@ -79,8 +79,14 @@ def test_the_package_has_its_public_names_a_version_and_types() -> None:
     assert set(moe_jax.__all__) < set(dir(moe_jax))
     assert moe_jax.__version__ == importlib.metadata.version("moe_jax")
     assert (Path(moe_jax.__file__).parent / "py.typed").exists()
-    with pytest.raises(AttributeError, match="module 'moe_jax' has no attribute 'LM'"):
-        moe_jax.LM  # noqa: B018
+    for name in ("LM", "_private", "__wrapped__"):
+        with pytest.raises(AttributeError, match=f"module 'moe_jax' has no attribute '{name}'"):
+            getattr(moe_jax, name)
+
+
+def test_rooms_are_attributes_of_the_package() -> None:
+    code = "import moe_jax; print(moe_jax.errors.RequestError.__name__, moe_jax.sharding.Hardware.__name__)"
+    assert run_python(code).stdout.split() == ["RequestError", "Hardware"]
 
 
 def test_logs_go_to_standard_error_unless_quiet(tmp_path: Path) -> None:
@@ -88,9 +94,10 @@ def test_logs_go_to_standard_error_unless_quiet(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moe_jax", "--cpu-devices", "1"]
     ended = subprocess.run([*command, "generate", "1+1=", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(ended.stdout)["outputs"]
-    for words in ("<LLM adder in bfloat16 on data=1", "KV cache: ", "compiled the step", "Combine"):
-        assert words in ended.stderr
-    quiet = subprocess.run([*command, "-q", "generate", "1+1="], capture_output=True, text=True, check=True)
+    beginnings = ("adder in bfloat16 on data=1", "combine: ", "KV cache: ", "compiling the step")
+    for line, words in zip(ended.stderr.splitlines()[: len(beginnings)], beginnings, strict=True):
+        assert line.startswith(f"moe-jax: {words}")
+    quiet = subprocess.run([*command, "generate", "1+1=", "-q"], capture_output=True, text=True, check=True)
     assert quiet.stderr == ""
     assert "1+1=" in quiet.stdout
 
@@ -100,4 +107,4 @@ def test_an_llm_describes_itself() -> None:
         assert repr(llm).startswith(
             "<LLM adder in float32 on data=1,expert=2,tensor=1; tokens=data,expert; heads=tensor"
         )
-        assert repr(llm).endswith("GiB of cache on each device>")
+        assert repr(llm).endswith("MiB of cache on each device>")

@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import LLM, SamplingParams
 from moe_jax.analysis.roofline import held_bytes
+from moe_jax.analysis.units import format_bytes
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.engine import CachePlan, Options, plan_cache
 from moe_jax.engine.cache_plan import ACCELERATOR_SHARE, CPU_SHARE, _Attempt
@@ -94,12 +95,13 @@ def test_the_cache_is_reported(caplog: pytest.LogCaptureFixture, monkeypatch: py
     with caplog.at_level(logging.INFO, "moe_jax"), LLM(ONE_WINDOW, mesh="data=2", dtype="float32") as llm:
         assert llm.max_length == 32
         (line,) = (record.message for record in caplog.records if "KV cache" in record.message)
-        assert "GiB on 2 devices, for sequences of up to 32 of the model's 64 positions; cache_memory, cache_" in line
+        assert "MiB on 2 devices, for sequences of up to 32 of the model's 64 positions; cache_memory, cache_" in line
         stats, explanation = llm.stats(), llm.explain(2)
         assert (stats.weight_bytes, stats.cache_bytes) == (held_bytes(made.parameters), bytes_of(32))
         assert explanation.as_dict()["engine_cache_bytes"] == bytes_of(32)
         assert explanation.as_dict()["free_bytes"] == free
-        assert "engine       holds 0.00 weights + 0.00 cache = 0.00 GiB on each device" in str(explanation)
+        weights, cache = format_bytes(stats.weight_bytes), format_bytes(stats.cache_bytes)
+        assert f"engine       holds {weights} weights + {cache} cache = " in str(explanation)
         (output,) = llm.generate([[1] * 30], SamplingParams(max_tokens=9, temperature=0, ignore_eos=True))
         assert len(output.token_ids) == 3
 

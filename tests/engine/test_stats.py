@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax.engine.stats import Histogram, Latency, Meter
+from moe_jax.engine.stats import Histogram, Latency, Meter, Stats
 
 HALF_A_BIN = math.sqrt(1.05) * (1 + 1e-9)
 
@@ -74,3 +74,16 @@ def test_steps_are_weighted_by_their_rows() -> None:
     assert meter.rows_per_shard == (0, 5)
     assert meter.balance == pytest.approx(rows / (2 * 2 * 3 + 2 * 5))
     assert meter.pad_share == pytest.approx(1 - rows / (2 * 2 * 4 + 2 * 8))
+
+
+def test_stats_are_rounded_for_people() -> None:
+    stats = Stats(
+        running=1234, waiting=56789, finished=7, prompt_tokens=10**6, generated_tokens=123456, busy_seconds=10,
+        first_token=Latency(0.3381, 1, 2), between_tokens=Latency(0.01234, 1, 2), rows_per_shard=(3, 4),
+        balance=0.875, pad_share=0.25, cache_use=0.126, weight_bytes=1, cache_bytes=1, preemptions=0, prefix_hits=0,
+        compilations=1200, compile_seconds=61.239,
+    )  # fmt: skip
+    assert str(stats) == (
+        "12,346 tokens/s, first token 0.34 s, then 12.3 ms each, 1,234 running, 56,789 waiting, balance 88%, "
+        "cache 13%, 1,200 programs compiled in 61.24 s"
+    )

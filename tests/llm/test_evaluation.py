@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from moe_jax import LLM, SamplingParams, cli
 from moe_jax.errors import RequestError
-from moe_jax.llm.evaluation import Example, answer, exact_match, perplexity, read_examples, windows
+from moe_jax.llm.evaluation import Example, Perplexity, answer, exact_match, perplexity, read_examples, windows
+from moe_jax.llm.text_files import read_text
 
 TEXT = "12+34=46" * 20
 
@@ -66,11 +68,47 @@ def test_answers_are_matched_exactly(llm: LLM) -> None:
     assert exact_match(examples, answers) == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"prompt": "1"}', '{"prompt": 1, "answer": "2"}', "x", "[" * 10**5])
-def test_bad_examples_name_the_line(tmp_path: Path, line: str) -> None:
-    (tmp_path / "examples.jsonl").write_text('\ufeff{"prompt": "1", "answer": "2"}\n\n' + line)
-    with pytest.raises(RequestError, match=r"examples.jsonl, line 3: expected an object such as"):
+@pytest.mark.parametrize(
+    "line",
+    [b"[]", b"{}", b'{"prompt": "1"}', b'{"prompt": 1, "answer": "2"}', b"x", b"[" * 10**5, b"\xff", b'"\xe9"',
+     b'{"prompt": "\\ud800", "answer": "2"}'],
+)  # fmt: skip
+def test_bad_examples_name_the_line(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "examples.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "1", "answer": "2"}\r\n\r' + line)
+    with pytest.raises(RequestError, match=r"examples.jsonl, line 3: .*; expected an object such as"):
         read_examples(tmp_path / "examples.jsonl")
+
+
+@pytest.mark.parametrize("answer", ["a\u2028b", "a\x85b", "\u00e9", "a\nb"])
+def test_lines_end_where_json_says(tmp_path: Path, answer: str) -> None:
+    """Other programs write these characters as they are inside a string."""
+    written = json.dumps({"prompt": "1", "answer": answer, "id": 7}, ensure_ascii=False)
+    (tmp_path / "examples.jsonl").write_text(f"{written}\n{written}", encoding="utf-8")
+    assert read_examples(tmp_path / "examples.jsonl") == [Example("1", answer)] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xe9\xe8", "is not in UTF-8 at byte 0"),
+        (b"12+3=\xff", "is not in UTF-8 at byte 5"),
+        ("1+1=2".encode("utf-16"), "is in UTF-16"),
+        (b"\x1f\x8b\x08", "is compressed"),
+    ],
+)
+def test_texts_that_are_not_in_utf_8_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(RequestError, match=words):
+        read_text(tmp_path / "text")
+
+
+def test_a_text_keeps_its_characters(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfa\r\nb\xe2\x80\xa8c\rd")
+    assert read_text(tmp_path / "text") == "a\r\nb\u2028c\rd"
+
+
+def test_perplexity_beyond_the_largest_number_is_infinite() -> None:
+    assert Perplexity(tokens=1, bytes=1, loss=1e4).perplexity == math.inf
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -89,9 +127,6 @@ def test_eval_prints_both_measures(
     assert json.loads(out).keys() == {"perplexity", "bits_per_byte", "tokens", "bytes", "loss"}
     (tmp_path / "answers").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}))
     _, out, _ = run(monkeypatch, capsys, "--answers", str(tmp_path / "answers"))
-    assert out == "exact match 1.0000, examples 1\n"
+    assert out == "exact match 100.00%, 1 of 1\n"
     status, _, error = run(monkeypatch, capsys)
-    assert (status, error) == (2, "moe-jax: give --text FILE for perplexity, or --answers FILE for exact matches\n")
-    (tmp_path / "latin").write_bytes(b"\xe9\xe8")
-    _, _, error = run(monkeypatch, capsys, "--text", str(tmp_path / "latin"))
-    assert "is not in UTF-8" in error
+    assert (status, error) == (1, "moe-jax: give --text FILE for perplexity, or --answers FILE for exact matches\n")
