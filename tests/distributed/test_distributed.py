@@ -200,11 +200,11 @@ def test_a_batch_file_resumes_after_a_death(start: Start, tmp_path: Path) -> Non
     ],
     ids=["bad_prompt", "other_options", "mesh_too_small"],
 )
-def test_a_mistake_ends_all_processes_with_status_2(
+def test_a_mistake_ends_all_processes_with_status_1(
     start: Start, first: list[str], second: list[str], message: str
 ) -> None:
     for process in start(generate_commands(first, second)):
-        assert process.status(PATIENCE) == 2, process.err
+        assert process.status(PATIENCE) == 1, process.err
         assert process.out == ""
         assert message in process.err
         assert "Traceback" not in process.err

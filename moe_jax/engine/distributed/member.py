@@ -30,7 +30,7 @@ def end(shutdown: Shutdown) -> NoReturn:
     An orderly exit of JAX waits for all processes, and the main thread may be stuck.
     """
     print(f"moe-jax: {shutdown.reason}", file=sys.stderr, flush=True)
-    os._exit(shutdown.status)
+    os._exit(1)
 
 
 class Member(ProcessGroup):
@@ -58,10 +58,8 @@ class Member(ProcessGroup):
     def _fail(self, error: BaseException) -> NoReturn:
         if not isinstance(error, MoEJaxError):
             time.sleep(GRACE)  # if the cause is a death, the watching thread ends this process meanwhile
-        is_mistake = isinstance(error, MoEJaxError | OSError)
-        if not is_mistake:
+        if not isinstance(error, MoEJaxError | OSError):
             traceback.print_exception(error)
         sys.stdout.flush()
-        status = 2 if is_mistake else 1
-        self._send_shutdown(Shutdown(f"process {self.process} has ended: {type(error).__name__}: {error}", status))
-        end(Shutdown(str(error) or type(error).__name__, status))
+        self._send_shutdown(Shutdown(f"process {self.process} has ended: {type(error).__name__}: {error}"))
+        end(Shutdown(str(error) or type(error).__name__))

@@ -41,7 +41,6 @@ class Shutdown:
     """Reason for which one process ends early, and with it all others."""
 
     reason: str
-    status: int = 1
 
     @classmethod
     def death(cls, process: int) -> Shutdown:

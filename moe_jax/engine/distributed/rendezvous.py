@@ -60,7 +60,7 @@ def accept_workers(
             ) from None
         if greeting.versions != expected:
             error = f"process {greeting.process} runs {greeting.versions}, process 0 {expected}: install the same"
-            connection.send_bytes(encode(Shutdown(error, 2)))
+            connection.send_bytes(encode(Shutdown(error)))
             raise ProcessGroupError(error)
         if 0 < greeting.process <= others and greeting.process not in workers.values():
             connection.send_bytes(encode(Welcome()))

@@ -56,7 +56,7 @@ class Worker(Member):
         try:
             return decode(self._driver.recv_bytes(MAX_BYTES))
         except ProcessGroupError as error:
-            return Shutdown(str(error), 2)
+            return Shutdown(str(error))
 
     def _leave(self) -> ProcessGroupError | None:
         if self._inbox.get() is not None:
