@@ -5,7 +5,7 @@ A name of this package imports JAX when it is first used, so that `moe-jax --hel
 # ruff: noqa: I001  (in groups, by subject)
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
-            return version(__name__)
+            return _version()
         if name in _MODULES:
             return getattr(import_module(_MODULES[name]), name)
         if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
@@ -49,6 +49,13 @@ _MODULES = {
     "StreamEvent": "moe_jax.engine.outputs",
     "distributed": "moe_jax.engine",
 }
+
+
+def _version() -> str:
+    try:
+        return version(__name__)
+    except PackageNotFoundError:  # a source directory on the path, not installed
+        return "0+source"
 
 
 def __dir__() -> list[str]:

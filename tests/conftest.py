@@ -1,6 +1,7 @@
 """Setup of all tests: eight virtual CPU devices, which take the code path of an accelerator."""
 
 import gc
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -56,6 +57,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept |= dict.fromkeys(found)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """Undo the setup of the log by a command that ran in this process."""
+    yield
+    logger = logging.getLogger("moe_jax")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
