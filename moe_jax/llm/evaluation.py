@@ -14,6 +14,7 @@ from tqdm import tqdm
 from moe_jax.config.sampling_params import SamplingParams
 from moe_jax.errors import RequestError
 from moe_jax.llm.llm import LLM
+from moe_jax.llm.prompts import encode_text
 from moe_jax.llm.text_files import read_json_lines
 
 WINDOWS_AT_ONCE = 64
@@ -78,8 +79,8 @@ def perplexity(
       progress: show a progress bar.
 
     Raises:
-      RequestError: the text has fewer than two tokens, a size of the windows does not fit, or the model's logits are
-        not finite.
+      RequestError: the text has fewer than two tokens, or characters that the tokenizer has no token for; a size of the
+        windows does not fit; or the model's logits are not finite.
     """
     length = llm.max_length if length is None else length
     stride = max(length // 2, 1) if stride is None else stride
@@ -90,7 +91,7 @@ def perplexity(
         )
     if llm.tokenizer is None:
         raise RequestError("the checkpoint has no tokenizer.json, which a text needs: copy it there")
-    tokens = llm.tokenizer.encode_batch_fast([text])[0].ids
+    tokens = encode_text("the text", text, llm.tokenizer)
     if len(tokens) < 2:
         raise RequestError(f"the text has {len(tokens)} tokens: give one with at least 2")
     parts, total = list(windows(len(tokens), length, stride)), 0.0

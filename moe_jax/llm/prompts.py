@@ -183,19 +183,24 @@ def _tokenize(name: str, text: str, tokenizer: Tokenizer, max_length: int) -> li
     More text changes only the last tokens of its start, so that the whole text cannot have half as many tokens.
     """
     enough = max(MIN_CHARACTERS, MAX_CHARACTERS_PER_TOKEN * max_length)
+    if len(text) > enough and len(encode_text(name, text[:enough], tokenizer)) > 2 * max_length:
+        raise _too_long(name, f"{len(text):,} characters and more than {2 * max_length:,} tokens", max_length)
+    return encode_text(name, text, tokenizer)
+
+
+def encode_text(name: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokenize a text. Other threads run meanwhile, which they cannot during `Tokenizer.encode`.
+
+    Args:
+      name: name of the text in errors.
+
+    Raises:
+      RequestError: the tokenizer has no token for a part of the text.
+    """
     try:
-        if len(text) > enough and len(_encode_text(text[:enough], tokenizer)) > 2 * max_length:
-            raise _too_long(name, f"{len(text):,} characters and more than {2 * max_length:,} tokens", max_length)
-        return _encode_text(text, tokenizer)
-    except RequestError:
-        raise
+        return tokenizer.encode_batch_fast([text])[0].ids
     except Exception as error:  # the library raises nothing more precise
         raise RequestError(f"{name}, {shortened(text)}, has text that the tokenizer has no token for") from error
-
-
-def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenize a text. Other threads run meanwhile, which they cannot during `Tokenizer.encode`."""
-    return tokenizer.encode_batch_fast([text])[0].ids
 
 
 def _stop_ids(params: SamplingParams, checkpoint: Checkpoint) -> frozenset[int]:

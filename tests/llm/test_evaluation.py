@@ -59,6 +59,9 @@ def test_bad_windows_and_texts_are_refused(llm: LLM) -> None:
             perplexity(llm, TEXT, length=length, stride=stride)
     with pytest.raises(RequestError, match="the text has 1 tokens"):
         perplexity(llm, "1")
+    for text in ("1+1=two", "\ud800"):
+        with pytest.raises(RequestError, match=r"the text, '.*', has text that the tokenizer has no token for"):
+            perplexity(llm, text)
 
 
 def test_answers_are_matched_exactly(llm: LLM) -> None:
