@@ -64,6 +64,7 @@ def generate(
         raise RequestError("--input and --output go together, in place of prompts")
     if not input and not prompts and model.model is not None:
         raise RequestError("give prompts to continue: the built-in ones are sums for the bundled model")
+    has_failed = False
     with processes.join() as process_group:
         if input and output and process_group.is_driver:
             check_paths(input, output)
@@ -71,12 +72,15 @@ def generate(
         if not process_group.is_driver:
             llm.run_worker()
         elif input and output:
-            _generate_file(llm, input, output, params, as_json=as_json)
+            has_failed = _generate_file(llm, input, output, params, as_json=as_json)
         else:
-            _generate_texts(llm, prompts or BUILT_IN_PROMPTS, params, as_json=as_json)
+            has_failed = _generate_texts(llm, prompts or BUILT_IN_PROMPTS, params, as_json=as_json)
+    if has_failed:
+        raise typer.Exit(1)
 
 
-def _generate_file(llm: LLM, source: Path, output: Path, params: SamplingParams, *, as_json: bool) -> None:
+def _generate_file(llm: LLM, source: Path, output: Path, params: SamplingParams, *, as_json: bool) -> bool:
+    """Return True if a line failed."""
     from moe_jax.llm.batch_files import generate_file
 
     with tqdm(desc="generating", unit=" lines", disable=not sys.stderr.isatty(), leave=False) as bar:
@@ -92,10 +96,11 @@ def _generate_file(llm: LLM, source: Path, output: Path, params: SamplingParams,
         typer.echo(f"written to {output}: {_speed(llm)}")
     if failed:
         typer.echo(f"{failed} of {lines} lines failed: each has its error in {output}", err=True)
-        raise typer.Exit(1)
+    return failed > 0
 
 
-def _generate_texts(llm: LLM, prompts: list[str], params: SamplingParams, *, as_json: bool) -> None:
+def _generate_texts(llm: LLM, prompts: list[str], params: SamplingParams, *, as_json: bool) -> bool:
+    """Return True if a prompt failed."""
     outputs = llm.generate(prompts, params, progress=sys.stderr.isatty())
     explanation = llm.explain(min(len(prompts), llm.max_batch_size))
     if as_json:
@@ -108,8 +113,7 @@ def _generate_texts(llm: LLM, prompts: list[str], params: SamplingParams, *, as_
             if output.error:
                 typer.echo(f"    failed: {output.error}", err=True)
         typer.echo(f"\n{explanation}\nspeed        {_speed(llm)}")
-    if any(output.error for output in outputs):
-        raise typer.Exit(1)
+    return any(output.error for output in outputs)
 
 
 def _as_dict(prompt: str, output: RequestOutput) -> dict[str, object]:

@@ -23,6 +23,7 @@ from moe_jax import LLM, SamplingParams
 from moe_jax.checkpoints import Checkpoint
 from moe_jax.checkpoints.bundled import ADDER
 from moe_jax.engine.distributed import Driver, SingleProcess, Worker, decode, encode
+from moe_jax.engine.distributed.messages import Shutdown
 from moe_jax.errors import ProcessGroupError
 from moe_jax.llm.batch_files import generate_file
 from moe_jax.models import ShardedDecoder
@@ -150,13 +151,16 @@ def test_all_processes_end_when_one_dies(start: Start, moment: str, victim: int,
 
 
 def test_a_batch_file_resumes_after_a_death(start: Start, tmp_path: Path) -> None:
-    """Two processes that load an orbax checkpoint write the results of one process that was never interrupted."""
+    """Two processes that load an orbax checkpoint write the results of one process that was never interrupted.
+
+    The last line fails.
+    """
     source, output, uninterrupted = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "uninterrupted.jsonl"))
     checkpoint, model = Checkpoint(ADDER), tmp_path / "model"
     one_device = ShardedDecoder(checkpoint.config, as_placement("data=1"), "float32")
     checkpoint.save_orbax(model, checkpoint.load(one_device))
     lines = [{"prompt": f"{n}+{n}=", "seed": n, "temperature": 2, "ignore_eos": True} for n in range(32)]
-    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not JSON\n")
     sizes = ["--mesh", "data=2,expert=2", "--max-batch-size", "4", "--max-tokens", "16"]
     arguments = ["--model", str(model), "--input", str(source), "--output", str(output), *sizes]
     journal = output.with_name("out.jsonl.partial")
@@ -170,14 +174,16 @@ def test_a_batch_file_resumes_after_a_death(start: Start, tmp_path: Path) -> Non
     assert not output.exists()
 
     first, second = start(generate_commands(arguments, arguments))
-    assert [first.status(PATIENCE), second.status(PATIENCE)] == [0, 0], first.err + second.err
+    assert [first.status(PATIENCE), second.status(PATIENCE)] == [1, 0], first.err + second.err
+    assert "1 of 33 lines failed" in first.err
+    assert "Traceback" not in first.err
     assert first.out
     assert second.out == ""
     assert not journal.exists()
     llm = LLM(mesh="data=2,expert=2", dtype="float32", max_batch_size=4)
     generate_file(llm, source, uninterrupted, SamplingParams(temperature=0, max_tokens=16))
     tokens = [
-        [json.loads(line)["samples"][0]["token_ids"] for line in path.read_text().splitlines()]
+        [json.loads(line)["samples"][0]["token_ids"] for line in path.read_text().splitlines()[:-1]]
         for path in (output, uninterrupted)
     ]
     assert tokens[0] == tokens[1]
@@ -266,6 +272,20 @@ def test_calls_that_belong_to_another_process_are_refused(pair: tuple[Driver, Wo
     for process_group in (driver, SingleProcess()):
         with pytest.raises(ProcessGroupError, match="call generate"):
             process_group.messages()
+
+
+def test_an_interrupt_ends_a_process_with_status_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near, far = Pipe()
+    worker = Worker(1, far)
+    near.send_bytes(encode(None))  # the driver leaves, which ends the worker's thread
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        worker.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "moe-jax: interrupted\n"
+    assert decode(near.recv_bytes()) == Shutdown("process 1 was interrupted")
 
 
 def test_settings_must_agree(pair: tuple[Driver, Worker]) -> None:

@@ -7,6 +7,7 @@ thread of each process waits for that, since the main thread may be in a collect
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -23,14 +24,17 @@ from moe_jax.errors import MoEJaxError, ProcessGroupError
 GRACE = 5
 """Seconds for the news of a death to arrive before its effects: collectives that fail, and sockets that close."""
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status of an interrupted process."""
 
-def end(shutdown: Shutdown) -> NoReturn:
-    """End this process at once.
+
+def end(shutdown: Shutdown, status: int = 1) -> NoReturn:
+    """End this process at once, with an exit status.
 
     An orderly exit of JAX waits for all processes, and the main thread may be stuck.
     """
     print(f"moe-jax: {shutdown.reason}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(status)
 
 
 class Member(ProcessGroup):
@@ -56,10 +60,13 @@ class Member(ProcessGroup):
         """Send the shutdown to the other side, if that is still possible."""
 
     def _fail(self, error: BaseException) -> NoReturn:
+        sys.stdout.flush()
+        if isinstance(error, KeyboardInterrupt):
+            self._send_shutdown(Shutdown(f"process {self.process} was interrupted"))
+            end(Shutdown("interrupted"), INTERRUPTED)
         if not isinstance(error, MoEJaxError):
             time.sleep(GRACE)  # if the cause is a death, the watching thread ends this process meanwhile
         if not isinstance(error, MoEJaxError | OSError):
             traceback.print_exception(error)
-        sys.stdout.flush()
         self._send_shutdown(Shutdown(f"process {self.process} has ended: {type(error).__name__}: {error}"))
         end(Shutdown(str(error) or type(error).__name__))
